@@ -1,0 +1,99 @@
+// What a device supplies: six kernels behind one table, on raw pointers.
+//
+// The schedule (schedule.h) is written against this table and knows no device; cpu/ and cuda/ fill it
+// in. No torch header is seen here or in a kernel.
+//
+// Layout. Every activation is dense NHWC in one storage type; every per-channel row is in the
+// accumulation type: double for f64, float for the rest. Pointers are void because one table serves all
+// types. No pointer may alias an output, except where a parameter says so.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace fused_preact {
+
+enum class Dtype { f32, bf16, f16, f64 };
+
+// A convolution: x [N,H,W,C], y [N,P,Q,K], weight [K,C,R,S], zero padding, groups = dilation = 1.
+struct Conv {
+  int64_t N, H, W, C, P, Q, K, R, S;
+  int64_t stride_h, stride_w, pad_h, pad_w;
+};
+
+// weight[k][c][r][s] at data[k*stride_k + c*stride_c + r*stride_r + s*stride_s], in the storage type.
+template <class Pointer>
+struct Filter {
+  Pointer data;
+  int64_t stride_k, stride_c, stride_r, stride_s;
+};
+using Weight = Filter<const void*>;
+using WeightGrad = Filter<void*>;
+
+// The per-channel rows of one batch norm, consecutive in one [5][C] array that forward keeps for backward:
+//   z = scale*(x - mean) + shift,  scale = gamma*rstd,  shift = beta;  variance is the unbiased one.
+// Subtracting the mean first keeps the digits of channels whose mean is large against their deviation.
+enum NormRow { kMean, kRstd, kVariance, kScale, kShift, kNormRows };
+
+// The rows that backward makes of one batch norm, consecutive in one [4][C] array:
+//   dgamma = sum dz*xhat,  dbeta = sum dz,
+//   dx = scale*dz + slope*(x - mean) + offset,  slope = -scale*rstd*dgamma/m,  offset = -scale*dbeta/m.
+enum GradRow { kDgamma, kDbeta, kSlope, kOffset, kGradRows };
+
+// a = max(z, 0) of x; a = x where norm is null.
+struct Activation {
+  const void* x;
+  const void* norm;  // [kNormRows][C] or null
+};
+
+// dy of a convolution: g itself where norm is null; else g is dz of the batch norm behind it, of input x, and
+//   dy = scale*g + slope*(x - mean) + offset,  or scale*g where grad is null (running statistics).
+struct Gradient {
+  const void* g;
+  const void* x;
+  const void* norm;  // [kNormRows][K] or null
+  const void* grad;  // [kGradRows][K] or null
+};
+
+// What turns the moments of a tensor into the rows of the batch norm that reads it.
+struct Affine {
+  const void* gamma;  // [C], accumulation type
+  const void* beta;
+  double eps;
+};
+
+// Scratch memory of one kernel call: 64-byte aligned, uninitialised, valid until the call returns.
+struct Workspace {
+  virtual void* take(size_t bytes) = 0;
+
+ protected:
+  ~Workspace() = default;
+};
+
+struct Kernels {
+  // y = conv(a, weight) + bias + residual. Where next_rows is not null, also the rows [kNormRows][K] of the
+  // batch norm `next` that reads y, from the batch statistics of y as stored.
+  void (*forward)(const Conv&, Dtype, const Activation& x, const Weight&, const void* bias,
+                  const void* residual, void* y, const Affine& next, void* next_rows, Workspace&);
+
+  // dz = (conv_transpose(dy, weight) + add) * [z > 0] with z of x, and its grad rows [kGradRows][C] (batch: fill
+  // slope and offset, else they are left alone). Where x.norm is null: plain, no mask, rows unused.
+  // add may be null, and may be dz itself.
+  void (*dgrad)(const Conv&, Dtype, const Gradient& dy, const Weight&, const Activation& x, const void* add,
+                void* dz, void* grad_rows, bool batch, Workspace&);
+
+  // dweight[k,c,r,s] = sum over pixels of a * dy; dbias[k] = sum of dy where not null (storage type, both).
+  void (*wgrad)(const Conv&, Dtype, const Gradient& dy, const Activation& x, const WeightGrad& dweight,
+                void* dbias, Workspace&);
+
+  // Rows of the batch norm `next` that reads x, from the batch statistics of x [pixels][C].
+  void (*statistics)(Dtype, int64_t pixels, int64_t C, const void* x, const Affine& next, void* rows,
+                     Workspace&);
+
+  // Rows of a batch norm that uses given (running) statistics [C], accumulation type.
+  void (*running)(Dtype, int64_t C, const void* mean, const void* variance, const Affine& next, void* rows);
+
+  // dx = dy + add, dy as above over [pixels][C]; add may be null; dx may be dy.g.
+  void (*dx)(Dtype, int64_t pixels, int64_t C, const Gradient& dy, const void* add, void* dx);
+};
+
+}  // namespace fused_preact
