@@ -1,0 +1,16 @@
+// Threads and memory for the CPU kernels, behind plain functions: a kernel source is compiled once per instruction
+// set and must see neither torch nor inline standard code, these are compiled once, for the oldest machine.
+#pragma once
+#include "../kernels.h"
+
+namespace fused_preact::cpu {
+
+// Calls body(context, begin, end) on disjoint ranges that together are [0, n), on at most as many threads as torch is
+// set to use; returns when all are done. The cut depends on the number of threads: no result may depend on it.
+void parallel_for(int64_t n, void (*body)(void* context, int64_t begin, int64_t end), void* context);
+
+// Uninitialised memory of the calling thread, 64-byte aligned. It grows, is never given back while the thread lives, and
+// is valid until the same thread asks again: one call a body.
+void* thread_scratch(size_t bytes);
+
+}  // namespace fused_preact::cpu
