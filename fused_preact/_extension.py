@@ -1,0 +1,24 @@
+"""Loads the compiled operators into `torch.ops.fused_preact`, once, when imported.
+
+`unavailable` is None where they are there, else the reason in one sentence. The binary has no Python module in it: it
+registers `forward`, `backward` and the operators of the instruction set with torch when it is loaded.
+"""
+
+from pathlib import Path
+
+import torch
+
+BINARY = Path(__file__).with_name("_C.abi3.so")
+
+
+def _load() -> str | None:
+    if not BINARY.exists():
+        return f"{BINARY.name} is not built: run `pip install -e .` in the source folder"
+    try:
+        torch.ops.load_library(BINARY)
+    except OSError as error:
+        return f"torch {torch.__version__} cannot load {BINARY.name}: {error}"
+    return None
+
+
+unavailable: str | None = _load()
