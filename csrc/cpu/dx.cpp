@@ -1,0 +1,39 @@
+// dx: the gradient of a chain's input, dx = dy + add, with dy formed from dz and x of the first batch norm.
+//
+// Layout: all [pixels][C]. One job is a run of kRunPixels pixels; dx may be dy.g.
+// Bytes: dz, x and add read once, dx written once.
+#include "source.h"
+#include "tile.h"
+
+namespace fused_preact::cpu::FUSED_PREACT_ISA {
+
+namespace {
+
+constexpr int64_t kRunPixels = 64;
+
+template <class S>
+void dx_of(int64_t pixels, int64_t C, const Gradient& dy, const void* add, void* dx) {
+  using T = Accumulate<S>;
+  const GradientSource<S> source(dy, C);
+  const S* other = static_cast<const S*>(add);
+  S* to = static_cast<S*>(dx);
+  const auto write = [&](int64_t job, const auto& form) __attribute__((always_inline)) {
+    const int64_t last = minimum((job + 1) * kRunPixels, pixels);
+    for (int64_t p = job * kRunPixels; p < last; ++p)
+      for_each_vector<T>(C, [&](int64_t c, int64_t n) __attribute__((always_inline)) {
+        const Vec<T> value = form(p * C + c, c, n);
+        store_lanes(to + p * C + c, other != nullptr ? value + load_lanes(other + p * C + c, n) : value, n);
+      });
+  };
+  parallel(ceil_div(pixels, kRunPixels), [&](int64_t job) {
+    source.with_form([&](const auto& form) __attribute__((always_inline)) { write(job, form); });
+  });
+}
+
+}  // namespace
+
+void dx(Dtype dtype, int64_t pixels, int64_t C, const Gradient& dy, const void* add, void* to) {
+  with_storage(dtype, [&](auto s) { dx_of<decltype(s)>(pixels, C, dy, add, to); });
+}
+
+}  // namespace fused_preact::cpu::FUSED_PREACT_ISA

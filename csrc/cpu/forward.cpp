@@ -1,0 +1,109 @@
+// forward: y = conv(a, weight) + bias + residual, and the batch norm rows that the next unit needs of y.
+//
+// Layout: x, residual, y NHWC; the filter is packed once a call. One job is a group of tiles (for few groups: and a
+// part of the output channels); a tile is about kTilePixels output pixels, whose strip of activations stays in the
+// first or second level cache while all panels of output channels pass over it.
+// Bytes: x and residual read once (but for the rows that neighbouring tiles share), y written once and read back from
+// the first level cache for its statistics.
+#include "correlate.h"
+#include "moments.h"
+#include "pack.h"
+#include "source.h"
+
+namespace fused_preact::cpu::FUSED_PREACT_ISA {
+
+namespace {
+
+constexpr int64_t kTileBytes = 1 << 15, kLeastPixels = 48, kMostPixels = 240, kMostGroups = 64;
+
+int64_t tile_pixels(const Window& w, int64_t value_bytes) {
+  const int64_t pixels = kTileBytes / maximum<int64_t>(w.C * value_bytes, 1);
+  return minimum(maximum(pixels, kLeastPixels), kMostPixels) / kPixels * kPixels;
+}
+
+// Adds bias and residual to the vectors of one panel and stores them.
+template <class S>
+struct Epilogue {
+  using T = Accumulate<S>;
+  const T* bias;  // padded to whole vectors, or null
+  const S* residual;
+  S* y;
+  int64_t K;
+
+  FUSED_PREACT_INLINE void operator()(int64_t pixel, int64_t k, Vec<T> value) const {
+    const int64_t n = minimum<int64_t>(K - k, kLanes<T>);
+    if (bias != nullptr) value += load(bias + k);
+    if (residual != nullptr) value += load_lanes(residual + pixel * K + k, n);
+    store_lanes(y + pixel * K + k, value, n);
+  }
+};
+
+template <class T, class S>
+const T* padded_bias(const void* bias, const Panels<T>& panels, Workspace& workspace) {
+  if (bias == nullptr) return nullptr;
+  T* padded = static_cast<T*>(workspace.take(panels.padded_channels() * sizeof(T)));
+  for (int64_t k = 0; k < panels.padded_channels(); ++k)
+    padded[k] = k < panels.channels ? widened(static_cast<const S*>(bias)[k]) : T(0);
+  return padded;
+}
+
+template <class S>
+void forward_of(const Conv& conv, const Activation& x, const Weight& weight, const void* bias, const void* residual,
+                void* y, const Affine& next, void* next_rows, Workspace& workspace) {
+  using T = Accumulate<S>;
+  const Window w = forward_window(conv);
+  const Tiling tiling(w, tile_pixels(w, sizeof(T)));
+  const int64_t tiles = tiling.count(), groups = minimum(tiles, kMostGroups);
+  const auto view = forward_view<S>(conv, weight);
+  const T* packed = pack<S>(view, workspace);
+  const Panels<T> panels{view.outer, view.depth()};
+  const int64_t splits = splits_for(groups, panels.count());
+  const ActivationSource<S> source(x, conv.C);
+  const Epilogue<S> store_y{padded_bias<T, S>(bias, panels, workspace), static_cast<const S*>(residual),
+                            static_cast<S*>(y), conv.K};
+  void* moments = next_rows != nullptr ? workspace.take(groups * Moments<T>::bytes(conv.K)) : nullptr;
+
+  parallel(groups * splits, [&](int64_t job) {
+    const int64_t g = job / splits, part = job % splits;
+    TileScratch<T> scratch(tiling, 0);
+    int64_t count = 0;
+    for (int64_t t = cut(tiles, groups, g); t < cut(tiles, groups, g + 1); ++t) {
+      const Tile tile = tiling[t];
+      const int64_t n = tile.pixels(), first = (tile.n * w.P + tile.i0) * w.Q + tile.j0;
+      gather(scratch.operand, scratch.strip, w, tile, source);
+      for (int64_t panel = cut(panels.count(), splits, part); panel < cut(panels.count(), splits, part + 1); ++panel) {
+        const int64_t k0 = panels.first_channel(panel);
+        correlate(scratch.operand, n, w, packed + panels.offset(panel), panels.columns(panel),
+                  [&](int64_t p, int64_t v, Vec<T> value) __attribute__((always_inline)) {
+                    store_y(first + p, k0 + v * kLanes<T>, value);
+                  });
+        if (moments == nullptr) continue;
+        for (int64_t k = k0; k < minimum(k0 + panels.width(panel), conv.K); k += kLanes<T>)
+          merge_values(Moments<T>(moments, g, conv.K), count, store_y.y + first * conv.K + k, conv.K, n, k,
+                       minimum<int64_t>(conv.K - k, kLanes<T>));
+      }
+      count += n;
+    }
+  });
+
+  if (next_rows != nullptr)
+    finish_moments<T>(
+        moments, groups, conv.K,
+        [&](int64_t g) {
+          int64_t count = 0;
+          for (int64_t t = cut(tiles, groups, g); t < cut(tiles, groups, g + 1); ++t) count += tiling[t].pixels();
+          return count;
+        },
+        next, next_rows);
+}
+
+}  // namespace
+
+void forward(const Conv& conv, Dtype dtype, const Activation& x, const Weight& weight, const void* bias,
+             const void* residual, void* y, const Affine& next, void* next_rows, Workspace& workspace) {
+  with_storage(dtype, [&](auto s) {
+    forward_of<decltype(s)>(conv, x, weight, bias, residual, y, next, next_rows, workspace);
+  });
+}
+
+}  // namespace fused_preact::cpu::FUSED_PREACT_ISA

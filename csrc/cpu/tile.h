@@ -1,0 +1,155 @@
+// Tiles of output pixels and the strips they read.
+//
+// A strip is a run of operand rows of one image, already normalised (or the formed dy), with its zero padding, in the
+// accumulation type: [rows][cols][C]. An output pixel reads R rows of it, S*C contiguous values in each.
+#pragma once
+#include "parallel.h"
+#include "vec.h"
+
+namespace fused_preact::cpu::FUSED_PREACT_ISA {
+
+// How output pixel (i, j) of a grid [P][Q] reads an image [H][W] of C channels: the R x S pixels from row i*stride_h + top,
+// column j*stride_w + left on; those outside of the image are zero.
+struct Window {
+  int64_t N, H, W, C, P, Q, R, S, stride_h, stride_w, top, left;
+
+  int64_t depth() const { return R * S * C; }
+
+  bool is_pointwise() const {
+    return R == 1 && S == 1 && stride_h == 1 && stride_w == 1 && top == 0 && left == 0 && P == H && Q == W;
+  }
+
+  bool stays_inside() const {
+    return top >= 0 && left >= 0 && (P - 1) * stride_h + top + R <= H && (Q - 1) * stride_w + left + S <= W;
+  }
+};
+
+// Nothing couples the pixels of a pointwise window, so they make one long row that tiles of any length can cut.
+inline Window flattened(Window w) {
+  if (!w.is_pointwise()) return w;
+  w.W = w.Q = w.N * w.P * w.Q;
+  w.N = w.H = w.P = 1;
+  return w;
+}
+
+inline Window forward_window(const Conv& c) {
+  return flattened(
+      {c.N, c.H, c.W, c.C, c.P, c.Q, c.R, c.S, c.stride_h, c.stride_w, -c.pad_h, -c.pad_w});
+}
+
+// The output pixels [i0, i0 + rows) x [j0, j0 + cols) of image n: whole rows, or a part of a flattened one.
+struct Tile {
+  int64_t n, i0, rows, j0, cols;
+
+  int64_t pixels() const { return rows * cols; }
+};
+
+// Cuts a window into tiles of about `pixels` output pixels. The cut depends on the shape alone.
+class Tiling {
+ public:
+  Tiling(const Window& w, int64_t pixels) : window_(w) {
+    const bool one_row = w.P == 1 && w.N == 1 && w.is_pointwise();
+    cols_ = one_row ? minimum(pixels, maximum<int64_t>(w.Q, 1)) : maximum<int64_t>(w.Q, 1);
+    rows_ = one_row ? 1 : minimum(maximum<int64_t>(pixels / cols_, 1), maximum<int64_t>(w.P, 1));
+    across_ = w.Q > 0 ? ceil_div(w.Q, cols_) : 0;
+    down_ = ceil_div(w.P, rows_);
+  }
+
+  int64_t count() const { return window_.N * down_ * across_; }
+  int64_t most_pixels() const { return rows_ * cols_; }
+
+  int64_t most_strip() const {
+    return ((rows_ - 1) * window_.stride_h + window_.R) * ((cols_ - 1) * window_.stride_w + window_.S) * window_.C;
+  }
+
+  Tile operator[](int64_t t) const {
+    const int64_t n = t / (down_ * across_), i0 = t / across_ % down_ * rows_, j0 = t % across_ * cols_;
+    return {n, i0, minimum(rows_, window_.P - i0), j0, minimum(cols_, window_.Q - j0)};
+  }
+
+ private:
+  Window window_;
+  int64_t rows_, cols_, down_, across_;
+};
+
+// What multiply and outer read: one pointer an output pixel, and the step from one of its rows to the next.
+template <class T>
+struct Operand {
+  const T** pixels;
+  int64_t row_stride;
+};
+
+template <class T>
+void point_at(Operand<T>& operand, const Window& w, const Tile& tile, const T* origin, int64_t row_stride) {
+  operand.row_stride = row_stride;
+  const T** pixel = operand.pixels;
+  for (int64_t i = 0; i < tile.rows; ++i)
+    for (int64_t j = 0; j < tile.cols; ++j)
+      *pixel++ = origin + i * w.stride_h * row_stride + j * w.stride_w * w.C;
+}
+
+// Points the operand at the pixels that a tile reads: in place where the source is a plain tensor of type T and no
+// padding is read, else in a strip that is filled here.
+template <class T, class Source>
+void gather(Operand<T>& operand, T* strip, const Window& w, const Tile& tile, const Source& source) {
+  const int64_t h0 = tile.i0 * w.stride_h + w.top, w0 = tile.j0 * w.stride_w + w.left;
+  const T* plain = source.plain();
+  if (plain != nullptr && w.stays_inside())
+    return point_at(operand, w, tile, plain + ((tile.n * w.H + h0) * w.W + w0) * w.C, w.W * w.C);
+  const int64_t rows = (tile.rows - 1) * w.stride_h + w.R, cols = (tile.cols - 1) * w.stride_w + w.S;
+  const int64_t first = minimum(maximum<int64_t>(-w0, 0), cols), last = maximum(minimum(w.W - w0, cols), first);
+  for (int64_t r = 0; r < rows; ++r) {
+    T* row = strip + r * cols * w.C;
+    const int64_t h = h0 + r;
+    if (h < 0 || h >= w.H) {
+      memset(row, 0, cols * w.C * sizeof(T));
+      continue;
+    }
+    memset(row, 0, first * w.C * sizeof(T));
+    source.fill(row + first * w.C, w.C, (tile.n * w.H + h) * w.W + w0 + first, last - first, 0, w.C);
+    memset(row + last * w.C, 0, (cols - last) * w.C * sizeof(T));
+  }
+  point_at(operand, w, tile, strip, cols * w.C);
+}
+
+// body(job) for each job of [0, jobs).
+template <class Body>
+void parallel(int64_t jobs, const Body& body) {
+  parallel_for(
+      jobs,
+      [](void* context, int64_t begin, int64_t end) {
+        for (int64_t job = begin; job < end; ++job) (*static_cast<const Body*>(context))(job);
+      },
+      const_cast<Body*>(&body));
+}
+
+// Parts of [0, n): part i of `parts` is [cut(n, parts, i), cut(n, parts, i + 1)).
+inline int64_t cut(int64_t n, int64_t parts, int64_t i) { return n * i / parts; }
+
+// Into how many parts the columns of each group are cut so that every thread has work. Changes no result.
+inline int64_t splits_for(int64_t groups, int64_t most) {
+  return maximum<int64_t>(minimum(ceil_div(2 * num_threads(), maximum<int64_t>(groups, 1)), most), 1);
+}
+
+// What one thread needs for one tile, in its scratch memory: the operand and its strip, the index of each output
+// pixel, and a block of values.
+template <class T>
+struct TileScratch {
+  Operand<T> operand{nullptr, 0};
+  int64_t* outputs;
+  T* strip;
+  T* block;
+
+  TileScratch(const Tiling& tiling, int64_t block_values) {
+    const auto aligned = [](int64_t bytes) { return (bytes + 63) / 64 * 64; };
+    const int64_t pixels = aligned(tiling.most_pixels() * sizeof(int64_t));
+    const int64_t strip_bytes = aligned(tiling.most_strip() * sizeof(T));
+    char* base = static_cast<char*>(thread_scratch(2 * pixels + strip_bytes + block_values * sizeof(T)));
+    operand.pixels = reinterpret_cast<const T**>(base);
+    outputs = reinterpret_cast<int64_t*>(base + pixels);
+    strip = reinterpret_cast<T*>(base + 2 * pixels);
+    block = reinterpret_cast<T*>(base + 2 * pixels + strip_bytes);
+  }
+};
+
+}  // namespace fused_preact::cpu::FUSED_PREACT_ISA

@@ -1,0 +1,153 @@
+// Vectors of one instruction set, and the storage types they are loaded from.
+//
+// Every kernel source is compiled once per instruction set in the namespace FUSED_PREACT_ISA. Nothing here or in a
+// kernel uses a library function that the linker could share between instruction sets.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#include "../kernels.h"
+
+#define FUSED_PREACT_INLINE inline __attribute__((always_inline))
+
+namespace fused_preact::cpu::FUSED_PREACT_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+template <class T>
+struct VecOf {
+  typedef T type __attribute__((vector_size(kVectorBytes)));
+};
+template <class T>
+using Vec = typename VecOf<T>::type;
+
+template <class T>
+constexpr int kLanes = kVectorBytes / sizeof(T);
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+// There is no vector of it: it is loaded as float. Without a type, the templates below step aside for its overloads.
+template <>
+struct VecOf<BFloat16> {};
+
+// The type that values of storage type S are computed and accumulated in.
+template <class S>
+struct AccumulateOf {
+  using type = S;
+};
+template <>
+struct AccumulateOf<BFloat16> {
+  using type = float;
+};
+template <class S>
+using Accumulate = typename AccumulateOf<S>::type;
+
+template <class T>
+FUSED_PREACT_INLINE Vec<T> splat(T value) {
+  return value - Vec<T>{};
+}
+
+template <class T>
+FUSED_PREACT_INLINE Vec<T> load(const T* from) {
+  Vec<T> v;
+  memcpy(&v, from, sizeof v);
+  return v;
+}
+
+template <class T>
+FUSED_PREACT_INLINE void store(T* to, Vec<T> v) {
+  memcpy(to, &v, sizeof v);
+}
+
+constexpr int kBf16Lanes = kLanes<float>;
+typedef uint16_t HalfBits __attribute__((vector_size(kBf16Lanes * sizeof(uint16_t))));
+
+FUSED_PREACT_INLINE Vec<float> load(const BFloat16* from) {
+  HalfBits half;
+  memcpy(&half, from, sizeof half);
+  return (Vec<float>)(__builtin_convertvector(half, Vec<uint32_t>) << 16);
+}
+
+// Rounds to nearest even; a NaN stays a (quiet) NaN.
+FUSED_PREACT_INLINE void store(BFloat16* to, Vec<float> v) {
+  const Vec<uint32_t> bits = (Vec<uint32_t>)v;
+  const Vec<uint32_t> rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const Vec<uint32_t> nan = (bits >> 16) | 0x40u;
+  const Vec<uint32_t> chosen = (Vec<int32_t>)(v != v) ? nan : rounded;
+  const HalfBits half = __builtin_convertvector(chosen, HalfBits);
+  memcpy(to, &half, sizeof half);
+}
+
+// The first n < lanes values, the other lanes zero.
+template <class S>
+FUSED_PREACT_INLINE Vec<Accumulate<S>> load_first(const S* from, int64_t n) {
+  S buffer[kLanes<Accumulate<S>>] = {};
+  memcpy(buffer, from, n * sizeof(S));
+  return load(buffer);
+}
+
+template <class S>
+FUSED_PREACT_INLINE void store_first(S* to, Vec<Accumulate<S>> v, int64_t n) {
+  S buffer[kLanes<Accumulate<S>>];
+  store(buffer, v);
+  memcpy(to, buffer, n * sizeof(S));
+}
+
+// body(c, n) for each vector of a row of C channels: n lanes from channel c on, all of them but in the last one.
+template <class T, class Body>
+FUSED_PREACT_INLINE void for_each_vector(int64_t C, const Body& body) {
+  int64_t c = 0;
+  for (; c + kLanes<T> <= C; c += kLanes<T>) body(c, kLanes<T>);
+  if (c < C) body(c, C - c);
+}
+
+// Whole vectors take the plain load and store, so that a loop over them has no call in it.
+template <class S>
+FUSED_PREACT_INLINE Vec<Accumulate<S>> load_lanes(const S* from, int64_t n) {
+  return n == kLanes<Accumulate<S>> ? load(from) : load_first(from, n);
+}
+
+template <class S>
+FUSED_PREACT_INLINE void store_lanes(S* to, Vec<Accumulate<S>> v, int64_t n) {
+  if (n == kLanes<Accumulate<S>>)
+    store(to, v);
+  else
+    store_first(to, v, n);
+}
+
+// max(z, 0) that keeps a NaN, as torch.relu does.
+template <class V>
+FUSED_PREACT_INLINE V relu(V z) {
+  const V zero = {};
+  return zero > z ? zero : z;
+}
+
+template <class T>
+FUSED_PREACT_INLINE T minimum(T a, T b) {
+  return a < b ? a : b;
+}
+
+template <class T>
+FUSED_PREACT_INLINE T maximum(T a, T b) {
+  return a > b ? a : b;
+}
+
+// body(S{}) with the storage type of a dtype; the CPU has no kernels for f16.
+template <class Body>
+void with_storage(Dtype dtype, const Body& body) {
+  if (dtype == Dtype::f32) body(float{});
+  if (dtype == Dtype::f64) body(double{});
+  if (dtype == Dtype::bf16) body(BFloat16{});
+}
+
+FUSED_PREACT_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace fused_preact::cpu::FUSED_PREACT_ISA

@@ -1,0 +1,180 @@
+// wgrad: dweight[k,c,r,s] = sum over output pixels of a * dy, dbias[k] = sum of dy.
+//
+// Reads x through the same strips as forward, so the activation is recomputed, not loaded; dy is formed into a block
+// [pixels][channels of this job]. dW is laid out like a packed filter, so that a row of it is a channel of the
+// strip and its vectors are output channels: an outer product a pixel.
+// Every group of tiles has a dW of its own; the groups are added up in order at the end.
+// Bytes: x and dy (or dz' and x') read once, dW written and read once a group.
+#include "gemm.h"
+#include "pack.h"
+#include "source.h"
+#include "tile.h"
+
+namespace fused_preact::cpu::FUSED_PREACT_ISA {
+
+namespace {
+
+constexpr int64_t kTileBytes = 1 << 16, kLeastPixels = 64, kMostPixels = 256;
+
+// A group's dW costs a write and a read a weight; 256 pixels a group make that small beside the products. Its memory
+// is bounded too.
+constexpr int64_t kPixelsPerGroup = 256, kMostGroups = 32, kMostPartialBytes = int64_t(1) << 26;
+
+template <class T>
+struct Plan {
+  Window w;
+  Tiling tiling;
+  Panels<T> panels;
+  int64_t groups, splits;
+
+  explicit Plan(const Conv& conv)
+      : w(forward_window(conv)), tiling(w, tile_pixels(w)), panels{conv.K, w.depth()} {
+    const int64_t wanted = minimum(w.N * w.P * w.Q / kPixelsPerGroup, kMostGroups);
+    const int64_t affordable = kMostPartialBytes / maximum<int64_t>(group_size() * sizeof(T), 1);
+    groups = maximum<int64_t>(minimum(minimum(wanted, affordable), tiling.count()), 1);
+    splits = splits_for(groups, panels.count());
+  }
+
+  // Values of one group: dW as packed panels, then dbias.
+  int64_t group_size() const { return panels.size() + panels.padded_channels(); }
+
+ private:
+  static int64_t tile_pixels(const Window& w) {
+    return minimum(maximum<int64_t>(kTileBytes / maximum<int64_t>(w.C * sizeof(T), 1), kLeastPixels), kMostPixels);
+  }
+};
+
+// The dy of one tile for channels [begin, end): in place, or formed into the block with its last vector filled up.
+template <class T>
+struct Columns {
+  const T* data;
+  int64_t ld;
+
+  template <class Source>
+  Columns(T* block, const Source& source, int64_t pixel, int64_t count, int64_t begin, int64_t end) {
+    const int64_t width = ceil_div(end - begin, kLanes<T>) * kLanes<T>;
+    if (source.plain() != nullptr && width == end - begin) {
+      data = source.plain() + pixel * source.C + begin;
+      ld = source.C;
+      return;
+    }
+    if (width != end - begin) memset(block, 0, count * width * sizeof(T));
+    source.fill(block, width, pixel, count, begin, end);
+    data = block;
+    ld = width;
+  }
+};
+
+template <class T, int M, int V, int... I>
+FUSED_PREACT_INLINE void outer_block(T* dw, const Operand<T>& a, int64_t offset, int64_t n, const Columns<T>& b,
+                                     int64_t column, std::integer_sequence<int, I...>) {
+  Vec<T> acc[M * V] = {};
+  outer<T, M, V>(acc, a.pixels, offset, n, b.data + column, b.ld);
+  (store(dw + I * kLanes<T>, load(dw + I * kLanes<T>) + acc[I]), ...);
+}
+
+// Adds one tile to one panel of dW.
+template <class T>
+void add_panel(T* dw, const Operand<T>& a, const Window& w, int64_t n, const Columns<T>& b, int64_t column,
+               int64_t columns) {
+  with_constant<kColumns>(columns, [&](auto V) __attribute__((always_inline)) {
+    for (int64_t r = 0; r < w.R; ++r) {
+      int64_t i = 0;
+      for (; i + kRows <= w.S * w.C; i += kRows, dw += kRows * V * kLanes<T>)
+        outer_block<T, kRows, V>(dw, a, r * a.row_stride + i, n, b, column,
+                                 std::make_integer_sequence<int, kRows * V>{});
+      const int64_t left = w.S * w.C - i;
+      if (left == 0) continue;
+      with_constant<kRows - 1>(left, [&](auto M) __attribute__((always_inline)) {
+        outer_block<T, M, V>(dw, a, r * a.row_stride + i, n, b, column, std::make_integer_sequence<int, M * V>{});
+      });
+      dw += left * V * kLanes<T>;
+    }
+  });
+}
+
+template <class T>
+void add_bias(T* dbias, const Columns<T>& b, int64_t n, int64_t width) {
+  for (int64_t c = 0; c < width; c += kLanes<T>) {
+    Vec<T> sum = {};
+    for (int64_t p = 0; p < n; ++p) sum += load(b.data + p * b.ld + c);
+    store(dbias + c, load(dbias + c) + sum);
+  }
+}
+
+FUSED_PREACT_INLINE void narrow(float* to, float value) { *to = value; }
+FUSED_PREACT_INLINE void narrow(double* to, double value) { *to = value; }
+FUSED_PREACT_INLINE void narrow(BFloat16* to, float value) { store_first(to, splat(value), 1); }
+
+// Adds up the groups in order, and brings the first one's sum back to the layout of the filter.
+template <class S>
+void finish(Accumulate<S>* partial, const Plan<Accumulate<S>>& plan, const FilterView<S*>& dweight, S* dbias) {
+  using T = Accumulate<S>;
+  const int64_t size = plan.group_size();
+  const auto add_groups = [&](int64_t begin, int64_t end) {
+    for (int64_t g = 1; g < plan.groups; ++g)
+      for (int64_t i = begin; i < end; i += kLanes<T>)
+        store(partial + i, load(partial + i) + load(partial + g * size + i));
+  };
+  const auto finish_panel = [&](int64_t panel) {
+    const int64_t begin = plan.panels.offset(panel);
+    add_groups(begin, begin + plan.panels.width(panel) * plan.panels.depth);
+    for_each_weight(dweight, plan.panels, panel, [&](int64_t stored, int64_t packed) __attribute__((always_inline)) {
+      narrow(dweight.data + stored, partial[packed]);
+    });
+  };
+  if (plan.panels.size() * plan.groups >= kWorthThreads)
+    parallel(plan.panels.count(), finish_panel);
+  else
+    for (int64_t panel = 0; panel < plan.panels.count(); ++panel) finish_panel(panel);
+  if (dbias == nullptr) return;
+  add_groups(plan.panels.size(), size);
+  for (int64_t k = 0; k < plan.panels.channels; ++k) narrow(dbias + k, partial[plan.panels.size() + k]);
+}
+
+template <class S>
+void wgrad_of(const Conv& conv, const Gradient& dy, const Activation& x, const WeightGrad& dweight, void* dbias,
+              Workspace& workspace) {
+  using T = Accumulate<S>;
+  const Plan<T> plan(conv);
+  const Window& w = plan.w;
+  const Panels<T>& panels = plan.panels;
+  const ActivationSource<S> activation(x, conv.C);
+  const GradientSource<S> gradient(dy, conv.K);
+  T* partial = static_cast<T*>(workspace.take(plan.groups * plan.group_size() * sizeof(T)));
+
+  parallel(plan.groups * plan.splits, [&](int64_t job) {
+    const int64_t g = job / plan.splits, part = job % plan.splits;
+    const int64_t first_panel = cut(panels.count(), plan.splits, part);
+    const int64_t last_panel = cut(panels.count(), plan.splits, part + 1);
+    const int64_t begin = panels.first_channel(first_panel);
+    const int64_t width = minimum(panels.first_channel(last_panel), panels.padded_channels()) - begin;
+    const int64_t end = minimum(begin + width, conv.K);
+    T* dw = partial + g * plan.group_size();
+    T* dbias_part = dw + panels.size() + begin;
+    memset(dw + begin * panels.depth, 0, width * panels.depth * sizeof(T));
+    memset(dbias_part, 0, width * sizeof(T));
+    TileScratch<T> scratch(plan.tiling, plan.tiling.most_pixels() * width);
+    const int64_t tiles = plan.tiling.count();
+    for (int64_t t = cut(tiles, plan.groups, g); t < cut(tiles, plan.groups, g + 1); ++t) {
+      const Tile tile = plan.tiling[t];
+      gather(scratch.operand, scratch.strip, w, tile, activation);
+      const Columns<T> columns(scratch.block, gradient, (tile.n * w.P + tile.i0) * w.Q + tile.j0, tile.pixels(), begin,
+                               end);
+      for (int64_t panel = first_panel; panel < last_panel; ++panel)
+        add_panel(dw + panels.offset(panel), scratch.operand, w, tile.pixels(), columns,
+                  panels.first_channel(panel) - begin, panels.columns(panel));
+      if (dbias != nullptr) add_bias(dbias_part, columns, tile.pixels(), width);
+    }
+  });
+  finish<S>(partial, plan, forward_view<S>(conv, dweight), static_cast<S*>(dbias));
+}
+
+}  // namespace
+
+void wgrad(const Conv& conv, Dtype dtype, const Gradient& dy, const Activation& x, const WeightGrad& dweight,
+           void* dbias, Workspace& workspace) {
+  with_storage(dtype, [&](auto s) { wgrad_of<decltype(s)>(conv, dy, x, dweight, dbias, workspace); });
+}
+
+}  // namespace fused_preact::cpu::FUSED_PREACT_ISA
