@@ -1,0 +1,11 @@
+"""Fused BatchNorm-ReLU-Conv2d units, blocks and networks for training pre-activation ResNets."""
+
+from . import models
+from .backends import explain
+from .blocks import PreActBlock, PreActBottleneck
+from .functional import bn_relu_conv2d
+from .modules import BNReLUConv2d
+
+__version__ = "0.1.0"
+
+__all__ = ["BNReLUConv2d", "PreActBlock", "PreActBottleneck", "bn_relu_conv2d", "explain", "models"]

@@ -1,0 +1,171 @@
+"""Which backend serves a call, and why: names, limits, the choice of ``backend="auto"``, and its explanation."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from . import _extension
+from .schedule import Conv
+
+NAMES = ("auto", "cpu", "library", "reference")
+
+
+class Problem(NamedTuple):
+    """What a choice depends on: device type, dtype, shape of x (None: not known) and each convolution with its filter size."""
+
+    device: str
+    dtype: torch.dtype
+    shape: tuple[int, ...] | None
+    convolutions: tuple[tuple[Conv, tuple[int, ...]], ...]  # geometry, weight shape
+
+
+def _no_cpu(problem: Problem) -> str | None:
+    if _extension.unavailable is not None:
+        return _extension.unavailable
+    if problem.device != "cpu":
+        return f"it runs on the CPU, not on {problem.device}"
+    if problem.dtype not in (torch.float32, torch.bfloat16, torch.float64):
+        return f"it computes in float32, bfloat16 and float64, not in {problem.dtype}"
+    for conv, (_, _, *size) in problem.convolutions:
+        if conv.groups != 1 or conv.dilation != (1, 1):
+            return f"it has no groups and no dilation (groups={conv.groups}, dilation={conv.dilation})"
+        if size not in ([1, 1], [3, 3]):
+            return f"it has filters of 1x1 and 3x3, not {size[0]}x{size[1]}"
+        if conv.stride not in ((1, 1), (2, 2)):
+            return f"it has strides of 1 and 2, not {conv.stride}"
+    return None
+
+
+def _no_library(problem: Problem) -> str | None:
+    if problem.device not in ("cpu", "cuda"):
+        return f"it knows the CPU and CUDA, not {problem.device}"
+    return None
+
+
+def _no_reference(_problem: Problem) -> str | None:
+    return None
+
+
+# In the order in which "auto" tries them.
+_OBSTACLES: dict[str, Callable[[Problem], str | None]] = {
+    "cpu": _no_cpu,
+    "library": _no_library,
+    "reference": _no_reference,
+}
+
+
+def status() -> dict[str, str | None]:
+    """Name of each backend -> None where it can be used on this machine, else the reason why not."""
+    return {"cpu": _extension.unavailable, "library": None, "reference": None}
+
+
+def check_name(backend: str, extra: Sequence[str] = ()) -> None:
+    """Raise ValueError unless ``backend`` is one of NAMES or of ``extra``."""
+    if backend not in NAMES and backend not in extra:
+        raise ValueError(f"backend must be one of {', '.join((*NAMES, *extra))}; got {backend!r}")
+
+
+@functools.lru_cache(maxsize=4096)
+def choose(backend: str, problem: Problem) -> str:
+    """Name of the backend that serves the problem.
+
+    Raises:
+        ValueError: there is no backend of that name, or it cannot serve this problem.
+    """
+    check_name(backend)
+    if backend == "auto":
+        return next(name for name, obstacle in _OBSTACLES.items() if obstacle(problem) is None)
+    reason = _OBSTACLES[backend](problem)
+    if reason is not None:
+        raise ValueError(f"backend={backend!r} cannot serve this call: {reason}; use backend='auto'")
+    return backend
+
+
+class Choice(NamedTuple):
+    """The backend that serves one call, and why each other one does not; ``where`` is a name, or the module that calls."""
+
+    where: Any
+    backend: str
+    others: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"{self.where}: {self.backend}"]
+        lines += [f"    not {name}: {reason}" for name, reason in self.others.items()]
+        return "\n".join(lines)
+
+
+class Explanation(tuple[Choice, ...]):
+    """The choices of one call, in the order in which it makes them; ``str`` of it is meant to be read."""
+
+    def __str__(self) -> str:
+        if not self:
+            return "no fused call is made here"
+        merged: dict[tuple[str, tuple[tuple[str, str], ...]], list[str]] = {}
+        for choice in self:
+            merged.setdefault((choice.backend, tuple(choice.others.items())), []).append(choice.where)
+        texts = []
+        for (backend, others), places in merged.items():
+            where = ", ".join(places) if len(places) <= 4 else f"{places[0]}, {places[1]}, ... {places[-1]} ({len(places)} calls)"
+            texts.append(str(Choice(where, backend, dict(others))))
+        return "\n".join(texts)
+
+
+def describe(where: str, backend: str, problem: Problem) -> Choice:
+    """The choice for a problem, with its reasons."""
+    chosen = choose(backend, problem)
+    others = {}
+    for name, obstacle in _OBSTACLES.items():
+        if name != chosen:
+            preferred = f"backend={backend!r} was asked for" if backend != "auto" else f"{chosen} comes first"
+            others[name] = obstacle(problem) or preferred
+    return Choice(where, chosen, others)
+
+
+_recording: list[Choice] | None = None
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[Choice]]:
+    """Collect the choices of the calls made inside, on this thread's behalf or any other's."""
+    global _recording
+    before, _recording = _recording, []
+    try:
+        yield _recording
+    finally:
+        _recording = before
+
+
+def is_recording() -> bool:
+    return _recording is not None
+
+
+def record(choice: Choice) -> None:
+    """Add a choice to the record, where one is being made."""
+    if _recording is not None:
+        _recording.append(choice)
+
+
+def _place(where: Any, names: dict[Any, str]) -> str:
+    return where if isinstance(where, str) else names.get(where) or type(where).__name__
+
+
+def explain(target: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
+    """Say which backend serves a call, and why the others do not.
+
+    The call ``target(*args, **kwargs)`` is made on fake tensors: nothing is computed, and no running statistics change. ``target`` is
+    `bn_relu_conv2d`, or any module, a whole net too: ``print(fused_preact.explain(net, images))``.
+
+    Raises:
+        TypeError, ValueError: what the call itself would raise for its arguments.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    names = {m: name for name, m in target.named_modules()} if isinstance(target, torch.nn.Module) else {}
+    with recording() as choices, torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+        target(*args, **kwargs)
+    return Explanation(choice._replace(where=_place(choice.where, names)) for choice in choices)

@@ -1,0 +1,117 @@
+"""Pre-activation residual blocks, each one autograd node, with the signature and state_dict keys of kuangliu/pytorch-cifar.
+
+He, Zhang, Ren, Sun, "Identity Mappings in Deep Residual Networks", 2016, arXiv 1603.05027, figure 1(b).
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .checks import Shortcut
+from .modules import Fused, add, conv_geometry
+
+
+class _Block(Fused):
+    """Units bn1-conv1, bn2-conv2, ... and a shortcut, which has a 1x1 convolution only where the shape changes.
+
+    Args:
+        in_planes: channels of x.
+        planes: width; the block has planes*expansion channels out.
+        stride: of the block.
+        stride_on: which convolution has the stride: "3x3", or "first" (in a bottleneck the first 1x1, as in resnet-1k-layers).
+        shortcut_input: what the shortcut's convolution reads: "activated", relu(bn1(x)), as in the paper, or "raw", x.
+        shortcut_name: name of that convolution's container in the state_dict, "shortcut" or "downsample".
+        backend: one of `backends.NAMES`, or "eager" for the plain layers.
+    """
+
+    expansion = 1
+
+    def __init__(
+        self,
+        in_planes: int,
+        planes: int,
+        stride: int = 1,
+        *,
+        stride_on: str = "3x3",
+        shortcut_input: str = "activated",
+        shortcut_name: str = "shortcut",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(backend)
+        _one_of("stride_on", stride_on, ("3x3", "first"))
+        _one_of("shortcut_input", shortcut_input, ("activated", "raw"))
+        _one_of("shortcut_name", shortcut_name, ("shortcut", "downsample"))
+        self.shortcut_input, self.shortcut_name = shortcut_input, shortcut_name
+        channels = in_planes
+        layout = self._layout(planes, stride, stride_on)
+        for i, (width, size, step) in enumerate(layout, start=1):
+            self.add_module(f"bn{i}", nn.BatchNorm2d(channels))
+            self.add_module(f"conv{i}", nn.Conv2d(channels, width, size, step, padding=size // 2, bias=False))
+            channels = width
+        if stride != 1 or in_planes != channels:
+            self.add_module(shortcut_name, nn.Sequential(nn.Conv2d(in_planes, channels, 1, stride, bias=False)))
+        self._names = [(f"bn{i}", f"conv{i}") for i in range(1, len(layout) + 1)]
+
+    @staticmethod
+    def _layout(planes: int, stride: int, stride_on: str) -> list[tuple[int, int, int]]:
+        """(channels out, filter size, stride) of each convolution."""
+        raise NotImplementedError
+
+    def pairs(self) -> list[tuple[str, nn.Module, str, nn.Module]]:
+        children = self._modules
+        return [(bn, children[bn], conv, children[conv]) for bn, conv in self._names]
+
+    def others(self) -> list[tuple[str, nn.Module]]:
+        container = self._modules.get(self.shortcut_name)
+        return [] if container is None else [(f"{self.shortcut_name}.0", container[0])]
+
+    def eager(self, x: Tensor, residual: Tensor | None, inplace: bool) -> Tensor:
+        projection = self._modules.get(self.shortcut_name)
+        shortcut, out = x, x
+        for i, (_, bn, _, conv) in enumerate(self.pairs()):
+            out = nn.functional.relu(bn(out), inplace)
+            if i == 0 and projection is not None:
+                shortcut = projection(out if self.shortcut_input == "activated" else x)
+            out = conv(out)
+        return add(out, shortcut, inplace)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y [N, planes*expansion, P, Q] of x [N, in_planes, H, W].
+
+        Raises:
+            TypeError, ValueError: x does not fit.
+        """
+        reason = self.obstacle()
+        if reason is not None:
+            return self.step_down(reason, x)
+        for _, projection in self.others():
+            shortcut = Shortcut(self.shortcut_input, projection._parameters["weight"], conv_geometry(projection))
+            return self.fused(x, shortcut)
+        return self.fused(x, Shortcut("identity"))
+
+
+class PreActBlock(_Block):
+    """Basic block: 3x3, 3x3. ``PreActBlock(in_planes, planes, stride=1, ...)``; the first 3x3 has the stride."""
+
+    __doc__ += _Block.__doc__.partition("\n")[2]
+
+    @staticmethod
+    def _layout(planes: int, stride: int, stride_on: str) -> list[tuple[int, int, int]]:
+        return [(planes, 3, stride), (planes, 3, 1)]
+
+
+class PreActBottleneck(_Block):
+    """Bottleneck block: 1x1, 3x3, 1x1 with four times ``planes`` out. ``PreActBottleneck(in_planes, planes, stride=1, ...)``."""
+
+    __doc__ += _Block.__doc__.partition("\n")[2]
+    expansion = 4
+
+    @staticmethod
+    def _layout(planes: int, stride: int, stride_on: str) -> list[tuple[int, int, int]]:
+        first, second = (stride, 1) if stride_on == "first" else (1, stride)
+        return [(planes, 1, first), (planes, 3, second), (4 * planes, 1, 1)]
+
+
+def _one_of(name: str, value: str, options: tuple[str, ...]) -> None:
+    if value not in options:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}; got {value!r}")

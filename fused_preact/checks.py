@@ -1,0 +1,209 @@
+"""The checks of a call's arguments, once for every backend; they read shapes, types and devices only, so fake tensors pass too.
+
+Every message names the argument, what was expected and what came. A wrong type is a TypeError, a wrong value a ValueError.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .schedule import Conv, accumulation_type
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+SHORTCUTS = ("none", "identity", "activated", "raw")
+
+
+class Unit(NamedTuple):
+    """One BN-ReLU-Conv unit of a chain. ``batch``: whether it normalises by batch statistics."""
+
+    weight: Tensor
+    bias: Tensor | None
+    bn_weight: Tensor | None
+    bn_bias: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    batch: bool
+    eps: float
+    conv: Conv
+
+
+class Shortcut(NamedTuple):
+    """Shortcut of a chain: one of SHORTCUTS, with the weight and geometry of its convolution where it has one."""
+
+    kind: str = "none"
+    weight: Tensor | None = None
+    conv: Conv | None = None
+
+
+def pair(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
+    """``value`` as (vertical, horizontal), each at least ``least``.
+
+    Raises:
+        TypeError: value is not an integer or two.
+        ValueError: an integer is less than ``least``.
+    """
+    if type(value) is int:
+        result = (value, value)
+    else:
+        result = tuple(value) if isinstance(value, (tuple, list)) else ()
+        if len(result) != 2 or not all(type(v) is int for v in result):
+            raise TypeError(f"{name} must be an integer or a pair of integers, got {value!r}")
+    if min(result) < least:
+        raise ValueError(f"{name} must be at least {least}, got {value!r}")
+    return result
+
+
+def geometry(
+    stride: int | Sequence[int],
+    padding: int | Sequence[int] | str,
+    dilation: int | Sequence[int],
+    groups: int,
+    filter_size: Sequence[int],
+) -> Conv:
+    """Geometry of a convolution from the arguments that torch's conv2d takes.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type or out of range.
+    """
+    strides, dilations = pair("stride", stride, 1), pair("dilation", dilation, 1)
+    if padding == "valid":
+        pads = (0, 0)
+    elif padding == "same":
+        if strides != (1, 1):
+            raise ValueError(f"padding='same' needs a stride of 1, got stride={stride!r}")
+        total = [d * (size - 1) for d, size in zip(dilations, filter_size, strict=True)]
+        if any(t % 2 for t in total):
+            raise ValueError(
+                f"padding='same' must come out the same on both sides; a filter of {tuple(filter_size)} with "
+                f"dilation {dilations} needs {tuple(total)} in all"
+            )
+        pads = (total[0] // 2, total[1] // 2)
+    elif isinstance(padding, str):
+        raise ValueError(f"padding must be an integer, a pair, 'same' or 'valid', got {padding!r}")
+    else:
+        pads = pair("padding", padding, 0)
+    if type(groups) is not int:
+        raise TypeError(f"groups must be an integer, got {groups!r}")
+    if groups < 1:
+        raise ValueError(f"groups must be at least 1, got {groups}")
+    return Conv(*strides, *pads, *dilations, groups)
+
+
+def _is_tensor(name: str, t: Any) -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+
+
+def _alike(name: str, t: Any, x: Tensor, dtypes: Sequence[torch.dtype]) -> None:
+    _is_tensor(name, t)
+    if t.dtype not in dtypes:
+        expected = " or ".join(str(dtype) for dtype in dict.fromkeys(dtypes))
+        raise TypeError(f"{name} must be {expected}, as x is {x.dtype}; got {t.dtype}")
+    if t.device != x.device:
+        raise ValueError(f"{name} must be on {x.device}, where x is; got {t.device}")
+
+
+def _vector(name: str, t: Any, size: int, what: str, x: Tensor, dtypes: Sequence[torch.dtype]) -> None:
+    _alike(name, t, x, dtypes)
+    if t.dim() != 1 or t.size(0) != size:
+        raise ValueError(f"{name} must have shape ({size},), one value per {what}; got {tuple(t.shape)}")
+
+
+def input_tensor(x: Any) -> None:
+    """Raise TypeError or ValueError unless x is a dense floating-point [N, C, H, W] tensor with channels and pixels."""
+    _is_tensor("x", x)
+    if x.dtype not in DTYPES:
+        raise TypeError(f"x must be one of {', '.join(map(str, DTYPES))}; got {x.dtype}")
+    if x.layout != torch.strided:
+        raise TypeError(f"x must be a dense tensor, got layout {x.layout}")
+    if x.dim() != 4:
+        raise ValueError(f"x must have 4 dimensions (N, C, H, W), got {x.dim()}: shape {tuple(x.shape)}")
+    if 0 in x.shape[1:]:
+        raise ValueError(f"x must have at least one channel and one pixel, got shape {tuple(x.shape)}")
+
+
+def convolution(name: str, weight: Any, conv: Conv, shape: Sequence[int], x: Tensor) -> tuple[int, int, int, int]:
+    """Shape of the output of a convolution by ``weight`` of an input of ``shape``, both checked; ``name`` is the weight's."""
+    _alike(name, weight, x, (x.dtype,))
+    if weight.dim() != 4:
+        raise ValueError(f"{name} must have 4 dimensions (K, C/groups, R, S), got shape {tuple(weight.shape)}")
+    K, channels, R, S = weight.shape
+    C = shape[1]
+    if C % conv.groups or K % conv.groups:
+        raise ValueError(
+            f"groups must divide the input's {C} channels and the {K} output channels of {name}; got groups={conv.groups}"
+        )
+    if channels * conv.groups != C:
+        groups = f" with groups={conv.groups}" if conv.groups > 1 else ""
+        raise ValueError(
+            f"{name} of shape {tuple(weight.shape)} expects an input of {channels * conv.groups} channels{groups}, "
+            f"got one of {C}: shape {tuple(shape)}"
+        )
+    if min(K, R, S) < 1:
+        raise ValueError(f"{name} must not be empty, got shape {tuple(weight.shape)}")
+    y = conv.output_shape(shape, weight.shape)
+    if y[2] < 1 or y[3] < 1:
+        raise ValueError(
+            f"{name} with a {R}x{S} filter, padding {conv.padding} and dilation {conv.dilation} does not fit an input of "
+            f"{shape[2]}x{shape[3]} pixels: the output would have {max(y[2], 0)}x{max(y[3], 0)}"
+        )
+    return y
+
+
+def batch_norm(unit: Unit, shape: Sequence[int], x: Tensor, name: Callable[[str], str]) -> None:
+    """Check the batch norm of a unit against the shape [N, C, H, W] of its input; ``name`` names its arguments in messages."""
+    C, dtypes = shape[1], (x.dtype, accumulation_type(x.dtype))
+    for field in ("bn_weight", "bn_bias", "running_mean", "running_var"):
+        t = getattr(unit, field)
+        if t is not None:
+            _vector(name(field), t, C, "input channel", x, dtypes)
+        elif not unit.batch and field.startswith("running"):
+            raise ValueError(f"{name(field)} is needed where batch statistics are not used (training=False), got None")
+    if unit.batch and shape[0] * shape[2] * shape[3] < 2:
+        raise ValueError(f"x must give more than one value per channel in training, got {tuple(shape)} for {name('running_mean')}")
+    if not unit.eps >= 0:
+        raise ValueError(f"{name('eps')} must not be negative, got {unit.eps}")
+
+
+def argument_name(index: int, count: int) -> Callable[[str], str]:
+    """How unit ``index`` of ``count`` names its arguments: as the function does, or as a block's attributes."""
+    if count == 1:
+        return lambda field: field
+
+    def name(field: str) -> str:
+        if field in ("weight", "bias"):
+            return f"conv{index + 1}.{field}"
+        return f"bn{index + 1}.{field.removeprefix('bn_')}"
+
+    return name
+
+
+def call(x: Any, units: Sequence[Unit], shortcut: Shortcut, residual: Any = None) -> None:
+    """Check the arguments of a chain.
+
+    Raises:
+        TypeError: an argument is no tensor, or has a type that does not go with that of x.
+        ValueError: a shape, a device or a number does not fit.
+    """
+    input_tensor(x)
+    shape: Sequence[int] = x.shape
+    for i, unit in enumerate(units):
+        name = argument_name(i, len(units))
+        batch_norm(unit, shape, x, name)
+        shape = convolution(name("weight"), unit.weight, unit.conv, shape, x)
+        if unit.bias is not None:
+            _vector(name("bias"), unit.bias, shape[1], "output channel", x, (x.dtype,))
+    if shortcut.kind == "identity" and tuple(x.shape) != tuple(shape):
+        raise ValueError(f"x must have the shape of the output, {tuple(shape)}, to be added to it; got {tuple(x.shape)}")
+    if shortcut.weight is not None:
+        across = convolution("shortcut.weight", shortcut.weight, shortcut.conv, x.shape, x)
+        if across != tuple(shape):
+            raise ValueError(f"shortcut must give the shape of the output, {tuple(shape)}; it gives {across}")
+    if residual is not None:
+        _alike("residual", residual, x, (x.dtype,))
+        if residual.shape != torch.Size(shape):
+            raise ValueError(f"residual must have the shape of the output, {tuple(shape)}; got {tuple(residual.shape)}")

@@ -1,0 +1,139 @@
+"""Pre-activation ResNets: those of the paper for CIFAR, and PreActResNet-18 to -152 of kuangliu/pytorch-cifar.
+
+He, Zhang, Ren, Sun, "Identity Mappings in Deep Residual Networks", 2016, arXiv 1603.05027.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .blocks import PreActBlock, PreActBottleneck
+from .modules import add
+
+
+class FirstPreActBlock(PreActBlock):
+    """The basic block behind the stem, as the paper's appendix has it: its first activation comes before the split.
+
+    So its shortcut is relu(bn1(x)). A block with a projection has the same from ``shortcut_input="activated"``.
+    """
+
+    def eager(self, x: Tensor, residual: Tensor | None, inplace: bool) -> Tensor:
+        a = F.relu(self.bn1(x), inplace)
+        return add(self.conv2(F.relu(self.bn2(self.conv1(a)), inplace)), a, inplace)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y [N, planes, H, W] of x [N, planes, H, W].
+
+        Raises:
+            TypeError, ValueError: x does not fit.
+        """
+        reason = self.obstacle()
+        if reason is not None:
+            return self.step_down(reason, x)
+        a = F.relu(self.bn1(x), inplace=True)
+        return self.fused(self.conv1(a), residual=a, first=1)
+
+
+class PreActResNet(nn.Module):
+    """``conv1``, stages ``layer1``, ``layer2``, ... of pre-activation blocks, mean over the pixels, ``linear``.
+
+    With the defaults and four stages, the network and the state_dict keys of kuangliu/pytorch-cifar. It runs channels_last inside.
+
+    Args:
+        block: `PreActBlock` or `PreActBottleneck`.
+        num_blocks: blocks of each stage; stage i has the planes width*2^i and, but for the first, stride 2.
+        num_classes: size of the output.
+        width: channels of the stem, planes of the first stage.
+        stem: "cifar", a 3x3 convolution; "imagenet", 7x7 of stride 2 and a 3x3 max-pool of stride 2.
+        head_norm: a batch norm ``bn`` and ReLU behind the last stage, as in the paper.
+        first_block: block at the very front, where another than ``block`` is wanted.
+        block_options: keyword arguments for every block (stride_on, shortcut_input, shortcut_name, backend).
+    """
+
+    def __init__(
+        self,
+        block: type[PreActBlock] | type[PreActBottleneck],
+        num_blocks: Sequence[int],
+        num_classes: int = 10,
+        *,
+        width: int = 64,
+        stem: str = "cifar",
+        head_norm: bool = False,
+        first_block: type[PreActBlock] | None = None,
+        **block_options: Any,
+    ) -> None:
+        super().__init__()
+        if stem not in ("cifar", "imagenet"):
+            raise ValueError(f"stem must be 'cifar' or 'imagenet'; got {stem!r}")
+        size, stride = (3, 1) if stem == "cifar" else (7, 2)
+        self.pool = stem == "imagenet"
+        self.conv1 = nn.Conv2d(3, width, size, stride, padding=size // 2, bias=False)
+        channels, self.stages = width, [f"layer{i + 1}" for i in range(len(num_blocks))]
+        for i, (name, count) in enumerate(zip(self.stages, num_blocks, strict=True)):
+            blocks = []
+            for j in range(count):
+                kind = first_block if first_block is not None and i == j == 0 else block
+                blocks.append(kind(channels, width << i, 2 if i > 0 and j == 0 else 1, **block_options))
+                channels = (width << i) * block.expansion
+            self.add_module(name, nn.Sequential(*blocks))
+        self.bn = nn.BatchNorm2d(channels) if head_norm else None
+        self.linear = nn.Linear(channels, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                # N(0, sqrt(2/(k*k*out))), the paper's initialisation (He et al. 2015, for the backward signal).
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scores [N, num_classes] of images [N, 3, H, W]."""
+        x = self.conv1(x.contiguous(memory_format=torch.channels_last))
+        if self.pool:
+            x = F.max_pool2d(x, 3, 2, 1)
+        for stage in self.stages:
+            x = self._modules[stage](x)
+        if self.bn is not None:
+            x = F.relu(self.bn(x), inplace=True)
+        return self.linear(x.mean((2, 3)))
+
+
+def _paper(depth: int) -> dict[str, Any]:
+    """Three stages of n basic blocks (depth 6n+2), or from depth 164 on of n bottlenecks (depth 9n+2)."""
+    common = {"width": 16, "head_norm": True}
+    if depth < 164:
+        return {"block": PreActBlock, "num_blocks": [(depth - 2) // 6] * 3, "first_block": FirstPreActBlock, **common}
+    return {"block": PreActBottleneck, "num_blocks": [(depth - 2) // 9] * 3, **common}
+
+
+_MODELS: dict[str, dict[str, Any]] = {
+    **{f"resnet{depth}": _paper(depth) for depth in (20, 56, 110, 164, 1001)},
+    "preactresnet18": {"block": PreActBlock, "num_blocks": [2, 2, 2, 2]},
+    "preactresnet34": {"block": PreActBlock, "num_blocks": [3, 4, 6, 3]},
+    "preactresnet50": {"block": PreActBottleneck, "num_blocks": [3, 4, 6, 3]},
+    "preactresnet101": {"block": PreActBottleneck, "num_blocks": [3, 4, 23, 3]},
+    "preactresnet152": {"block": PreActBottleneck, "num_blocks": [3, 8, 36, 3]},
+}
+
+
+def names() -> list[str]:
+    """Names that `create` knows."""
+    return list(_MODELS)
+
+
+def create(name: str, num_classes: int = 10, **options: Any) -> PreActResNet:
+    """A network by name: "resnet20" to "resnet1001" of the paper, "preactresnet18" to "preactresnet152".
+
+    Args:
+        name: one of `names`.
+        num_classes: size of the output.
+        options: keyword arguments of `PreActResNet` and of its blocks, such as ``backend="eager"`` or ``stem="imagenet"``.
+
+    Raises:
+        ValueError: there is no network of that name.
+    """
+    if name not in _MODELS:
+        raise ValueError(f"name must be one of {', '.join(_MODELS)}; got {name!r}")
+    return PreActResNet(num_classes=num_classes, **{**_MODELS[name], **options})
