@@ -1,0 +1,194 @@
+"""`fused-preact train`: train a network on CIFAR or on scikit-learn's digits."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import shlex
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from .. import backends
+from ..errors import UserError
+from . import checkpoint, settings
+from .data import load
+from .loop import Run, Summary, Trainer
+from .record import Recorder, draw
+
+# What a run writes into its folder.
+PRODUCTS = ("checkpoint.pt", "checkpoint.pt.tmp", "metrics.jsonl", "curve.png", "tensorboard")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags. A default of None means: the recipe's, or, with --resume, the run's."""
+    parser.description = "Train a pre-activation ResNet. Defaults are those of the recipe; any flag replaces one."
+    parser.add_argument("--model", help="network, such as resnet1001 (required unless --resume)")
+    parser.add_argument("--data", help="`digits` (no download), or a CIFAR-10/100 archive or folder; default: digits")
+    parser.add_argument("--out", type=Path, help="folder of the run; default: runs/MODEL-DATA")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
+    parser.add_argument("--overwrite", action="store_true", help="discard the run in --out and start anew")
+
+    what = parser.add_argument_group("recipe")
+    what.add_argument("--recipe", choices=list(settings.RECIPES), help="default: digits for digits, paper otherwise")
+    what.add_argument("--iterations", type=int)
+    what.add_argument("--batch-size", type=int)
+    what.add_argument("--lr", type=float)
+    what.add_argument("--milestones", type=int, nargs="*", help="iterations after which the rate is divided by 10")
+    what.add_argument("--momentum", type=float)
+    what.add_argument("--nesterov", action=argparse.BooleanOptionalAction, default=None)
+    what.add_argument("--weight-decay", type=float)
+    what.add_argument("--warmup", type=int, help="iterations at --warmup-lr first; the paper's warm-up: 400")
+    what.add_argument("--warmup-lr", type=float)
+    what.add_argument("--padding", type=int, help="pixels of the random crop's border")
+    what.add_argument("--flip", action=argparse.BooleanOptionalAction, default=None, help="mirror images at random")
+    what.add_argument("--seed", type=int)
+
+    how = parser.add_argument_group("machine")
+    how.add_argument("--amp", choices=["none", "bf16"], help="automatic mixed precision")
+    how.add_argument("--backend", choices=[*backends.NAMES, "eager"])
+    how.add_argument("--device", help="default: cuda where there is one, else cpu")
+    how.add_argument("--threads", type=int, help="default: as torch chooses")
+
+    output = parser.add_argument_group("output")
+    output.add_argument("--eval-every", type=int, help="iterations between evaluations; default: an epoch")
+    output.add_argument("--save-every", type=int, help="iterations between checkpoints; default: 100")
+    output.add_argument(
+        "--tensorboard", action=argparse.BooleanOptionalAction, default=None, help="default: where it is installed"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train as the flags say. Returns 0, or 128 + the signal's number if one stopped it. Raises UserError."""
+    given = {
+        name: value for name, value in vars(args).items() if name in settings.Settings.names() and value is not None
+    }
+    console = Console(highlight=False)
+    trainer, folder = _resumed(args, given) if args.resume else _new(args, given)
+    recorder = Recorder(folder, trainer.iteration, args.tensorboard)
+    console.print(_heading(trainer, folder))
+    with contextlib.closing(recorder), _signals() as stopped, _progress(trainer, console) as show:
+        summary = Run(trainer, folder, recorder, show).until_done(stop=lambda: bool(stopped))
+    console.print(_conclusion(summary))
+    if draw(recorder.rows, folder / "curve.png", f"{trainer.settings.model} on {trainer.dataset.name}"):
+        console.print(f"Learning curve: {folder / 'curve.png'}")
+    if summary.iteration < trainer.settings.iterations:
+        console.print(f"Stopped after iteration {summary.iteration} of {trainer.settings.iterations}. Go on with:")
+        console.print(f"fused-preact train --resume --out {shlex.quote(str(folder))}", soft_wrap=True)
+    return 128 + stopped[0] if stopped else 0
+
+
+def _new(args: argparse.Namespace, given: dict[str, Any]) -> tuple[Trainer, Path]:
+    """The trainer and the folder of a new run."""
+    if args.model is None:
+        raise UserError("--model: expected the name of a network, such as --model resnet20")
+    given = {"data": "digits", **given}
+    folder = args.out or _default_folder(args.model, given["data"])
+    if folder.is_dir() and any(folder.iterdir()) and not args.overwrite:
+        raise UserError(f"{folder}: not empty; --resume goes on with the run there, --overwrite discards it")
+    dataset = load(given["data"])
+    trainer = Trainer(settings.resolve(given, len(dataset.train), dataset.flip), dataset)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for product in PRODUCTS:
+            _remove(folder / product)
+    except OSError as error:
+        raise UserError(f"--out {folder}: cannot be written: {error.strerror}") from error
+    return trainer, folder
+
+
+def _resumed(args: argparse.Namespace, given: dict[str, Any]) -> tuple[Trainer, Path]:
+    """The trainer, as its last checkpoint left it, and the folder of the run."""
+    if args.overwrite:
+        raise UserError("--overwrite: discards the run that --resume goes on with; choose one")
+    if args.out is None and args.model is None:
+        raise UserError("--resume: expected --out with the folder of the run")
+    folder = args.out or _default_folder(args.model, given.get("data", "digits"))
+    path = folder / "checkpoint.pt"
+    state = checkpoint.load(path)
+    resumed = settings.resume(state["settings"], given, str(path))
+    trainer = Trainer(resumed, load(resumed.data))
+    trainer.load_state_dict(state, path)
+    return trainer, folder
+
+
+def _default_folder(model: str, data: str) -> Path:
+    return Path("runs") / f"{model}-{Path(data).name}"
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """A list that gets the number of the first SIGINT or SIGTERM; a second one acts as usual."""
+    received: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        restore()
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    try:
+        yield received
+    finally:
+        restore()
+
+
+@contextlib.contextmanager
+def _progress(trainer: Trainer, console: Console) -> Iterator[Callable[[str, dict[str, Any]], None]]:
+    """A progress bar with the newest figures; every evaluation leaves a line."""
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        total = trainer.settings.iterations
+        task = progress.add_task("train", total=total, completed=trainer.iteration, figures="")
+
+        def show(split: str, row: dict[str, Any]) -> None:
+            if split == "test":
+                console.print(
+                    f"iteration {row['iteration']:>{len(str(total))}}: held-out error {row['error']:.2%}, "
+                    f"loss {row['loss']:.4f}"
+                )
+                return
+            figures = f"loss {row['loss']:.4f}, accuracy {row['accuracy']:.1%}, {row['images_per_second']:.1f} images/s"
+            progress.update(task, completed=row["iteration"], figures=figures)
+
+        yield show
+
+
+def _heading(trainer: Trainer, folder: Path) -> str:
+    chosen = asdict(trainer.settings)
+    parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+    data = trainer.dataset
+    return (
+        f"{chosen['model']} ({parameters:,} parameters) on {data.name} ({len(data.train):,} images, {len(data.test):,} "
+        f"held out), recipe {chosen['recipe']}: batch {chosen['batch_size']}, rate {chosen['lr']:g}, iterations "
+        f"{trainer.iteration} to {chosen['iterations']}; {chosen['device']}, {chosen['threads']} threads, backend "
+        f"{chosen['backend']}, amp {chosen['amp']}; into {folder}"
+    )
+
+
+def _conclusion(summary: Summary) -> str:
+    speed = f"{summary.seconds:.1f} s, {summary.images_per_second:.1f} images/s in training"
+    if summary.error is None:
+        return f"No evaluation yet; {speed}"
+    return (
+        f"Held-out error {summary.error:.2%} after iteration {summary.iteration} (best {summary.best_error:.2%} after "
+        f"{summary.best_iteration}); {speed}"
+    )

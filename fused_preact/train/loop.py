@@ -1,0 +1,234 @@
+"""The training loop: one step, one evaluation, and the run made of them."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from .. import backends, models
+from ..errors import UserError
+from . import checkpoint
+from .data import Batches, Dataset
+from .record import Recorder
+from .settings import Settings
+
+
+class Trainer:
+    """A model, its optimizer and its data, at some iteration of a run.
+
+    A step depends on the state and the iteration alone: on a CPU, with one number of threads, a trainer that was saved
+    and loaded goes on bit by bit as one that was not. Sets torch's number of threads and its global seed.
+    Raises UserError for a model, a device or a batch size that is not there to be had.
+    """
+
+    def __init__(self, settings: Settings, dataset: Dataset) -> None:
+        self.settings, self.dataset = settings, dataset
+        self.device = _device(settings.device)
+        torch.set_num_threads(settings.threads)
+        torch.manual_seed(settings.seed)
+        self.model = _model(settings, dataset.classes, self.device)
+        self.optimizer = torch.optim.SGD(
+            self.model.parameters(),
+            lr=settings.lr,
+            momentum=settings.momentum,
+            weight_decay=settings.weight_decay,
+            nesterov=settings.nesterov,
+        )
+        self.batches = Batches(
+            dataset, settings.batch_size, settings.seed, settings.padding, settings.flip, self.device
+        )
+        self.iteration = 0
+
+    def step(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Train on the next batch. Returns its mean loss and its accuracy before the update, as tensors."""
+        images, labels = self.batches.at(self.iteration)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.lr_at(self.iteration)
+        self.model.train()
+        with self._precision():
+            logits = self.model(images)
+        loss = cross_entropy(logits.float(), labels)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.iteration += 1
+        return loss.detach(), (logits.detach().argmax(1) == labels).float().mean()
+
+    @torch.no_grad()
+    def evaluate(self) -> tuple[float, float]:
+        """Mean loss and share of errors (0 to 1) on the held-out images."""
+        self.model.eval()
+        loss = errors = 0.0
+        for images, labels in self.batches.held_out():
+            with self._precision():
+                logits = self.model(images)
+            loss += cross_entropy(logits.float(), labels, reduction="sum").item()
+            errors += (logits.argmax(1) != labels).sum().item()
+        return loss / len(self.dataset.test), errors / len(self.dataset.test)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a checkpoint holds: tensors and plain values."""
+        rng = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(self.device)
+        return {
+            "settings": asdict(self.settings),
+            "dataset": self.dataset.name,
+            "iteration": self.iteration,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "rng": rng,
+        }
+
+    def load_state_dict(self, state: dict[str, Any], where: Path) -> None:
+        """Go on from `state`. where: its file, for messages. Raises UserError if it is of another net or data set."""
+        if state["dataset"] != self.dataset.name:
+            raise UserError(f"{where}: of a run on {state['dataset']}; --data is {self.dataset.name}")
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise UserError(f"{where}: of another net than {self.settings.model}: names or shapes differ") from error
+        torch.set_rng_state(state["rng"]["cpu"])
+        if "cuda" in state["rng"] and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
+        self.iteration = state["iteration"]
+
+    def _precision(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.amp == "bf16")
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device: expected a device of this machine, such as cpu or cuda, got {name}") from error
+    return device
+
+
+def _model(settings: Settings, classes: int, device: torch.device) -> torch.nn.Module:
+    if settings.model not in models.names():
+        raise UserError(f"--model: expected one of {', '.join(models.names())}, got {settings.model}")
+    reason = backends.status().get(settings.backend)
+    if settings.backend == "cpu" and device.type != "cpu":
+        reason = f"it runs on the CPU, not on {device}"
+    if reason is not None:
+        raise UserError(f"--backend {settings.backend}: cannot be used here: {reason}")
+    model = models.create(settings.model, num_classes=classes, backend=settings.backend)
+    return model.to(device, memory_format=torch.channels_last)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Of one session: errors are shares of the held-out images (0 to 1; None before the first evaluation), `seconds` is
+    all of its time, `images_per_second` that of training alone."""
+
+    iteration: int
+    error: float | None
+    best_error: float | None
+    best_iteration: int | None
+    seconds: float
+    images_per_second: float
+
+
+class Run:
+    """Trains to the end, with checkpoints, evaluations and metrics in `folder`.
+
+    show: called with the iteration and the new figures of "train" or "test", as they come.
+    """
+
+    flush_every = 10  # iterations whose figures stay on a GPU, so that not each one waits for it
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        folder: Path,
+        recorder: Recorder,
+        show: Callable[[str, dict[str, Any]], None] = lambda split, row: None,
+    ) -> None:
+        self.trainer, self.folder, self.recorder, self.show = trainer, folder, recorder, show
+        self._pending: list[torch.Tensor] = []
+        self._clock = 0.0
+        self._images, self._seconds = 0, 0.0
+
+    def until_done(self, stop: Callable[[], bool] = lambda: False) -> Summary:
+        """Train until the last iteration, or until `stop()` after one; the state is saved either way.
+
+        Raises UserError when the loss is no longer finite: the last checkpoint is then from before that.
+        """
+        settings, trainer = self.trainer.settings, self.trainer
+        started = self._clock = time.perf_counter()
+        if trainer.iteration == 0:
+            self.save()
+        stopping = False
+        while trainer.iteration < settings.iterations and not stopping:
+            self._step()
+            stopping = stop()
+            last = trainer.iteration == settings.iterations
+            if last or trainer.iteration % settings.eval_every == 0:
+                self._evaluate()
+            if last or trainer.iteration % settings.save_every == 0 or stopping:
+                self.save()
+        return self._summary(time.perf_counter() - started)
+
+    def save(self) -> None:
+        """Write the checkpoint, after the figures that lead up to it."""
+        self._flush()
+        checkpoint.save(self.folder / "checkpoint.pt", self.trainer.state_dict())
+        self._clock = time.perf_counter()
+
+    def _step(self) -> None:
+        self._pending.append(torch.stack(self.trainer.step()))
+        if self.trainer.device.type == "cpu" or len(self._pending) == self.flush_every:
+            self._flush()
+
+    def _flush(self) -> None:
+        """Hand on the figures of the pending iterations."""
+        if not self._pending:
+            return
+        figures = torch.stack(self._pending).tolist()
+        seconds = time.perf_counter() - self._clock
+        images = len(figures) * self.trainer.settings.batch_size
+        first = self.trainer.iteration - len(figures) + 1
+        for iteration, (loss, accuracy) in enumerate(figures, first):
+            if not math.isfinite(loss):
+                raise UserError(
+                    f"the loss is {loss} at iteration {iteration}: start anew with a lower --lr (now "
+                    f"{self.trainer.settings.lr}) or a --warmup; the last checkpoint is from before"
+                )
+            lr = self.trainer.settings.lr_at(iteration - 1)
+            self._hand_on("train", iteration, loss=loss, accuracy=accuracy, lr=lr, images_per_second=images / seconds)
+        self._pending.clear()
+        self._images += images
+        self._seconds += seconds
+        self._clock = time.perf_counter()
+
+    def _evaluate(self) -> None:
+        self._flush()
+        loss, error = self.trainer.evaluate()
+        self._hand_on("test", self.trainer.iteration, loss=loss, error=error)
+        self._clock = time.perf_counter()
+
+    def _hand_on(self, split: str, iteration: int, **figures: float) -> None:
+        self.recorder.add(split, iteration, **figures)
+        self.show(split, {"iteration": iteration, **figures})
+
+    def _summary(self, seconds: float) -> Summary:
+        tests = self.recorder.of("test")
+        best = min(tests, key=lambda row: row["error"], default=None)
+        return Summary(
+            iteration=self.trainer.iteration,
+            error=tests[-1]["error"] if tests else None,
+            best_error=best["error"] if best else None,
+            best_iteration=best["iteration"] if best else None,
+            seconds=seconds,
+            images_per_second=self._images / self._seconds if self._seconds else 0.0,
+        )

@@ -1,0 +1,91 @@
+"""What a run leaves behind for people: metrics as JSON lines, TensorBoard events, the learning curve."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+
+
+class Recorder:
+    """Appends the metrics of a run to `metrics.jsonl` in `folder`, and to TensorBoard events under `tensorboard/`.
+
+    A line has `split` ("train": one iteration; "test": the held-out images after it), `iteration` (from 1) and figures.
+    What an earlier, interrupted session wrote after iteration `start` is taken back.
+    tensorboard: True, False, or None for "where it is installed". Raises UserError if True and it is not.
+    """
+
+    def __init__(self, folder: Path, start: int = 0, tensorboard: bool | None = None) -> None:
+        self._path = folder / "metrics.jsonl"
+        self.rows = _keep(self._path, start)
+        self._writer = _events(folder / "tensorboard", start, tensorboard)
+
+    def add(self, split: str, iteration: int, **figures: float) -> None:
+        """Record figures of one split after `iteration` iterations."""
+        row = {"split": split, "iteration": iteration, **figures}
+        self.rows.append(row)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        if self._writer is not None:
+            for name, value in figures.items():
+                self._writer.add_scalar(f"{split}/{name}", value, iteration)
+
+    def of(self, split: str) -> list[dict[str, Any]]:
+        """All rows of one split, in order."""
+        return [row for row in self.rows if row["split"] == split]
+
+    def close(self) -> None:
+        """Hand the last events to TensorBoard."""
+        if self._writer is not None:
+            self._writer.close()
+
+
+def _keep(path: Path, start: int) -> list[dict[str, Any]]:
+    """The rows up to iteration `start`; anything after them is cut off the file."""
+    if not path.exists():
+        return []
+    rows, size = [], 0
+    with path.open("rb") as file:
+        for line in file:
+            row = json.loads(line) if line.endswith(b"\n") else None
+            if row is None or row["iteration"] > start:
+                break
+            rows.append(row)
+            size += len(line)
+    os.truncate(path, size)
+    return rows
+
+
+def _events(folder: Path, start: int, wanted: bool | None) -> Any | None:
+    """A TensorBoard writer, or None where it is not wanted or not there."""
+    there = importlib.util.find_spec("tensorboard") is not None
+    if wanted and not there:
+        raise UserError("--tensorboard: TensorBoard is not installed: pip install 'fused_preact[train]'")
+    if wanted is False or not there:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder), purge_step=start + 1 if start else None)
+
+
+def draw(rows: list[dict[str, Any]], path: Path, title: str) -> bool:
+    """Draw training loss and held-out error against the iteration to path. False where matplotlib is not installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return False
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    loss = figure.add_subplot(xlabel="iteration", ylabel="training loss", yscale="log", title=title)
+    error = loss.twinx()
+    error.set_ylabel("held-out error, %")
+    train, test = ([row for row in rows if row["split"] == split] for split in ("train", "test"))
+    loss.plot([row["iteration"] for row in train], [row["loss"] for row in train], color="tab:blue", linewidth=0.8)
+    error.plot([row["iteration"] for row in test], [100 * row["error"] for row in test], color="tab:orange", marker=".")
+    loss.yaxis.label.set_color("tab:blue")
+    error.yaxis.label.set_color("tab:orange")
+    figure.savefig(path, dpi=120)
+    return True

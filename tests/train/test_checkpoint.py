@@ -1,0 +1,112 @@
+"""Checkpoints: whole or not at all, and never run."""
+
+import pickle
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fused_preact.errors import UserError
+from fused_preact.train import checkpoint
+
+STATE = {
+    "settings": {"model": "resnet20", "milestones": [1, 2], "amp": "none"},
+    "dataset": "digits",
+    "iteration": 7,
+    "model": {"weight": torch.arange(6.0).view(2, 3), "count": torch.tensor(3)},
+    "optimizer": {"state": {0: {"momentum_buffer": torch.ones(3)}}, "param_groups": [{"lr": 0.1, "params": [0]}]},
+    "rng": {"cpu": torch.get_rng_state()},
+}
+
+# Saves a state, one part of which kills the process while it is being written.
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import torch
+from fused_preact.train import checkpoint
+
+class Killer:
+    def __reduce__(self):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+checkpoint.save(Path(sys.argv[1]), {"model": torch.zeros(100_000), "settings": Killer()})
+"""
+
+
+def test_round_trip(tmp_path):
+    """What is saved is what is loaded, to the bit; no temporary file stays behind."""
+    path = tmp_path / "checkpoint.pt"
+    checkpoint.save(path, STATE)
+    loaded = checkpoint.load(path)
+    assert torch.equal(loaded["model"].pop("weight"), STATE["model"]["weight"])
+    assert torch.equal(loaded["rng"]["cpu"], STATE["rng"]["cpu"])
+    assert (loaded["settings"], loaded["iteration"]) == (STATE["settings"], 7)
+    assert loaded["optimizer"]["param_groups"] == STATE["optimizer"]["param_groups"]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_kill_during_writing_leaves_the_checkpoint_before(tmp_path):
+    """SIGKILL halfway through a save: the previous checkpoint is whole, and the next save works."""
+    path = tmp_path / "checkpoint.pt"
+    checkpoint.save(path, STATE)
+    before = path.read_bytes()
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(path)], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert (tmp_path / "checkpoint.pt.tmp").exists()
+    assert path.read_bytes() == before
+    checkpoint.save(path, {**STATE, "iteration": 8})
+    assert checkpoint.load(path)["iteration"] == 8
+
+
+def test_damaged(tmp_path):
+    """Half a file is one clear error."""
+    path = tmp_path / "checkpoint.pt"
+    checkpoint.save(path, STATE)
+    for size in (0, 10, path.stat().st_size // 2):
+        path.write_bytes(path.read_bytes()[:size])
+        with pytest.raises(UserError, match=r"checkpoint.pt: damaged, or not a checkpoint"):
+            checkpoint.load(path)
+        checkpoint.save(path, STATE)
+
+
+def test_missing(tmp_path):
+    """No checkpoint: the message says how to start."""
+    with pytest.raises(UserError, match="no such checkpoint; leave out --resume to start a run"):
+        checkpoint.load(tmp_path / "checkpoint.pt")
+
+
+def test_somebody_elses(tmp_path):
+    """A file of torch.save with other contents is refused by what it lacks."""
+    path = tmp_path / "checkpoint.pt"
+    torch.save(STATE["model"], path)
+    with pytest.raises(UserError, match="expected entries dataset, iteration, model"):
+        checkpoint.load(path)
+
+
+class Trap:
+    """Leaves a file behind when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("write", [torch.save, lambda trap, path: path.write_bytes(pickle.dumps(trap, 2))],
+                         ids=["torch", "pickle"])  # fmt: skip
+def test_code_in_a_checkpoint_does_not_run(write, tmp_path):
+    """Loading builds tensors and plain values, nothing else."""
+    path = tmp_path / "checkpoint.pt"
+    write({"model": Trap(tmp_path / "sprung")}, path)
+    with pytest.raises(UserError, match="damaged, or not a checkpoint"):
+        checkpoint.load(path)
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    """No traceback where the disk says no."""
+    with pytest.raises(UserError, match="the checkpoint cannot be written: No such file or directory"):
+        checkpoint.save(tmp_path / "gone" / "checkpoint.pt", STATE)

@@ -1,0 +1,70 @@
+"""Metrics on disk."""
+
+import json
+import sys
+
+import pytest
+
+from fused_preact.errors import UserError
+from fused_preact.train.record import Recorder, draw
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_rows_are_written_as_they_come(tmp_path):
+    """A reader sees each row at once, and the same rows in memory."""
+    recorder = Recorder(tmp_path, tensorboard=False)
+    recorder.add("train", 1, loss=2.5, lr=0.1)
+    recorder.add("test", 1, loss=2.0, error=0.5)
+    assert lines(tmp_path) == recorder.rows == [
+        {"split": "train", "iteration": 1, "loss": 2.5, "lr": 0.1},
+        {"split": "test", "iteration": 1, "loss": 2.0, "error": 0.5},
+    ]  # fmt: skip
+    assert recorder.of("test") == recorder.rows[1:]
+
+
+@pytest.mark.parametrize("tail", ["", '{"split": "train", "itera'], ids=["whole lines", "a half line"])
+def test_rows_behind_the_checkpoint_are_taken_back(tail, tmp_path):
+    """After a kill, what is behind the checkpoint is cut off, a half-written line too, so that no row comes twice."""
+    recorder = Recorder(tmp_path, tensorboard=False)
+    for iteration in (1, 2, 3):
+        recorder.add("train", iteration, loss=float(iteration))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(tail)
+    again = Recorder(tmp_path, start=2, tensorboard=False)
+    again.add("train", 3, loss=30.0)
+    assert [row["loss"] for row in lines(tmp_path)] == [1.0, 2.0, 30.0] == [row["loss"] for row in again.rows]
+
+
+def test_tensorboard_events(tmp_path):
+    """TensorBoard reads the same figures back, once each even where a session was resumed."""
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for start, loss in ((0, 1.0), (2, 5.0)):
+        recorder = Recorder(tmp_path, start=start)
+        for iteration in range(start + 1, start + 4):
+            recorder.add("train", iteration, loss=loss)
+        recorder.close()
+    events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    got = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    assert got == [(1, 1.0), (2, 1.0), (3, 5.0), (4, 5.0), (5, 5.0)]
+
+
+def test_tensorboard_asked_for_and_missing(tmp_path, monkeypatch):
+    """The message is the command that installs it; not asked for, the run goes on without."""
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    with pytest.raises(UserError, match=r"TensorBoard is not installed: pip install 'fused_preact\[train\]'"):
+        Recorder(tmp_path, tensorboard=True)
+    Recorder(tmp_path).add("train", 1, loss=1.0)
+    assert not (tmp_path / "tensorboard").exists()
+
+
+def test_curve(tmp_path, monkeypatch):
+    """A picture where matplotlib is installed; else none, and no error."""
+    rows = [{"split": "train", "iteration": 1, "loss": 1.0}, {"split": "test", "iteration": 1, "error": 0.1}]
+    pytest.importorskip("matplotlib")
+    assert draw(rows, tmp_path / "curve.png", "a run")
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert not draw(rows, tmp_path / "none.png", "a run")

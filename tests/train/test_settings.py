@@ -1,0 +1,101 @@
+"""Recipes and settings."""
+
+from dataclasses import asdict
+
+import pytest
+
+from fused_preact.errors import UserError
+from fused_preact.train import settings
+
+CIFAR = 50_000
+
+
+def cifar(**given):
+    return settings.resolve({"model": "resnet110", "data": "cifar", **given}, CIFAR, flip=True)
+
+
+def test_the_recipe_of_the_paper():
+    """SGD 0.9, weight decay 1e-4, batch 128, 0.1 divided by 10 at 32k and 48k of 64k, pad 4 and mirror."""
+    chosen = cifar()
+    assert (chosen.recipe, chosen.batch_size, chosen.iterations) == ("paper", 128, 64_000)
+    assert (chosen.momentum, chosen.weight_decay, chosen.nesterov) == (0.9, 1e-4, False)
+    assert (chosen.padding, chosen.flip) == (4, True)
+    rates = {0: 0.1, 31_999: 0.1, 32_000: 0.01, 47_999: 0.01, 48_000: 0.001, 63_999: 0.001}
+    for iteration, rate in rates.items():
+        assert chosen.lr_at(iteration) == pytest.approx(rate, rel=1e-12)
+
+
+def test_the_recipe_of_resnet_1k_layers():
+    """Nesterov, batch 64, 200 epochs of 781 batches, dropped as epochs 81 and 122 begin."""
+    chosen = cifar(recipe="resnet-1k-layers")
+    assert (chosen.batch_size, chosen.nesterov, chosen.iterations) == (64, True, 200 * 781)
+    assert chosen.milestones == [80 * 781, 121 * 781]
+
+
+def test_digits_have_a_shorter_recipe_without_mirroring():
+    """The embedded default ends in minutes; a mirrored digit is not the same digit."""
+    chosen = settings.resolve({"model": "resnet20", "data": "digits"}, 1437, flip=False)
+    assert (chosen.recipe, chosen.flip) == ("digits", False)
+    assert chosen.iterations < 1000
+
+
+def test_warm_up():
+    """--warmup 400 is the paper's 0.01 for 400 iterations."""
+    chosen = cifar(warmup=400)
+    assert [chosen.lr_at(iteration) for iteration in (0, 399, 400)] == [0.01, 0.01, 0.1]
+
+
+def test_flags_replace_parts_and_milestones_follow_the_length():
+    """A shorter run keeps the shape of the schedule, unless told otherwise."""
+    assert cifar(iterations=100, lr=0.2).milestones == [50, 75]
+    assert cifar(iterations=100, milestones=[10]).lr_at(10) == pytest.approx(0.01)
+    assert cifar(milestones=[]).lr_at(63_999) == 0.1
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"batch_size": 0}, r"--batch-size: expected from 1 to 50000, the number of training images, got 0"),
+        ({"batch_size": 60_000}, r"--batch-size: expected from 1 to 50000.*got 60000"),
+        ({"iterations": 0}, "--iterations: expected at least 1, got 0"),
+        ({"lr": 0.0}, "--lr: expected more than 0, got 0.0"),
+        ({"lr": float("nan")}, "--lr: expected more than 0, got nan"),
+        ({"momentum": -0.5}, "--momentum: expected at least 0, got -0.5"),
+        ({"milestones": [20, 10]}, r"--milestones: expected increasing iterations, got \[20, 10\]"),
+        ({"nesterov": True, "momentum": 0.0}, "--nesterov: expected a --momentum of more than 0 with it"),
+        ({"recipe": "mine"}, "--recipe: expected one of paper, resnet-1k-layers, digits, got mine"),
+        ({"amp": "fp8"}, "--amp: expected none or bf16, got fp8"),
+        ({"threads": 0}, "--threads: expected at least 1, got 0"),
+        ({"seed": -1}, "--seed: expected at least 0, got -1"),
+        ({"padding": -1}, "--padding: expected at least 0, got -1"),
+        ({"save_every": 0}, "--save-every: expected at least 1, got 0"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_bad_values(given, message):
+    """Each names the flag, what was expected and what came."""
+    with pytest.raises(UserError, match=message):
+        cifar(**given)
+
+
+def test_resuming_keeps_what_was_trained():
+    """A resumed run has the settings it began with; flags that change nothing about them may be repeated."""
+    before = cifar(seed=3, threads=2)
+    given = {"model": "resnet110", "seed": 3, "threads": 1, "iterations": 70_000}
+    after = settings.resume(asdict(before), given, "run")
+    assert (after.threads, after.iterations) == (1, 70_000)
+    assert {**asdict(after), "threads": 2, "iterations": 64_000} == asdict(before)
+
+
+@pytest.mark.parametrize(("name", "value"), [("model", "resnet20"), ("seed", 1), ("batch_size", 32), ("amp", "bf16")])
+def test_resuming_refuses_another_run(name, value):
+    """A different net, seed, batch or precision would not go on with the same run."""
+    flag = settings.flag(name)
+    with pytest.raises(UserError, match=f"run: trained with {flag} .*; --resume cannot change it to {value}"):
+        settings.resume(asdict(cifar()), {name: value}, "run")
+
+
+def test_resuming_refuses_unknown_settings():
+    """A checkpoint with other settings than this version has says so."""
+    with pytest.raises(UserError, match="written by another version"):
+        settings.resume({"model": "resnet20"}, {}, "run")
