@@ -1,0 +1,146 @@
+"""Compiles and links the extension: which compiler, which flags for which source, and the ninja file of it all.
+
+Only changed sources are compiled again (ninja reads the headers each one includes). The environment is heard as every
+compiler's user knows it: CXX, CXXFLAGS, LDFLAGS, and MAX_JOBS as torch's own extensions do.
+"""
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from setuptools.errors import CompileError
+
+from torch_location import Torch
+
+HOST_SOURCES = ("ops", "schedule", "launch", "tensors", "cpu/dispatch", "cpu/parallel", "cpu/workspace")
+KERNEL_SOURCES = ("forward", "dgrad", "wgrad", "statistics", "dx", "kernels")
+
+# No -ffast-math: NaN and infinity must come out as torch gives them. Kernels read neither errno nor exception flags.
+COMMON_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror=vla")
+KERNEL_FLAGS = ("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fno-exceptions", "-fno-rtti")
+X86_FLAGS = {
+    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"),
+    "avx2": ("-mavx2", "-mfma", "-mf16c"),
+    "baseline": (),
+}
+TARGET_FLAGS = ("-DTORCH_TARGET_VERSION=0x020b000000000000",)  # the stable ABI of torch 2.11
+# Of the shared libraries named on the command line a linker drops those that it thinks unused.
+LINK_FLAGS = ("-shared", "-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed")
+
+NO_COMPILER = (
+    "fused_preact needs a C++17 compiler to install and found none: install g++ or clang++ "
+    "(Debian, Ubuntu: apt-get install g++), or set CXX to the one to use."
+)
+
+
+def instruction_sets() -> dict[str, tuple[str, ...]]:
+    """Instruction sets that the kernels are compiled for on this machine, and the flags of each."""
+    return X86_FLAGS if platform.machine() in ("x86_64", "AMD64") else {"baseline": ()}
+
+
+def find_compiler() -> str:
+    """Full path (and arguments, where CXX has any) of the C++ compiler; CompileError in one sentence without one."""
+    if "CXX" in os.environ:
+        command = shlex.split(os.environ["CXX"])
+        if not command or shutil.which(command[0]) is None:
+            raise CompileError(f"CXX names a C++ compiler that is not there: {os.environ['CXX']!r}")
+        return shlex.join(command)
+    for name in ("c++", "g++", "clang++"):
+        if path := shutil.which(name):
+            return path
+    raise CompileError(NO_COMPILER)
+
+
+@dataclass(frozen=True)
+class Toolchain:
+    """The resolved configuration of one build."""
+
+    torch: Torch
+    compiler: str
+    sources: Path  # the folder csrc
+    objects: Path  # where objects and the ninja file go
+
+    def describe(self) -> str:
+        """One line a fact, for the log of the build."""
+        version = subprocess.run([*shlex.split(self.compiler), "--version"], capture_output=True, text=True, check=True)
+        return "\n".join(
+            f"fused_preact: {name:<16} {value}"
+            for name, value in {
+                "torch": f"{self.torch.version} in {self.torch.folder}",
+                "compiler": f"{self.compiler}: {version.stdout.splitlines()[0]}",
+                "instruction sets": ", ".join(instruction_sets()),
+                "objects": self.objects,
+            }.items()
+        )
+
+    def build(self, binary: Path) -> None:
+        """Compiles what changed and links it to `binary`; CompileError where the compiler or the linker fails."""
+        self.objects.mkdir(parents=True, exist_ok=True)
+        binary.parent.mkdir(parents=True, exist_ok=True)
+        (self.objects / "build.ninja").write_text(self.ninja_file(binary.resolve()))
+        jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
+        if subprocess.run([_find_ninja(), "-C", self.objects, *jobs], check=False).returncode != 0:
+            raise CompileError("fused_preact did not compile: the compiler's own message stands above (pip -v shows it)")
+
+    def ninja_file(self, binary: Path) -> str:
+        """The text of build.ninja: one edge an object, one for the binary."""
+        edges = list(self._compilations())
+        link = (*self._library_paths(), *LINK_FLAGS, *shlex.split(os.environ.get("LDFLAGS", "")))
+        return "\n".join(
+            [
+                f"cxx = {_escape(self.compiler)}",
+                "rule compile",
+                "  command = $cxx -MMD -MF $out.d $flags -c $in -o $out",
+                "  depfile = $out.d",
+                "  deps = gcc",
+                "  description = compile $out",
+                "rule link",
+                "  command = $cxx $in $flags -o $out",
+                "  description = link $out",
+                *(
+                    f"build {name}.o: compile {_escape_path(source)}\n  flags = {_escape(shlex.join(flags))}"
+                    for name, source, flags in edges
+                ),
+                f"build {_escape_path(binary)}: link {' '.join(f'{name}.o' for name, _, _ in edges)}",
+                f"  flags = {_escape(shlex.join(link))}",
+                "",
+            ]
+        )
+
+    def _compilations(self) -> Iterator[tuple[str, Path, tuple[str, ...]]]:
+        """(object, source, flags) of every object."""
+        common = (*COMMON_FLAGS, *shlex.split(os.environ.get("CXXFLAGS", "")))
+        torch = (*TARGET_FLAGS, "-isystem", str(self.torch.folder / "include"))
+        for name in HOST_SOURCES:
+            yield f"host/{name}", self.sources / f"{name}.cpp", (*common, *torch)
+        for isa, flags in instruction_sets().items():
+            own = (*common, *KERNEL_FLAGS, *flags, f"-DFUSED_PREACT_ISA={isa}")
+            for name in KERNEL_SOURCES:
+                yield f"{isa}/{name}", self.sources / "cpu" / f"{name}.cpp", own
+
+    def _library_paths(self) -> tuple[str, ...]:
+        return (f"-L{self.torch.folder / 'lib'}",)
+
+
+def _find_ninja() -> str:
+    """The ninja of the build environment, which need not be on PATH."""
+    try:
+        import ninja
+    except ModuleNotFoundError:
+        if path := shutil.which("ninja"):
+            return path
+        raise CompileError("building without isolation needs ninja: pip install ninja") from None
+    return str(Path(ninja.BIN_DIR) / "ninja")
+
+
+def _escape(text: str) -> str:
+    return text.replace("$", "$$")
+
+
+def _escape_path(path: Path) -> str:
+    return _escape(str(path)).replace(" ", "$ ").replace(":", "$:")

@@ -1,0 +1,58 @@
+// The table of kernels on tensors: the same six functions, which allocate their results.
+#pragma once
+#include <optional>
+#include <utility>
+
+#include "device.h"
+#include "tensors.h"
+
+namespace fused_preact {
+
+// Activations are dense NHWC, rows and Affine in the accumulation type, all of one device. A kernel is not launched on
+// an empty tensor: its sums are then zero.
+class Launch {
+ public:
+  struct Activation {
+    Tensor x;
+    std::optional<Tensor> norm;
+  };
+  struct Gradient {
+    Tensor g;
+    std::optional<Tensor> x, norm, grad;
+    bool batch = false;  // whether grad has slope and offset
+  };
+  struct Affine {
+    Tensor gamma, beta;
+    double eps;
+  };
+
+  Launch(const Device& device, ScalarType type) : device_(device), type_(type), dtype_(kernel_dtype(type)) {}
+
+  // y, and the rows of `next` where there is one.
+  std::pair<Tensor, std::optional<Tensor>> forward(const Conv&, const Activation&, const Tensor& weight,
+                                                   const std::optional<Tensor>& bias,
+                                                   const std::optional<Tensor>& residual,
+                                                   const std::optional<Affine>& next) const;
+  // dz with what forms the gradient of x from it; where x has no norm, the gradient of x itself.
+  Gradient dgrad(const Conv&, const Gradient& dy, const Tensor& weight, const Activation& x,
+                 const std::optional<Tensor>& add, bool batch) const;
+  // dweight, and dbias where asked for.
+  std::pair<Tensor, std::optional<Tensor>> wgrad(const Conv&, const Gradient& dy, const Activation& x,
+                                                 const Tensor& weight, bool need_bias) const;
+  Tensor statistics(const Tensor& x, const Affine& next) const;
+  Tensor running(const Tensor& mean, const Tensor& variance, const Affine& next) const;
+  // Overwrites dy.g.
+  Tensor dx(const Gradient& dy, const std::optional<Tensor>& add) const;
+
+  // A tensor of its own with the same values as row `row` of rows [..., C].
+  Tensor row(const Tensor& rows, int64_t row) const;
+
+ private:
+  Tensor empty_rows(const Tensor& like, int64_t rows, int64_t C) const;
+
+  Device device_;
+  ScalarType type_;
+  Dtype dtype_;
+};
+
+}  // namespace fused_preact

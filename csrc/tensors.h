@@ -1,0 +1,34 @@
+// Tensors as the kernels want them: dense NHWC activations, rows in the accumulation type, raw pointers.
+#pragma once
+#include <torch/csrc/stable/tensor.h>
+
+#include <initializer_list>
+
+#include "kernels.h"
+
+namespace fused_preact {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// float64 for float64, else float32.
+ScalarType accumulation_type(ScalarType);
+Dtype kernel_dtype(ScalarType);  // throws for a type that no kernel has
+
+// Uninitialised, on the device of `like`: an activation [N, C, H, W] in dense NHWC, and a contiguous tensor.
+Tensor empty_nhwc(const Tensor& like, int64_t N, int64_t C, int64_t H, int64_t W);
+Tensor empty(const Tensor& like, ScalarType, std::initializer_list<int64_t> sizes);
+// Of the shape and type of `weight`, and of its layout where that is dense, for then autograd keeps it without a copy.
+Tensor empty_gradient(const Tensor& weight);
+
+// x itself where it is what is asked for, else a copy.
+Tensor dense_nhwc(const Tensor& x);
+Tensor contiguous(const Tensor& x, ScalarType);
+
+// y in the layout that results have for an input x: channels_last where x is, else contiguous.
+Tensor laid_out_like(const Tensor& x, const Tensor& y);
+
+Weight filter(const Tensor& weight);
+WeightGrad filter_gradient(const Tensor& dweight);
+
+}  // namespace fused_preact

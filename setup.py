@@ -1,0 +1,37 @@
+"""Declares the extension `fused_preact._C`; everything else about the project stands in pyproject.toml."""
+
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "build_backend"))
+
+import torch_location  # noqa: E402
+from toolchain import Toolchain, find_compiler  # noqa: E402
+
+
+class BuildExtension(build_ext):
+    """Builds by ninja: one source becomes several objects, one for each instruction set."""
+
+    def build_extension(self, ext: Extension) -> None:
+        """Prints the resolved configuration and builds `ext`; objects stay in build/objects for the next time."""
+        torch = torch_location.find()
+        if torch is None or not torch.is_new_enough():
+            raise CompileError(f"building without isolation needs {torch_location.REQUIREMENT} installed first")
+        objects = ROOT / self.get_finalized_command("build").build_base / "objects"
+        toolchain = Toolchain(torch, find_compiler(), ROOT / "csrc", objects)
+        print(toolchain.describe(), flush=True)
+        toolchain.build(Path(self.get_ext_fullpath(ext.name)))
+
+
+sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cpp"))
+headers = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h"))
+setup(
+    ext_modules=[Extension("fused_preact._C", sources, depends=headers, py_limited_api=True)],
+    cmdclass={"build_ext": BuildExtension},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)
