@@ -5,6 +5,7 @@ registers `forward`, `backward` and the operators of the instruction set with to
 """
 
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -22,3 +23,20 @@ def _load() -> str | None:
 
 
 unavailable: str | None = _load()
+
+
+class InstructionSets(NamedTuple):
+    """Instruction sets of the CPU kernels by name, the widest first."""
+
+    chosen: str
+    built: list[str]
+    supported: list[str]  # those built that this machine can run
+
+
+def instruction_sets() -> InstructionSets:
+    """What the binary was built for, and the one in use.
+
+    Raises:
+        AttributeError: the operators are not there (see `unavailable`).
+    """
+    return InstructionSets(*torch.ops.fused_preact._cpu_isas())

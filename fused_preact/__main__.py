@@ -1,0 +1,7 @@
+"""`python -m fused_preact`."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

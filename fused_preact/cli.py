@@ -1,0 +1,52 @@
+"""The command `fused-preact`, also `python -m fused_preact`: one subcommand a module, imported when it is asked for."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from .errors import UserError
+
+COMMANDS = {
+    "info": ("info", "versions, instruction set, and which backends are usable"),
+    "train": ("train.command", "train a network on CIFAR or on scikit-learn's digits"),
+    "bench": ("bench.command", "time fused against eager on this machine"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code: 0 for success, 2 for what the user can put right, 130 for Ctrl-C."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        parsed = _parser(arguments).parse_args(arguments)
+        return parsed.run(parsed)
+    except UserError as error:
+        print(f"fused-preact: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser with the options of the one subcommand that `arguments` names: the others are not imported."""
+    parser = argparse.ArgumentParser(
+        prog="fused-preact", description="Fused BatchNorm-ReLU-Conv2d for pre-activation residual networks."
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and stop")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, (module, summary) in COMMANDS.items():
+        command = commands.add_parser(name, help=summary)
+        if name in arguments[:1]:
+            implementation = importlib.import_module(f"fused_preact.{module}")
+            implementation.add_arguments(command)
+            command.set_defaults(run=implementation.run)
+    return parser
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_unused: object) -> NoReturn:
+        from . import __version__
+
+        print(f"fused-preact {__version__}")
+        parser.exit()
