@@ -1,22 +1,27 @@
-// One panel of a convolution over one tile: the product, and what is done with each vector of it.
+// One panel of a convolution over one tile: the product, and an epilogue on each register block of it.
 #pragma once
 #include "gemm.h"
 #include "tile.h"
 
 namespace fused_preact::cpu::FUSED_PREACT_ISA {
 
+// How many pixels ahead the epilogues ask for what they will read and write: a panel is a column of cache lines, whose
+// large stride the hardware does not foresee.
+constexpr int64_t kAhead = 2 * kPixels;
+
 template <class T, int M, int V, class Sink, int... I>
-FUSED_PREACT_INLINE void correlate_block(const Operand<T>& a, int64_t p, const Window& w, const T* panel,
-                                         const Sink& sink, std::integer_sequence<int, I...>) {
+FUSED_PREACT_INLINE void correlate_block(const Operand<T>& a, int64_t p, const Window& w, const T* panel, Sink& sink,
+                                         std::integer_sequence<int, I...> each) {
   Vec<T> acc[M * V] = {};
   multiply<T, M, V>(acc, a.pixels + p, w.R, a.row_stride, w.S * w.C, panel);
-  (sink(p + I / V, I % V, acc[I]), ...);
+  sink.template block<M, V>(p, acc, each);
 }
 
-// sink(pixel, column, vector) for each of n pixels and `columns` vectors of the panel.
+// sink.block<M, V>(p, acc, each) for every block of the panel: acc[i], i in `each`, is the product for pixel p + i / V
+// and column i % V.
 template <class T, class Sink>
 FUSED_PREACT_INLINE void correlate(const Operand<T>& a, int64_t n, const Window& w, const T* panel, int64_t columns,
-                                   const Sink& sink) {
+                                   Sink& sink) {
   with_constant<kColumns>(columns, [&](auto V) __attribute__((always_inline)) {
     int64_t p = 0;
     for (; p + kPixels <= n; p += kPixels)

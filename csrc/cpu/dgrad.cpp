@@ -3,8 +3,7 @@
 // The transpose of a convolution of stride (a, b) is a*b convolutions of stride 1, one for each class of input pixels
 // (h mod a, w mod b), with the filter taps that reach the class, in reverse. Each runs like forward, over strips of dy,
 // which are formed from dz' and x' of the unit behind while they are read.
-// One tile's product for one panel of channels goes to a small block; a second pass over it applies the mask,
-// writes dz and adds up dbeta = sum dz and sum dz*(x - mean).
+// The epilogue applies the mask to the registers of a block, writes dz and adds up dbeta = sum dz and sum dz*(x - mean).
 // Bytes: dy (or dz' and x') and x read once, add read once, dz written once.
 #include "correlate.h"
 #include "pack.h"
@@ -30,43 +29,76 @@ struct Phase {
   }
 };
 
-// dz of one vector of channels over the pixels of a tile.
+// What is the same for all panels and tiles.
 template <class S>
-struct MaskedStore {
+struct Output {
   using T = Accumulate<S>;
   const S* x;
-  const T* norm;
-  const S* add;
+  const T* norm;  // or null: plain
+  const S* add;   // or null
   S* dz;
   int64_t C;
 
-  Vec<T> product(const T* block, int64_t at, int64_t n) const {
-    const Vec<T> value = load(block);
-    return add != nullptr ? value + load_lanes(add + at, n) : value;
+  int64_t padded_channels() const { return ceil_div(C, kLanes<T>) * kLanes<T>; }
+};
+
+// Adds `add` to the blocks of one panel, masks them, stores them and sums them up.
+template <class S>
+struct Epilogue {
+  using T = Accumulate<S>;
+  const Output<S>& out;
+  const int64_t* outputs;  // the index of each output pixel
+  int64_t c0;
+  NormVector<T> norm[kColumns];
+  Vec<T> dbeta[kColumns] = {}, dgamma[kColumns] = {};
+
+  Epilogue(const Output<S>& output, const int64_t* output_pixels, int64_t channel, int64_t columns)
+      : out(output), outputs(output_pixels), c0(channel) {
+    if (out.norm == nullptr) return;
+    for (int64_t v = 0; v < columns; ++v) norm[v] = NormVector<T>(out.norm, out.C, c0 + v * kLanes<T>, lanes(v));
   }
 
-  void plain(const T* block, int64_t ld, const int64_t* outputs, int64_t pixels, int64_t c, int64_t n) const {
-    for (int64_t p = 0; p < pixels; ++p) {
-      const int64_t at = outputs[p] * C + c;
-      store_lanes(dz + at, product(block + p * ld, at, n), n);
+  template <int M, int V, int... I>
+  FUSED_PREACT_INLINE void block(int64_t p, Vec<T> (&acc)[M * V], std::integer_sequence<int, I...>) {
+    if (out.norm == nullptr)
+      (plain(outputs[p + I / V], I % V, acc[I]), ...);
+    else {
+      Vec<T> sums[2 * V] = {};
+      (masked(outputs[p + I / V], I % V, acc[I], sums[I % V], sums[V + I % V]), ...);
+      ((I < V ? void(dbeta[I % V] += sums[I % V]) : void()), ...);
+      ((I < V ? void(dgamma[I % V] += sums[V + I % V]) : void()), ...);
     }
   }
 
-  void masked(const T* block, int64_t ld, const int64_t* outputs, int64_t pixels, int64_t c, int64_t n,
-              T* sums) const {
-    const NormVector<T> bn(norm, C, c, n);
-    Vec<T> dbeta = {}, dgamma = {};
-    for (int64_t p = 0; p < pixels; ++p) {
-      const int64_t at = outputs[p] * C + c;
-      const Vec<T> value = load_lanes(x + at, n);
-      const Vec<T> masked = bn.z(value) <= Vec<T>{} ? Vec<T>{} : product(block + p * ld, at, n);
-      store_lanes(dz + at, masked, n);
-      dbeta += masked;
-      dgamma += masked * bn.centered(value);
+  void add_to(T* group, int64_t columns) const {
+    for (int64_t v = 0; v < columns; ++v) {
+      T* sum = group + c0 + v * kLanes<T>;
+      store(sum, load(sum) + dbeta[v]);
+      store(sum + out.padded_channels(), load(sum + out.padded_channels()) + dgamma[v]);
     }
-    const int64_t padded = ceil_div(C, kLanes<T>) * kLanes<T>;
-    store(sums + c, load(sums + c) + dbeta);
-    store(sums + padded + c, load(sums + padded + c) + dgamma);
+  }
+
+ private:
+  FUSED_PREACT_INLINE int64_t lanes(int64_t v) const { return minimum<int64_t>(out.C - c0 - v * kLanes<T>, kLanes<T>); }
+
+  FUSED_PREACT_INLINE Vec<T> with_add(int64_t at, int64_t v, Vec<T> value) const {
+    return out.add != nullptr ? value + load_lanes(out.add + at, lanes(v)) : value;
+  }
+
+  FUSED_PREACT_INLINE void plain(int64_t pixel, int64_t v, Vec<T> value) const {
+    const int64_t at = pixel * out.C + c0 + v * kLanes<T>;
+    store_lanes(out.dz + at, with_add(at, v, value), lanes(v));
+  }
+
+  FUSED_PREACT_INLINE void masked(int64_t pixel, int64_t v, Vec<T> value, Vec<T>& dbeta_sum, Vec<T>& dgamma_sum) const {
+    const int64_t at = pixel * out.C + c0 + v * kLanes<T>;
+    const Vec<T> x = load_lanes(out.x + at, lanes(v));
+    const Vec<T> dz = norm[v].z(x) <= Vec<T>{} ? Vec<T>{} : with_add(at, v, value);
+    store_lanes(out.dz + at, dz, lanes(v));
+    __builtin_prefetch(out.x + at + kAhead * out.C);
+    __builtin_prefetch(out.dz + at + kAhead * out.C, 1);
+    dbeta_sum += dz;
+    dgamma_sum += dz * norm[v].centered(x);
   }
 };
 
@@ -76,10 +108,10 @@ struct Pass {
   const Conv& conv;
   const GradientSource<S> source;
   const FilterView<const S*> filter;  // of forward
-  const MaskedStore<S> result;
+  const Output<S> output;
   Workspace& workspace;
 
-  int64_t sums_size() const { return 2 * ceil_div(conv.C, kLanes<T>) * kLanes<T>; }
+  int64_t sums_size() const { return 2 * output.padded_channels(); }
 
   // Adds the class (phase_h, phase_w) to the sums of kMostGroups groups.
   void run(int64_t phase_h, int64_t phase_w, T* sums) const {
@@ -95,11 +127,11 @@ struct Pass {
         -conv.stride_h * filter.step_h, -conv.stride_w * filter.step_w, filter.step_outer, filter.step_inner};
     const T* packed = pack<S>(view, workspace);
     const Panels<T> panels{view.outer, view.depth()};
-    const int64_t splits = splits_for(groups, panels.count()), ld = kColumns * kLanes<T>;
+    const int64_t splits = splits_for(groups, panels.count());
 
     parallel(groups * splits, [&](int64_t job) {
       const int64_t g = job / splits, part = job % splits;
-      TileScratch<T> scratch(tiling, tiling.most_pixels() * ld);
+      TileScratch<T> scratch(tiling, 0);
       for (int64_t t = cut(tiles, groups, g); t < cut(tiles, groups, g + 1); ++t) {
         const Tile tile = tiling[t];
         gather(scratch.operand, scratch.strip, w, tile, source);
@@ -107,8 +139,11 @@ struct Pass {
           list_outputs(scratch.outputs, tile, w.P, w.Q, 0, 0, 1, 1);
         else
           list_outputs(scratch.outputs, tile, conv.H, conv.W, phase_h, phase_w, conv.stride_h, conv.stride_w);
-        for (int64_t p = cut(panels.count(), splits, part); p < cut(panels.count(), splits, part + 1); ++p)
-          one_panel(scratch, w, tile, panels, p, packed, sums + g * sums_size());
+        for (int64_t p = cut(panels.count(), splits, part); p < cut(panels.count(), splits, part + 1); ++p) {
+          Epilogue<S> epilogue(output, scratch.outputs, panels.first_channel(p), panels.columns(p));
+          correlate(scratch.operand, tile.pixels(), w, packed + panels.offset(p), panels.columns(p), epilogue);
+          if (output.norm != nullptr) epilogue.add_to(sums + g * sums_size(), panels.columns(p));
+        }
       }
     });
   }
@@ -124,23 +159,6 @@ struct Pass {
     for (int64_t i = 0; i < tile.rows; ++i) {
       const int64_t row = (tile.n * H + (tile.i0 + i) * stride_h + phase_h) * W + phase_w;
       for (int64_t j = 0; j < tile.cols; ++j) *outputs++ = row + (tile.j0 + j) * stride_w;
-    }
-  }
-
-  void one_panel(const TileScratch<T>& scratch, const Window& w, const Tile& tile, const Panels<T>& panels,
-                 int64_t panel, const T* packed, T* sums) const {
-    const int64_t ld = kColumns * kLanes<T>, first = panels.first_channel(panel), pixels = tile.pixels();
-    correlate(scratch.operand, pixels, w, packed + panels.offset(panel), panels.columns(panel),
-              [&](int64_t p, int64_t v, Vec<T> value) __attribute__((always_inline)) {
-                store(scratch.block + p * ld + v * kLanes<T>, value);
-              });
-    const int64_t last = minimum(first + panels.width(panel), conv.C);
-    for (int64_t c = first; c < last; c += kLanes<T>) {
-      const int64_t n = minimum<int64_t>(last - c, kLanes<T>);
-      if (result.norm == nullptr)
-        result.plain(scratch.block + c - first, ld, scratch.outputs, pixels, c, n);
-      else
-        result.masked(scratch.block + c - first, ld, scratch.outputs, pixels, c, n, sums);
     }
   }
 };

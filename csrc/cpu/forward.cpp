@@ -21,20 +21,59 @@ int64_t tile_pixels(const Window& w, int64_t value_bytes) {
   return minimum(maximum(pixels, kLeastPixels), kMostPixels) / kPixels * kPixels;
 }
 
-// Adds bias and residual to the vectors of one panel and stores them.
+// What is the same for all panels and tiles.
 template <class S>
-struct Epilogue {
+struct Output {
   using T = Accumulate<S>;
   const T* bias;  // padded to whole vectors, or null
   const S* residual;
   S* y;
   int64_t K;
+  void* moments;  // or null
+};
 
-  FUSED_PREACT_INLINE void operator()(int64_t pixel, int64_t k, Vec<T> value) const {
-    const int64_t n = minimum<int64_t>(K - k, kLanes<T>);
-    if (bias != nullptr) value += load(bias + k);
-    if (residual != nullptr) value += load_lanes(residual + pixel * K + k, n);
-    store_lanes(y + pixel * K + k, value, n);
+// Adds bias and residual to the blocks of one panel, stores them, and sums them up as stored.
+template <class S>
+struct Epilogue {
+  using T = Accumulate<S>;
+  const Output<S>& out;
+  int64_t first, k0;  // pixel, channel
+  RunSums<T> sums[kColumns];
+
+  Epilogue(const Output<S>& output, int64_t pixel, int64_t channel) : out(output), first(pixel), k0(channel) {}
+
+  template <int M, int V, int... I>
+  FUSED_PREACT_INLINE void block(int64_t p, Vec<T> (&acc)[M * V], std::integer_sequence<int, I...>) {
+    ((acc[I] = finished(first + p + I / V, k0 + I % V * kLanes<T>, acc[I])), ...);
+    if (out.moments == nullptr) return;
+    if (p == 0) ((I < V ? void(sums[I % V] = RunSums<T>(acc[I % V])) : void()), ...);
+    RunSums<T> local[V];
+    ((I < V ? void(local[I % V] = sums[I % V]) : void()), ...);
+    (local[I % V].add(acc[I]), ...);
+    ((I < V ? void(sums[I % V] = local[I % V]) : void()), ...);
+  }
+
+  void merge(int64_t g, int64_t count, int64_t n, int64_t columns) const {
+    for (int64_t v = 0; v < columns; ++v)
+      sums[v].merge_into(Moments<T>(out.moments, g, out.K), k0 + v * kLanes<T>, count, n);
+  }
+
+ private:
+  // The value as it is stored, so that the statistics are those of y.
+  FUSED_PREACT_INLINE Vec<T> finished(int64_t pixel, int64_t k, Vec<T> value) const {
+    const int64_t n = minimum<int64_t>(out.K - k, kLanes<T>);
+    const int64_t at = pixel * out.K + k;
+    if (out.bias != nullptr) value += load(out.bias + k);
+    if (out.residual != nullptr) {
+      value += load_lanes(out.residual + at, n);
+      __builtin_prefetch(out.residual + at + kAhead * out.K);
+    }
+    store_lanes(out.y + at, value, n);
+    __builtin_prefetch(out.y + at + kAhead * out.K, 1);
+    if constexpr (sizeof(S) == sizeof(T))
+      return value;
+    else
+      return out.moments != nullptr ? load_lanes(out.y + at, n) : value;
   }
 };
 
@@ -59,9 +98,9 @@ void forward_of(const Conv& conv, const Activation& x, const Weight& weight, con
   const Panels<T> panels{view.outer, view.depth()};
   const int64_t splits = splits_for(groups, panels.count());
   const ActivationSource<S> source(x, conv.C);
-  const Epilogue<S> store_y{padded_bias<T, S>(bias, panels, workspace), static_cast<const S*>(residual),
-                            static_cast<S*>(y), conv.K};
-  void* moments = next_rows != nullptr ? workspace.take(groups * Moments<T>::bytes(conv.K)) : nullptr;
+  const Output<S> output{padded_bias<T, S>(bias, panels, workspace), static_cast<const S*>(residual),
+                         static_cast<S*>(y), conv.K,
+                         next_rows != nullptr ? workspace.take(groups * Moments<T>::bytes(conv.K)) : nullptr};
 
   parallel(groups * splits, [&](int64_t job) {
     const int64_t g = job / splits, part = job % splits;
@@ -72,15 +111,9 @@ void forward_of(const Conv& conv, const Activation& x, const Weight& weight, con
       const int64_t n = tile.pixels(), first = (tile.n * w.P + tile.i0) * w.Q + tile.j0;
       gather(scratch.operand, scratch.strip, w, tile, source);
       for (int64_t panel = cut(panels.count(), splits, part); panel < cut(panels.count(), splits, part + 1); ++panel) {
-        const int64_t k0 = panels.first_channel(panel);
-        correlate(scratch.operand, n, w, packed + panels.offset(panel), panels.columns(panel),
-                  [&](int64_t p, int64_t v, Vec<T> value) __attribute__((always_inline)) {
-                    store_y(first + p, k0 + v * kLanes<T>, value);
-                  });
-        if (moments == nullptr) continue;
-        for (int64_t k = k0; k < minimum(k0 + panels.width(panel), conv.K); k += kLanes<T>)
-          merge_values(Moments<T>(moments, g, conv.K), count, store_y.y + first * conv.K + k, conv.K, n, k,
-                       minimum<int64_t>(conv.K - k, kLanes<T>));
+        Epilogue<S> epilogue(output, first, panels.first_channel(panel));
+        correlate(scratch.operand, n, w, packed + panels.offset(panel), panels.columns(panel), epilogue);
+        if (output.moments != nullptr) epilogue.merge(g, count, n, panels.columns(panel));
       }
       count += n;
     }
@@ -88,7 +121,7 @@ void forward_of(const Conv& conv, const Activation& x, const Weight& weight, con
 
   if (next_rows != nullptr)
     finish_moments<T>(
-        moments, groups, conv.K,
+        output.moments, groups, conv.K,
         [&](int64_t g) {
           int64_t count = 0;
           for (int64_t t = cut(tiles, groups, g); t < cut(tiles, groups, g + 1); ++t) count += tiling[t].pixels();

@@ -41,21 +41,27 @@ struct Moments {
   }
 };
 
-// Merges `n` lanes of channels from c on over `pixels` values, `ld` apart, into a group that holds `count`. The sums are
-// taken about the first value, which keeps the digits of channels with a large mean.
-template <class S, class T = Accumulate<S>>
-FUSED_PREACT_INLINE void merge_values(const Moments<T>& moments, int64_t count, const S* values, int64_t ld,
-                                      int64_t pixels, int64_t c, int64_t n) {
-  const Vec<T> origin = load_lanes(values, n);
-  Vec<T> sum = {}, squares = {};
-  for (int64_t p = 1; p < pixels; ++p) {
-    const Vec<T> d = load_lanes(values + p * ld, n) - origin;
+// Sums over a run of values of one vector of channels, about the first of them, which keeps the digits of channels with
+// a large mean.
+template <class T>
+struct RunSums {
+  Vec<T> origin, sum, squares;
+
+  explicit RunSums(Vec<T> first) : origin(first), sum{}, squares{} {}
+  RunSums() = default;
+
+  FUSED_PREACT_INLINE void add(Vec<T> value) {
+    const Vec<T> d = value - origin;
     sum += d;
     squares += d * d;
   }
-  const Vec<T> mean = sum * splat(T(1) / T(pixels));
-  moments.merge(c, T(count), origin + mean, relu(squares - sum * mean), T(pixels));
-}
+
+  // Merges the run, of n values, into the channels from c on of a group that holds `count`.
+  FUSED_PREACT_INLINE void merge_into(const Moments<T>& moments, int64_t c, int64_t count, int64_t n) const {
+    const Vec<T> mean = sum * splat(T(1) / T(n));
+    moments.merge(c, T(count), origin + mean, relu(squares - sum * mean), T(n));
+  }
+};
 
 // Merges all groups, in order, into the first, and makes the rows of the batch norm that reads the tensor.
 template <class T, class Count>

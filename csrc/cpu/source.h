@@ -32,6 +32,7 @@ template <class T>
 struct NormVector {
   Vec<T> mean, scale, shift;
 
+  NormVector() = default;
   NormVector(const T* rows, int64_t C, int64_t c, int64_t n)
       : mean(load_lanes(rows + kMean * C + c, n)),
         scale(load_lanes(rows + kScale * C + c, n)),

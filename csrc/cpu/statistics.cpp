@@ -20,8 +20,11 @@ void statistics_of(int64_t pixels, int64_t C, const void* x, const Affine& next,
   parallel(groups, [&](int64_t g) {
     for (int64_t p = start(g); p < start(g + 1); p += kTilePixels)
       for_each_vector<T>(C, [&](int64_t c, int64_t n) __attribute__((always_inline)) {
-        merge_values(Moments<T>(moments, g, C), p - start(g), values + p * C + c, C,
-                     minimum(kTilePixels, pixels - p), c, n);
+        const S* value = values + p * C + c;
+        const int64_t run = minimum(kTilePixels, pixels - p);
+        RunSums<T> sums(load_lanes(value, n));
+        for (int64_t i = 1; i < run; ++i) sums.add(load_lanes(value + i * C, n));
+        sums.merge_into(Moments<T>(moments, g, C), c, p - start(g), run);
       });
   });
   finish_moments<T>(moments, groups, C, [&](int64_t g) { return start(g + 1) - start(g); }, next, rows);

@@ -5,6 +5,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "../kernels.h"
 
@@ -107,6 +108,15 @@ FUSED_PREACT_INLINE void for_each_vector(int64_t C, const Body& body) {
   int64_t c = 0;
   for (; c + kLanes<T> <= C; c += kLanes<T>) body(c, kLanes<T>);
   if (c < C) body(c, C - c);
+}
+
+// body(n) with n a constant where it is a whole vector, so that a loop in body has no branch on it.
+template <class T, class Body>
+FUSED_PREACT_INLINE void with_lanes(int64_t n, const Body& body) {
+  if (n >= kLanes<T>)
+    body(std::integral_constant<int64_t, kLanes<T>>{});
+  else
+    body(n);
 }
 
 // Whole vectors take the plain load and store, so that a loop over them has no call in it.
