@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -12,15 +11,16 @@ import torch
 from . import _extension
 from .schedule import Conv
 
-NAMES = ("auto", "cpu", "library", "reference")
+FUSED = ("cpu", "library", "reference")
+NAMES = ("auto", *FUSED, "eager")
 
 
 class Problem(NamedTuple):
-    """What a choice depends on: device type, dtype, shape of x (None: not known) and each convolution with its filter size."""
+    """What a choice depends on."""
 
     device: str
     dtype: torch.dtype
-    shape: tuple[int, ...] | None
+    shape: tuple[int, ...]  # of x
     convolutions: tuple[tuple[Conv, tuple[int, ...]], ...]  # geometry, weight shape
 
 
@@ -47,15 +47,16 @@ def _no_library(problem: Problem) -> str | None:
     return None
 
 
-def _no_reference(_problem: Problem) -> str | None:
+def _nothing(_problem: Problem) -> str | None:
     return None
 
 
-# In the order in which "auto" tries them.
+# What keeps a backend from a problem, in the order in which "auto" tries them.
 _OBSTACLES: dict[str, Callable[[Problem], str | None]] = {
     "cpu": _no_cpu,
     "library": _no_library,
-    "reference": _no_reference,
+    "eager": _nothing,
+    "reference": _nothing,
 }
 
 
@@ -64,13 +65,12 @@ def status() -> dict[str, str | None]:
     return {"cpu": _extension.unavailable, "library": None, "reference": None}
 
 
-def check_name(backend: str, extra: Sequence[str] = ()) -> None:
-    """Raise ValueError unless ``backend`` is one of NAMES or of ``extra``."""
-    if backend not in NAMES and backend not in extra:
-        raise ValueError(f"backend must be one of {', '.join((*NAMES, *extra))}; got {backend!r}")
+def check_name(backend: str) -> None:
+    """Raise ValueError unless ``backend`` is one of NAMES."""
+    if backend not in NAMES:
+        raise ValueError(f"backend must be one of {', '.join(NAMES)}; got {backend!r}")
 
 
-@functools.lru_cache(maxsize=4096)
 def choose(backend: str, problem: Problem) -> str:
     """Name of the backend that serves the problem.
 
@@ -87,7 +87,7 @@ def choose(backend: str, problem: Problem) -> str:
 
 
 class Choice(NamedTuple):
-    """The backend that serves one call, and why each other one does not; ``where`` is a name, or the module that calls."""
+    """The backend that serves one call, and why the others do not; ``where`` is a name, or the module that calls."""
 
     where: Any
     backend: str
@@ -110,7 +110,9 @@ class Explanation(tuple[Choice, ...]):
             merged.setdefault((choice.backend, tuple(choice.others.items())), []).append(choice.where)
         texts = []
         for (backend, others), places in merged.items():
-            where = ", ".join(places) if len(places) <= 4 else f"{places[0]}, {places[1]}, ... {places[-1]} ({len(places)} calls)"
+            if len(places) > 4:
+                places = [f"{places[0]}, {places[1]}, ... {places[-1]} ({len(places)} calls)"]
+            where = ", ".join(places)
             texts.append(str(Choice(where, backend, dict(others))))
         return "\n".join(texts)
 
@@ -118,11 +120,8 @@ class Explanation(tuple[Choice, ...]):
 def describe(where: str, backend: str, problem: Problem) -> Choice:
     """The choice for a problem, with its reasons."""
     chosen = choose(backend, problem)
-    others = {}
-    for name, obstacle in _OBSTACLES.items():
-        if name != chosen:
-            preferred = f"backend={backend!r} was asked for" if backend != "auto" else f"{chosen} comes first"
-            others[name] = obstacle(problem) or preferred
+    preferred = f"{chosen} comes first" if backend == "auto" else f"backend={backend!r} was asked for"
+    others = {name: obstacle(problem) or preferred for name, obstacle in _OBSTACLES.items() if name != chosen}
     return Choice(where, chosen, others)
 
 
@@ -141,6 +140,7 @@ def recording() -> Iterator[list[Choice]]:
 
 
 def is_recording() -> bool:
+    """Whether choices are being collected."""
     return _recording is not None
 
 
@@ -157,8 +157,8 @@ def _place(where: Any, names: dict[Any, str]) -> str:
 def explain(target: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     """Say which backend serves a call, and why the others do not.
 
-    The call ``target(*args, **kwargs)`` is made on fake tensors: nothing is computed, and no running statistics change. ``target`` is
-    `bn_relu_conv2d`, or any module, a whole net too: ``print(fused_preact.explain(net, images))``.
+    The call ``target(*args, **kwargs)`` is made on fake tensors: nothing is computed, and no running statistics change.
+    ``target`` is `bn_relu_conv2d`, or any module, a whole net too: ``print(fused_preact.explain(net, images))``.
 
     Raises:
         TypeError, ValueError: what the call itself would raise for its arguments.

@@ -1,14 +1,17 @@
-"""Pre-activation residual blocks, each one autograd node, with the signature and state_dict keys of kuangliu/pytorch-cifar.
+"""Pre-activation residual blocks, each one autograd node; signatures and state_dict keys are kuangliu/pytorch-cifar's.
 
 He, Zhang, Ren, Sun, "Identity Mappings in Deep Residual Networks", 2016, arXiv 1603.05027, figure 1(b).
 """
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checks import Shortcut
-from .modules import Fused, add, conv_geometry
+from .modules import Fused, Pair, add, conv_geometry
+
+_IDENTITY = Shortcut("identity")
 
 
 class _Block(Fused):
@@ -18,7 +21,7 @@ class _Block(Fused):
         in_planes: channels of x.
         planes: width; the block has planes*expansion channels out.
         stride: of the block.
-        stride_on: which convolution has the stride: "3x3", or "first" (in a bottleneck the first 1x1, as in resnet-1k-layers).
+        stride_on: which convolution has the stride: "3x3", or "first", a bottleneck's first 1x1 (resnet-1k-layers).
         shortcut_input: what the shortcut's convolution reads: "activated", relu(bn1(x)), as in the paper, or "raw", x.
         shortcut_name: name of that convolution's container in the state_dict, "shortcut" or "downsample".
         backend: one of `backends.NAMES`, or "eager" for the plain layers.
@@ -57,23 +60,10 @@ class _Block(Fused):
         """(channels out, filter size, stride) of each convolution."""
         raise NotImplementedError
 
-    def pairs(self) -> list[tuple[str, nn.Module, str, nn.Module]]:
+    def pairs(self) -> list[Pair]:
+        """The units' layers, in order."""
         children = self._modules
-        return [(bn, children[bn], conv, children[conv]) for bn, conv in self._names]
-
-    def others(self) -> list[tuple[str, nn.Module]]:
-        container = self._modules.get(self.shortcut_name)
-        return [] if container is None else [(f"{self.shortcut_name}.0", container[0])]
-
-    def eager(self, x: Tensor, residual: Tensor | None, inplace: bool) -> Tensor:
-        projection = self._modules.get(self.shortcut_name)
-        shortcut, out = x, x
-        for i, (_, bn, _, conv) in enumerate(self.pairs()):
-            out = nn.functional.relu(bn(out), inplace)
-            if i == 0 and projection is not None:
-                shortcut = projection(out if self.shortcut_input == "activated" else x)
-            out = conv(out)
-        return add(out, shortcut, inplace)
+        return [Pair(bn, children[bn], conv, children[conv]) for bn, conv in self._names]
 
     def forward(self, x: Tensor) -> Tensor:
         """y [N, planes*expansion, P, Q] of x [N, in_planes, H, W].
@@ -81,13 +71,22 @@ class _Block(Fused):
         Raises:
             TypeError, ValueError: x does not fit.
         """
-        reason = self.obstacle()
-        if reason is not None:
-            return self.step_down(reason, x)
-        for _, projection in self.others():
-            shortcut = Shortcut(self.shortcut_input, projection._parameters["weight"], conv_geometry(projection))
-            return self.fused(x, shortcut)
-        return self.fused(x, Shortcut("identity"))
+        pairs, container = self.pairs(), self._modules.get(self.shortcut_name)
+
+        def eager(inplace: bool) -> Tensor:
+            across = out = x
+            for i, (_, bn, _, conv) in enumerate(pairs):
+                out = F.relu(bn(out), inplace)
+                if i == 0 and container is not None:
+                    across = container(out if self.shortcut_input == "activated" else x)
+                out = conv(out)
+            return add(out, across, inplace)
+
+        if container is None:
+            return self.dispatch(pairs, x, eager, _IDENTITY)
+        projection = container[0]
+        shortcut = Shortcut(self.shortcut_input, projection._parameters["weight"], conv_geometry(projection))
+        return self.dispatch(pairs, x, eager, shortcut, (f"{self.shortcut_name}.0", projection))
 
 
 class PreActBlock(_Block):
@@ -101,7 +100,7 @@ class PreActBlock(_Block):
 
 
 class PreActBottleneck(_Block):
-    """Bottleneck block: 1x1, 3x3, 1x1 with four times ``planes`` out. ``PreActBottleneck(in_planes, planes, stride=1, ...)``."""
+    """Bottleneck: 1x1, 3x3, 1x1, four times ``planes`` out. ``PreActBottleneck(in_planes, planes, stride=1, ...)``."""
 
     __doc__ += _Block.__doc__.partition("\n")[2]
     expansion = 4

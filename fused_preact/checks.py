@@ -1,6 +1,7 @@
-"""The checks of a call's arguments, once for every backend; they read shapes, types and devices only, so fake tensors pass too.
+"""The checks of a call, once for every backend. They read shapes, types and devices only, so fake tensors pass too.
 
-Every message names the argument, what was expected and what came. A wrong type is a TypeError, a wrong value a ValueError.
+Every message names the argument, what was expected and what came. A wrong type is a TypeError, a wrong value a
+ValueError.
 """
 
 from __future__ import annotations
@@ -57,49 +58,64 @@ def pair(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
     return result
 
 
+def lopsided(dilation: Sequence[int], filter_size: Sequence[int]) -> bool:
+    """Whether padding='same' needs one pixel more on one side than on the other, which only plain layers do."""
+    return any(d * (size - 1) % 2 for d, size in zip(dilation, filter_size, strict=True))
+
+
 def geometry(
     stride: int | Sequence[int],
     padding: int | Sequence[int] | str,
     dilation: int | Sequence[int],
     groups: int,
-    filter_size: Sequence[int],
+    weight: Tensor,
 ) -> Conv:
     """Geometry of a convolution from the arguments that torch's conv2d takes.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type or out of range.
     """
+    filters("weight", weight)
     strides, dilations = pair("stride", stride, 1), pair("dilation", dilation, 1)
     if padding == "valid":
         pads = (0, 0)
     elif padding == "same":
         if strides != (1, 1):
             raise ValueError(f"padding='same' needs a stride of 1, got stride={stride!r}")
-        total = [d * (size - 1) for d, size in zip(dilations, filter_size, strict=True)]
-        if any(t % 2 for t in total):
+        size = tuple(weight.shape[2:])
+        if lopsided(dilations, size):
             raise ValueError(
-                f"padding='same' must come out the same on both sides; a filter of {tuple(filter_size)} with "
-                f"dilation {dilations} needs {tuple(total)} in all"
+                f"padding='same' must come out equal on both sides, got a filter of {size} with dilation {dilations}"
             )
-        pads = (total[0] // 2, total[1] // 2)
+        pads = tuple(d * (s - 1) // 2 for d, s in zip(dilations, size, strict=True))
     elif isinstance(padding, str):
         raise ValueError(f"padding must be an integer, a pair, 'same' or 'valid', got {padding!r}")
     else:
         pads = pair("padding", padding, 0)
-    if type(groups) is not int:
-        raise TypeError(f"groups must be an integer, got {groups!r}")
-    if groups < 1:
-        raise ValueError(f"groups must be at least 1, got {groups}")
-    return Conv(*strides, *pads, *dilations, groups)
+    return Conv(*strides, *pads, *dilations, pair("groups", groups, 1)[0])
 
 
-def _is_tensor(name: str, t: Any) -> None:
+def tensor(name: str, t: Any) -> None:
+    """Raise TypeError unless t is a tensor."""
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
 
 
+def number(name: str, value: Any) -> None:
+    """Raise TypeError unless value is a number."""
+    if not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+
+
+def filters(name: str, weight: Any) -> None:
+    """Raise TypeError or ValueError unless weight is a tensor [K, C/groups, R, S]."""
+    tensor(name, weight)
+    if weight.dim() != 4:
+        raise ValueError(f"{name} must have 4 dimensions (K, C/groups, R, S), got shape {tuple(weight.shape)}")
+
+
 def _alike(name: str, t: Any, x: Tensor, dtypes: Sequence[torch.dtype]) -> None:
-    _is_tensor(name, t)
+    tensor(name, t)
     if t.dtype not in dtypes:
         expected = " or ".join(str(dtype) for dtype in dict.fromkeys(dtypes))
         raise TypeError(f"{name} must be {expected}, as x is {x.dtype}; got {t.dtype}")
@@ -115,7 +131,7 @@ def _vector(name: str, t: Any, size: int, what: str, x: Tensor, dtypes: Sequence
 
 def input_tensor(x: Any) -> None:
     """Raise TypeError or ValueError unless x is a dense floating-point [N, C, H, W] tensor with channels and pixels."""
-    _is_tensor("x", x)
+    tensor("x", x)
     if x.dtype not in DTYPES:
         raise TypeError(f"x must be one of {', '.join(map(str, DTYPES))}; got {x.dtype}")
     if x.layout != torch.strided:
@@ -127,15 +143,14 @@ def input_tensor(x: Any) -> None:
 
 
 def convolution(name: str, weight: Any, conv: Conv, shape: Sequence[int], x: Tensor) -> tuple[int, int, int, int]:
-    """Shape of the output of a convolution by ``weight`` of an input of ``shape``, both checked; ``name`` is the weight's."""
+    """Shape of the output of the convolution of an input of ``shape`` by ``weight``, called ``name`` in messages."""
     _alike(name, weight, x, (x.dtype,))
-    if weight.dim() != 4:
-        raise ValueError(f"{name} must have 4 dimensions (K, C/groups, R, S), got shape {tuple(weight.shape)}")
+    filters(name, weight)
     K, channels, R, S = weight.shape
     C = shape[1]
     if C % conv.groups or K % conv.groups:
         raise ValueError(
-            f"groups must divide the input's {C} channels and the {K} output channels of {name}; got groups={conv.groups}"
+            f"groups must divide the input's {C} and the output's {K} channels of {name}; got groups={conv.groups}"
         )
     if channels * conv.groups != C:
         groups = f" with groups={conv.groups}" if conv.groups > 1 else ""
@@ -148,14 +163,14 @@ def convolution(name: str, weight: Any, conv: Conv, shape: Sequence[int], x: Ten
     y = conv.output_shape(shape, weight.shape)
     if y[2] < 1 or y[3] < 1:
         raise ValueError(
-            f"{name} with a {R}x{S} filter, padding {conv.padding} and dilation {conv.dilation} does not fit an input of "
-            f"{shape[2]}x{shape[3]} pixels: the output would have {max(y[2], 0)}x{max(y[3], 0)}"
+            f"{name} with a {R}x{S} filter, padding {conv.padding} and dilation {conv.dilation} does not fit an input "
+            f"of {shape[2]}x{shape[3]} pixels: the output would have {max(y[2], 0)}x{max(y[3], 0)}"
         )
     return y
 
 
 def batch_norm(unit: Unit, shape: Sequence[int], x: Tensor, name: Callable[[str], str]) -> None:
-    """Check the batch norm of a unit against the shape [N, C, H, W] of its input; ``name`` names its arguments in messages."""
+    """Check the batch norm of a unit against the shape [N, C, H, W] of its input; ``name`` names its arguments."""
     C, dtypes = shape[1], (x.dtype, accumulation_type(x.dtype))
     for field in ("bn_weight", "bn_bias", "running_mean", "running_var"):
         t = getattr(unit, field)
@@ -163,8 +178,14 @@ def batch_norm(unit: Unit, shape: Sequence[int], x: Tensor, name: Callable[[str]
             _vector(name(field), t, C, "input channel", x, dtypes)
         elif not unit.batch and field.startswith("running"):
             raise ValueError(f"{name(field)} is needed where batch statistics are not used (training=False), got None")
+    if (unit.running_mean is None) != (unit.running_var is None):
+        missing, given = "running_mean", "running_var"
+        if unit.running_var is None:
+            missing, given = given, missing
+        raise ValueError(f"{name(missing)} is needed where {name(given)} is given, got None")
     if unit.batch and shape[0] * shape[2] * shape[3] < 2:
-        raise ValueError(f"x must give more than one value per channel in training, got {tuple(shape)} for {name('running_mean')}")
+        where = name("x")
+        raise ValueError(f"{where} must have more than one value per channel in training, got shape {tuple(shape)}")
     if not unit.eps >= 0:
         raise ValueError(f"{name('eps')} must not be negative, got {unit.eps}")
 
@@ -177,6 +198,8 @@ def argument_name(index: int, count: int) -> Callable[[str], str]:
     def name(field: str) -> str:
         if field in ("weight", "bias"):
             return f"conv{index + 1}.{field}"
+        if field == "x":
+            return f"the input of bn{index + 1}" if index else "x"
         return f"bn{index + 1}.{field.removeprefix('bn_')}"
 
     return name
@@ -198,7 +221,7 @@ def call(x: Any, units: Sequence[Unit], shortcut: Shortcut, residual: Any = None
         if unit.bias is not None:
             _vector(name("bias"), unit.bias, shape[1], "output channel", x, (x.dtype,))
     if shortcut.kind == "identity" and tuple(x.shape) != tuple(shape):
-        raise ValueError(f"x must have the shape of the output, {tuple(shape)}, to be added to it; got {tuple(x.shape)}")
+        raise ValueError(f"x must have the output's shape {tuple(shape)}, to be added to it; got {tuple(x.shape)}")
     if shortcut.weight is not None:
         across = convolution("shortcut.weight", shortcut.weight, shortcut.conv, x.shape, x)
         if across != tuple(shape):

@@ -1,17 +1,19 @@
-"""The unit as a function, and the path that every fused call takes: checks, autocast, choice of backend, node, running statistics."""
+"""The unit as a function, and what every fused call does: checks, autocast, choice of a backend, running statistics."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from . import backends, checks, ops, schedule
+from . import backends, checks, ops
 from .checks import Shortcut, Unit
+from .schedule import MEAN, VARIANCE
 
-_NO_SHORTCUT = Shortcut()
+NO_SHORTCUT = Shortcut()
 
 
 def bn_relu_conv2d(
@@ -39,8 +41,8 @@ def bn_relu_conv2d(
         x: [N, C, H, W], float32, bfloat16, float16 or float64, of any strides.
         weight: [K, C/groups, R, S], the dtype of x.
         bn_weight, bn_bias: gamma and beta [C], the dtype of x or float32; None is one and zero.
-        running_mean, running_var: [C]. In training they are updated in place, once, with ``momentum``, where they are given; else they
-            are what x is normalised by.
+        running_mean, running_var: [C]. In training they are updated in place, once, with ``momentum``, where they are
+            given; else they are what x is normalised by.
         bias: [K] or None.
         residual: [N, K, P, Q] or None, added to the result.
         stride, padding, dilation, groups: as in `torch.nn.functional.conv2d`; the padding is zeros, after the ReLU.
@@ -55,82 +57,121 @@ def bn_relu_conv2d(
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it, what was expected and what came.
     """
-    checks._is_tensor("weight", weight)
-    if weight.dim() != 4:
-        raise ValueError(f"weight must have 4 dimensions (K, C/groups, R, S), got shape {tuple(weight.shape)}")
-    conv = checks.geometry(stride, padding, dilation, groups, weight.shape[2:])
-    if not isinstance(momentum, float | int):
-        raise TypeError(f"momentum must be a number, got {momentum!r}")
-    if (running_mean is None) != (running_var is None):
-        missing = "running_mean" if running_mean is None else "running_var"
-        raise ValueError(f"{missing} is None while the other running statistic is given; give both or neither")
+    checks.number("momentum", momentum)
+    checks.number("eps", eps)
+    conv = checks.geometry(stride, padding, dilation, groups, weight)
     unit = Unit(weight, bias, bn_weight, bn_bias, running_mean, running_var, training, eps, conv)
-    y, rows = run(x, [unit], residual=residual, backend=backend, where="bn_relu_conv2d")
+    plan = make_plan(x, [unit], NO_SHORTCUT, residual, backend)
+    plan.record("bn_relu_conv2d")
+    if plan.backend == "eager":
+        z = F.batch_norm(x, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps)
+        y = F.conv2d(F.relu(z, inplace=True), weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+        return y if residual is None else y.add_(residual)
+    y, rows = execute(plan, x, [unit], NO_SHORTCUT, residual)
     if training and running_mean is not None:
-        update_running([running_mean, running_var], [rows[0][schedule.MEAN], rows[0][schedule.VARIANCE]], momentum)
+        update_running([running_mean, running_var], [rows[0][MEAN], rows[0][VARIANCE]], momentum)
     return y
 
 
-def run(
-    x: Tensor,
-    units: Sequence[Unit],
-    *,
-    shortcut: Shortcut = _NO_SHORTCUT,
-    residual: Tensor | None = None,
-    backend: str = "auto",
-    where: Any,
-) -> tuple[Tensor, list[Tensor]]:
-    """The chain of ``units``: (y, rows), with rows[i] the [5, C] rows of batch norm i. ``where`` names the call in explanations.
+class Plan(NamedTuple):
+    """What is known of a call before its tensors are read; the same for every call with the same shapes and types."""
+
+    asked: str
+    problem: backends.Problem
+    backend: str
+    cast: torch.dtype | None  # autocast's, where it is on
+    training: list[bool]
+    eps: list[float]
+    geometry: list[int]
+
+    def record(self, where: Any) -> None:
+        """Note the choice for `explain`; ``where`` is a name, or the module that calls."""
+        if backends.is_recording():
+            backends.record(backends.describe(where, self.asked, self.problem))
+
+
+_plans: dict[tuple[Any, ...], Plan] = {}
+
+
+def make_plan(
+    x: Tensor, units: Sequence[Unit], shortcut: Shortcut, residual: Tensor | None = None, backend: str = "auto"
+) -> Plan:
+    """Check the arguments of a chain and choose its backend, once for calls that differ in the numbers only.
 
     Raises:
         TypeError, ValueError: an argument does not fit.
     """
-    checks._is_tensor("x", x)
+    checks.tensor("x", x)
     device = x.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        x, units, shortcut, residual = _cast(x, units, shortcut, residual, dtype)
-        with torch.autocast(device, enabled=False):
-            return _run(x, units, shortcut, residual, backend, where)
-    return _run(x, units, shortcut, residual, backend, where)
+    cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    if torch.compiler.is_compiling():
+        return _make_plan(x, units, shortcut, residual, backend, cast)
+    key = [backend, cast, shortcut.kind, shortcut.conv]
+    tensors = [x, residual, shortcut.weight]
+    for unit in units:
+        tensors += unit[:6]
+        key.append(unit[6:])
+    key += [(t.shape, t.dtype, t.device, t.layout) if isinstance(t, Tensor) else type(t) for t in tensors]
+    key = tuple(key)
+    plan = _plans.get(key)
+    if plan is None:
+        if len(_plans) >= 4096:
+            _plans.clear()
+        plan = _plans[key] = _make_plan(x, units, shortcut, residual, backend, cast)
+    return plan
 
 
-def _run(x, units, shortcut, residual, backend, where) -> tuple[Tensor, list[Tensor]]:
+def _make_plan(x, units, shortcut, residual, backend, cast) -> Plan:
+    if cast is not None:
+        with torch.no_grad():
+            x, units, shortcut, residual = _cast(x, units, shortcut, residual, cast)
     checks.call(x, units, shortcut, residual)
     convolutions = [(unit.conv, tuple(unit.weight.shape)) for unit in units]
     if shortcut.weight is not None:
         convolutions.append((shortcut.conv, tuple(shortcut.weight.shape)))
     problem = backends.Problem(x.device.type, x.dtype, tuple(x.shape), tuple(convolutions))
-    chosen = backends.choose(backend, problem)
-    if backends.is_recording():
-        backends.record(backends.describe(where, backend, problem))
-
-    weight, bias, bn_weight, bn_bias, running_mean, running_var = [], [], [], [], [], []
-    biased = any(unit.bias is not None for unit in units)
-    fixed = any(not unit.batch for unit in units)
-    for unit in units:
-        weight.append(unit.weight)
-        C = x.size(1) if unit is units[0] else weight[-2].size(0)
-        bn_weight.append(x.new_ones(C) if unit.bn_weight is None else unit.bn_weight)
-        bn_bias.append(x.new_zeros(C) if unit.bn_bias is None else unit.bn_bias)
-        if biased:
-            bias.append(x.new_zeros(unit.weight.size(0)) if unit.bias is None else unit.bias)
-        if fixed:
-            running_mean.append(bn_weight[-1] if unit.batch else unit.running_mean)
-            running_var.append(bn_weight[-1] if unit.batch else unit.running_var)
-    facts = ops.Facts(
+    return Plan(
+        backend,
+        problem,
+        backends.choose(backend, problem),
+        cast,
         [unit.batch for unit in units],
-        [unit.eps for unit in units],
+        [float(unit.eps) for unit in units],
         [number for conv, _ in convolutions for number in conv],
-        shortcut.kind,
-        chosen,
-        running_mean,
-        running_var,
     )
+
+
+def execute(
+    plan: Plan, x: Tensor, units: Sequence[Unit], shortcut: Shortcut, residual: Tensor | None = None
+) -> tuple[Tensor, list[Tensor]]:
+    """Run a chain by its plan: (y, rows), with rows[i] the [5, C] rows of batch norm i."""
+    if plan.cast is None:
+        return _execute(plan, x, units, shortcut, residual)
+    with torch.autocast(x.device.type, enabled=False):
+        return _execute(plan, *_cast(x, units, shortcut, residual, plan.cast))
+
+
+def _execute(plan: Plan, x, units, shortcut, residual) -> tuple[Tensor, list[Tensor]]:
+    weight, bias, bn_weight, bn_bias, running_mean, running_var, *_ = map(list, zip(*units, strict=True))
+    shapes = [w.shape for w in weight]
+    if any(t is None for t in (*bn_weight, *bn_bias)):
+        channels = [x.size(1), *(shape[0] for shape in shapes)]
+        bn_weight = [x.new_ones(channels[i]) if t is None else t for i, t in enumerate(bn_weight)]
+        bn_bias = [x.new_zeros(channels[i]) if t is None else t for i, t in enumerate(bn_bias)]
+    if all(t is None for t in bias):
+        bias = []
+    else:
+        bias = [x.new_zeros(shape[0]) if t is None else t for t, shape in zip(bias, shapes, strict=True)]
+    if all(plan.training):
+        running_mean = running_var = []
+    else:  # Those of training units are not read.
+        running_mean = [g if t is None else t for t, g in zip(running_mean, bn_weight, strict=True)]
+        running_var = [g if t is None else t for t, g in zip(running_var, bn_weight, strict=True)]
+    facts = ops.Facts(plan.training, plan.eps, plan.geometry, shortcut.kind, plan.backend, running_mean, running_var)
     return ops.chain(facts, x, residual, weight, bias, bn_weight, bn_bias, shortcut.weight)
 
 
-def _cast(x, units, shortcut, residual, dtype: torch.dtype) -> tuple[Tensor, list[Unit], Shortcut, Tensor | None]:
+def _cast(x, units, shortcut, residual, dtype: torch.dtype) -> tuple[Any, list[Unit], Shortcut, Any]:
     """What autocast casts for a convolution, cast; float64 stays, as there."""
 
     def cast(t: Any) -> Any:
@@ -142,8 +183,8 @@ def _cast(x, units, shortcut, residual, dtype: torch.dtype) -> tuple[Tensor, lis
 
 
 def update_running(buffers: list[Tensor], batch: list[Tensor], momentum: float | Tensor) -> None:
-    """buffer = (1 - momentum)*buffer + momentum*batch, in place."""
-    batch = [value.to(buffer.dtype) for buffer, value in zip(buffers, batch, strict=True)]
+    """buffer = (1 - momentum)*buffer + momentum*batch, in place, for each buffer."""
+    batch = [v if v.dtype == buffer.dtype else v.to(buffer.dtype) for buffer, v in zip(buffers, batch, strict=True)]
     with torch.no_grad():
         if isinstance(momentum, Tensor):
             for buffer, value in zip(buffers, batch, strict=True):

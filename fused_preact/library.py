@@ -45,7 +45,7 @@ def running(mean: Tensor, variance: Tensor, affine: Affine) -> Tensor:
 def forward(
     conv: Conv, x: Activation, weight: Tensor, bias: Tensor | None, residual: Tensor | None, following: Affine | None
 ) -> tuple[Tensor, Tensor | None]:
-    """y = conv(a, weight) + bias + residual, and the rows of the batch norm that reads y where ``following`` is given."""
+    """y = conv(a, weight) + bias + residual, and the rows of the batch norm ``following``, if any, that reads y."""
     y = aten.convolution(_a(x), weight, bias, conv.stride, conv.padding, conv.dilation, False, (0, 0), conv.groups)
     y = y.contiguous(memory_format=torch.channels_last)
     if residual is not None:
@@ -59,7 +59,7 @@ def _convolution_backward(conv: Conv, dy: Gradient, x: Tensor, weight: Tensor, m
 
 
 def dgrad(conv: Conv, dy: Gradient, weight: Tensor, x: Activation, add: Tensor | None, batch: bool) -> Gradient:
-    """dz = (conv_transpose(dy, weight) + add) * [z > 0], and from it at once the gradient that the unit before reads."""
+    """dz = (conv_transpose(dy, weight) + add) * [z > 0], and from it the gradient that the unit before reads."""
     da, _, _ = _convolution_backward(conv, dy, x.x, weight, [True, False, False])
     da = da.contiguous(memory_format=torch.channels_last)
     if add is not None:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .blocks import PreActBlock, PreActBottleneck
-from .modules import add
+from .modules import add, overwritable
 
 
 class FirstPreActBlock(PreActBlock):
@@ -22,27 +22,26 @@ class FirstPreActBlock(PreActBlock):
     So its shortcut is relu(bn1(x)). A block with a projection has the same from ``shortcut_input="activated"``.
     """
 
-    def eager(self, x: Tensor, residual: Tensor | None, inplace: bool) -> Tensor:
-        a = F.relu(self.bn1(x), inplace)
-        return add(self.conv2(F.relu(self.bn2(self.conv1(a)), inplace)), a, inplace)
-
     def forward(self, x: Tensor) -> Tensor:
         """y [N, planes, H, W] of x [N, planes, H, W].
 
         Raises:
             TypeError, ValueError: x does not fit.
         """
-        reason = self.obstacle()
-        if reason is not None:
-            return self.step_down(reason, x)
-        a = F.relu(self.bn1(x), inplace=True)
-        return self.fused(self.conv1(a), residual=a, first=1)
+        a = F.relu(self.bn1(x), overwritable(self.bn1))
+        h = self.conv1(a)
+
+        def eager(inplace: bool) -> Tensor:
+            return add(self.conv2(F.relu(self.bn2(h), inplace)), a, inplace)
+
+        return self.dispatch(self.pairs()[1:], h, eager, residual=a)
 
 
 class PreActResNet(nn.Module):
     """``conv1``, stages ``layer1``, ``layer2``, ... of pre-activation blocks, mean over the pixels, ``linear``.
 
-    With the defaults and four stages, the network and the state_dict keys of kuangliu/pytorch-cifar. It runs channels_last inside.
+    With the defaults and four stages, the network and the state_dict keys of kuangliu/pytorch-cifar. It runs
+    channels_last inside.
 
     Args:
         block: `PreActBlock` or `PreActBottleneck`.
@@ -129,7 +128,7 @@ def create(name: str, num_classes: int = 10, **options: Any) -> PreActResNet:
     Args:
         name: one of `names`.
         num_classes: size of the output.
-        options: keyword arguments of `PreActResNet` and of its blocks, such as ``backend="eager"`` or ``stem="imagenet"``.
+        options: keyword arguments of `PreActResNet` and its blocks, such as ``backend="eager"``, ``stem="imagenet"``.
 
     Raises:
         ValueError: there is no network of that name.

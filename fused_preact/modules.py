@@ -1,101 +1,107 @@
-"""The unit as a module, and what every fused module shares: the step down to plain layers, and the running statistics."""
+"""The unit as a module, and what the fused modules share: the way down to plain layers, and the running statistics."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from . import backends, checks
 from .checks import Shortcut, Unit
-from .functional import run, update_running
+from .functional import NO_SHORTCUT, execute, make_plan, update_running
 from .schedule import MEAN, VARIANCE
 
-_NO_SHORTCUT = Shortcut()
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+class Pair(NamedTuple):
+    """The two layers of a unit, and the names by which its module knows them."""
+
+    bn_name: str
+    bn: nn.Module
+    conv_name: str
+    conv: nn.Module
 
 
 class Fused(nn.Module):
     """A module whose children bn, conv, ... run as one autograd node.
 
-    Where a child cannot be fused (it has hooks, or it is another kind of layer), or with ``backend="eager"``, the children run one after
-    the other as plain layers; `fused_preact.explain` says so.
+    Where a child cannot be fused (it has hooks, or it is another kind of layer), or with ``backend="eager"``, the
+    children run one after the other as plain layers; `fused_preact.explain` says so.
     """
 
     def __init__(self, backend: str) -> None:
         super().__init__()
-        backends.check_name(backend, ("eager",))
+        backends.check_name(backend)
         self.backend = backend
 
-    def pairs(self) -> list[tuple[str, nn.Module, str, nn.Module]]:
-        """(name, batch norm, name, convolution) of each unit, in order."""
-        raise NotImplementedError
+    def dispatch(
+        self,
+        pairs: Sequence[Pair],
+        x: Tensor,
+        eager: Callable[[bool], Tensor],
+        shortcut: Shortcut = NO_SHORTCUT,
+        projection: tuple[str, nn.Module] | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """Run ``pairs`` as one node and update the running statistics once, or else call ``eager``.
 
-    def others(self) -> list[tuple[str, nn.Module]]:
-        """The other children that take part: the shortcut's."""
-        return []
+        ``eager`` computes the same by the layers themselves, and is told whether ReLU and addition may overwrite what a
+        layer returned. ``projection`` is the name and layer of the shortcut's convolution.
+        """
+        reason = self.obstacle(pairs, projection)
+        if reason is not None:
+            if backends.is_recording():
+                backends.record(backends.Choice(self, "eager", dict.fromkeys(backends.FUSED, reason)))
+            return eager(all(overwritable(pair.bn) and overwritable(pair.conv) for pair in pairs))
+        units = [_unit(pair.bn, pair.conv) for pair in pairs]
+        plan = make_plan(x, units, shortcut, residual, self.backend)
+        plan.record(self)
+        if plan.backend == "eager":
+            return eager(True)
+        y, rows = execute(plan, x, units, shortcut, residual)
+        _update(pairs, rows)
+        return y
 
-    def eager(self, x: Tensor, residual: Tensor | None, inplace: bool) -> Tensor:
-        """The same function by plain layers; ``inplace`` where ReLU and addition may overwrite what a layer returned."""
-        raise NotImplementedError
-
-    def obstacle(self) -> str | None:
+    def obstacle(self, pairs: Sequence[Pair], projection: tuple[str, nn.Module] | None) -> str | None:
         """Why the children run as plain layers, or None where they are fused."""
         if self.backend == "eager":
             return "backend='eager' was asked for"
         if nn_module._has_any_global_hook():
             return "a global module hook is set, which runs for every layer"
-        for bn_name, bn, conv_name, conv in self.pairs():
+        for bn_name, bn, conv_name, conv in pairs:
             reason = _obstacle(bn_name, bn, nn.BatchNorm2d) or _obstacle(conv_name, conv, nn.Conv2d)
             if reason is not None:
                 return reason
-        for name, child in self.others():
-            reason = _obstacle(name, child, nn.Conv2d)
-            if reason is not None:
-                return reason
-        return None
-
-    def step_down(self, reason: str, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Run the children as plain layers, and note the reason for `explain`."""
-        if backends.is_recording():
-            backends.record(backends.Choice(self, "eager", dict.fromkeys(backends.NAMES[1:], reason)))
-        # A hook may keep what its layer returned, and a layer of another kind may return its input.
-        layers = [child for _, bn, _, conv in self.pairs() for child in (bn, conv)]
-        plain = all(type(child) in (nn.BatchNorm2d, nn.Conv2d) and not _hooked(child) for child in layers)
-        return self.eager(x, residual, plain and not nn_module._has_any_global_hook())
-
-    def fused(
-        self, x: Tensor, shortcut: Shortcut = _NO_SHORTCUT, residual: Tensor | None = None, first: int = 0
-    ) -> Tensor:
-        """Run the units, from ``first`` on, as one node, and update the running statistics once."""
-        pairs = self.pairs()[first:]
-        units = [_unit(bn, conv) for _, bn, _, conv in pairs]
-        y, rows = run(x, units, shortcut=shortcut, residual=residual, backend=self.backend, where=self)
-        _update([bn for _, bn, _, _ in pairs], rows)
-        return y
+        return None if projection is None else _obstacle(*projection, nn.Conv2d)
 
     def extra_repr(self) -> str:
+        """The backend, where it is not the default."""
         return "" if self.backend == "auto" else f"backend={self.backend!r}"
 
 
 def _hooked(child: nn.Module) -> bool:
-    state = child.__dict__
-    return any(state[hooks] for hooks in _HOOKS)
+    s = child.__dict__
+    return bool(s["_forward_hooks"] or s["_forward_pre_hooks"] or s["_backward_hooks"] or s["_backward_pre_hooks"])
 
 
 def _obstacle(name: str, child: nn.Module, kind: type[nn.Module]) -> str | None:
     if type(child) is not kind:
-        return f"{name} is a {type(child).__name__}, not a plain nn.{kind.__name__}"
+        return f"{name} is of type {type(child).__name__}, not a plain nn.{kind.__name__}"
     if _hooked(child):
-        return f"{name} has hooks, which only run when the layer itself is called"
-    if kind is nn.Conv2d:
-        if child.padding_mode != "zeros":
-            return f"{name} has padding_mode={child.padding_mode!r}, not 'zeros'"
-        if child.padding == "same" and any(d * (r - 1) % 2 for d, r in zip(child.dilation, child.kernel_size, strict=True)):
-            return f"{name} has padding='same' with a filter of {child.kernel_size}, which pads one side more than the other"
+        return f"{name} has hooks, which run only when the layer itself is called"
+    if kind is nn.Conv2d and child.padding_mode != "zeros":
+        return f"{name} has padding_mode={child.padding_mode!r}, not 'zeros'"
+    if kind is nn.Conv2d and child.padding == "same" and checks.lopsided(child.dilation, child.kernel_size):
+        return f"{name} has padding='same' with a filter of {child.kernel_size}, which pads one side more"
     return None
+
+
+def overwritable(child: nn.Module) -> bool:
+    """Whether what a layer returns may be overwritten: it makes a new tensor, and no hook has kept it."""
+    return type(child) in (nn.BatchNorm2d, nn.Conv2d) and not _hooked(child) and not nn_module._has_any_global_hook()
 
 
 def add(y: Tensor, residual: Tensor, inplace: bool) -> Tensor:
@@ -106,51 +112,54 @@ def add(y: Tensor, residual: Tensor, inplace: bool) -> Tensor:
 def conv_geometry(conv: nn.Conv2d) -> checks.Conv:
     """Geometry of a plain convolution layer."""
     if isinstance(conv.padding, str):
-        return checks.geometry(conv.stride, conv.padding, conv.dilation, conv.groups, conv.kernel_size)
+        return checks.geometry(conv.stride, conv.padding, conv.dilation, conv.groups, conv.weight)
     return checks.Conv(*conv.stride, *conv.padding, *conv.dilation, conv.groups)
 
 
 def _unit(bn: nn.BatchNorm2d, conv: nn.Conv2d) -> Unit:
-    # The dictionaries are read directly: attribute access of modules costs ten times as much, and this runs for every layer.
-    norm, affine, filters = bn._buffers, bn._parameters, conv._parameters
-    mean, var = norm["running_mean"], norm["running_var"]
-    training = bn.training or (mean is None and var is None)
+    # The dictionaries are read directly: attributes of modules cost ten times as much, and this runs for every layer.
+    buffers, affine, filters = bn._buffers, bn._parameters, conv._parameters
+    mean, var = buffers["running_mean"], buffers["running_var"]
+    batch = bn.training or (mean is None and var is None)
+    geometry = conv_geometry(conv)
     return Unit(
-        filters["weight"], filters["bias"], affine["weight"], affine["bias"], mean, var, training, bn.eps, conv_geometry(conv)
-    )  # fmt: skip
+        filters["weight"], filters["bias"], affine["weight"], affine["bias"], mean, var, batch, bn.eps, geometry
+    )
 
 
-def _update(norms: Sequence[nn.BatchNorm2d], rows: Sequence[Tensor]) -> None:
+def _update(pairs: Sequence[Pair], rows: Sequence[Tensor]) -> None:
     """Update the running statistics as nn.BatchNorm2d does, from the rows that the chain made of this batch."""
-    counts, plain = [], {}
-    for bn, row in zip(norms, rows, strict=True):
+    counts: list[Tensor] = []
+    kept: dict[float | None, tuple[list[Tensor], list[Tensor]]] = {}
+    for (_, bn, _, _), row in zip(pairs, rows, strict=True):
         if not (bn.training and bn.track_running_stats):
             continue
-        buffers = bn._buffers
+        buffers, momentum = bn._buffers, bn.momentum
         mean, var, count = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
         if count is not None:
             counts.append(count)
-        if mean is not None and var is not None:
-            values = row.unbind()
-            plain.setdefault(bn.momentum, []).append((mean, var, values[MEAN], values[VARIANCE], count))
+        if mean is None or var is None:
+            continue
+        if momentum is None:  # A cumulative average: 1/count of the count that includes this batch.
+            update_running([mean, var], [row[MEAN], row[VARIANCE]], 0.0 if count is None else 1.0 / (count + 1))
+        else:
+            running, batch = kept.setdefault(momentum, ([], []))
+            running += (mean, var)
+            batch += (row[MEAN], row[VARIANCE])
     if counts:
         torch._foreach_add_(counts, 1)
-    for momentum, entries in plain.items():
-        if momentum is None:
-            for mean, var, m, v, count in entries:
-                update_running([mean, var], [m, v], 0.0 if count is None else 1.0 / count)
-        else:
-            means, variances, m, v, _ = zip(*entries, strict=True)
-            update_running([*means, *variances], [*m, *v], momentum)
+    for momentum, (running, batch) in kept.items():
+        update_running(running, batch, momentum)
 
 
 class BNReLUConv2d(Fused):
-    """conv(relu(bn(x))) + residual with the children ``bn`` (nn.BatchNorm2d) and ``conv`` (nn.Conv2d), as one autograd node.
+    """conv(relu(bn(x))) + residual, children ``bn`` (nn.BatchNorm2d) and ``conv`` (nn.Conv2d), as one autograd node.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: as in nn.Conv2d.
         eps, momentum, affine, track_running_stats: as in nn.BatchNorm2d.
-        backend: one of `backends.NAMES`, or "eager" for the plain layers.
+        backend: one of `backends.NAMES`.
+        device, dtype: of the parameters.
     """
 
     def __init__(
@@ -178,16 +187,17 @@ class BNReLUConv2d(Fused):
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, **like)
 
     @classmethod
-    def from_layers(cls, bn: nn.BatchNorm2d, conv: nn.Conv2d, backend: str = "auto") -> BNReLUConv2d:
+    def from_layers(cls, bn: nn.Module, conv: nn.Conv2d, backend: str = "auto") -> BNReLUConv2d:
         """The unit of two layers that exist already; it holds the layers themselves, not copies.
 
         Raises:
-            TypeError: a layer is not an nn.BatchNorm2d or nn.Conv2d.
-            ValueError: the channels of bn are not those that conv reads.
+            TypeError: bn is no batch norm, or conv no nn.Conv2d.
+            ValueError: bn does not have the channels that conv reads.
         """
-        for name, layer, kind in ("bn", bn, nn.BatchNorm2d), ("conv", conv, nn.Conv2d):
-            if not isinstance(layer, (kind, nn.SyncBatchNorm) if name == "bn" else kind):
-                raise TypeError(f"{name} must be an nn.{kind.__name__}, got {type(layer).__name__}")
+        if not isinstance(bn, nn.modules.batchnorm._BatchNorm):
+            raise TypeError(f"bn must be an nn.BatchNorm2d, got {type(bn).__name__}")
+        if not isinstance(conv, nn.Conv2d):
+            raise TypeError(f"conv must be an nn.Conv2d, got {type(conv).__name__}")
         if bn.num_features != conv.in_channels:
             raise ValueError(f"bn must have the {conv.in_channels} channels that conv reads, got {bn.num_features}")
         unit = cls.__new__(cls)
@@ -195,19 +205,17 @@ class BNReLUConv2d(Fused):
         unit.bn, unit.conv, unit.training = bn, conv, conv.training
         return unit
 
-    def pairs(self) -> list[tuple[str, nn.Module, str, nn.Module]]:
-        children = self._modules
-        return [("bn", children["bn"], "conv", children["conv"])]
-
-    def eager(self, x: Tensor, residual: Tensor | None, inplace: bool) -> Tensor:
-        y = self.conv(nn.functional.relu(self.bn(x), inplace))
-        return y if residual is None else add(y, residual, inplace)
-
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """y [N, K, P, Q] of x [N, C, H, W] and a residual of the shape of y.
 
         Raises:
             TypeError, ValueError: an argument does not fit.
         """
-        reason = self.obstacle()
-        return self.fused(x, residual=residual) if reason is None else self.step_down(reason, x, residual)
+        children = self._modules
+        bn, conv = children["bn"], children["conv"]
+
+        def eager(inplace: bool) -> Tensor:
+            y = conv(F.relu(bn(x), inplace))
+            return y if residual is None else add(y, residual, inplace)
+
+        return self.dispatch([Pair("bn", bn, "conv", conv)], x, eager, residual=residual)

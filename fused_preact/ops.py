@@ -1,8 +1,8 @@
-"""The operators of the namespace ``torch.ops.fused_preact``, their fake kernels, and the autograd node of a chain.
+"""The operators of ``torch.ops.fused_preact``, their fake kernels, and the autograd node of a chain.
 
-``forward`` and ``backward`` are written in C++ (csrc/ops.cpp), ``composed_forward`` and ``composed_backward`` in Python, over the
-tables `reference` and `library`; both pairs have one signature, which docs/design.md explains. `chain` is what the rest of the
-package calls.
+``forward`` and ``backward`` are written in C++ (csrc/ops.cpp), ``composed_forward`` and ``composed_backward`` in
+Python, over the tables `reference` and `library`; both pairs have one signature, which docs/design.md explains. `chain`
+is what the rest of the package calls.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ FORWARD = (
     "int[] geometry, str shortcut, str backend) -> (Tensor, Tensor[], Tensor[])"
 )
 BACKWARD = (
-    "(Tensor dy, Tensor x, Tensor[] hidden, Tensor[] rows, Tensor[] weight, Tensor? shortcut_weight, bool[] training, "
-    "int[] geometry, str shortcut, bool[] needs, str backend) -> (Tensor, Tensor[], Tensor[], Tensor[], Tensor[], Tensor)"
+    "(Tensor dy, Tensor x, Tensor[] hidden, Tensor[] rows, Tensor[] weight, Tensor? shortcut_weight, "
+    "bool[] training, int[] geometry, str shortcut, bool[] needs, str backend) "
+    "-> (Tensor, Tensor[], Tensor[], Tensor[], Tensor[], Tensor)"
 )
 TABLES = {"reference": reference, "library": library}
 
@@ -32,39 +33,38 @@ _library.define("composed_forward" + FORWARD)
 _library.define("composed_backward" + BACKWARD)
 
 
-def _composed_forward(*args: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+def _composed_forward(*args):
     *args, backend = args
     return schedule.forward(TABLES[backend], *args)
 
 
-def _composed_backward(*args: Any) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor], list[Tensor], Tensor]:
+def _composed_backward(*args):
     *args, backend = args
     return schedule.backward(TABLES[backend], *args)
 
 
-def _fake_forward(
-    x, residual, weight, bias, bn_weight, bn_bias, running_mean, running_var, shortcut_weight, training, eps, geometry, shortcut,
-    backend,
-):  # fmt: skip
+def _fake_forward(x, residual, weight, bias, bn_weight, bn_bias, running_mean, running_var, shortcut_weight, *facts):
+    _, _, geometry, _, _ = facts
     n, shapes = len(weight), [x.shape]
-    accumulation = schedule.accumulation_type(x.dtype)
     for conv, w in zip(schedule.convolutions(geometry), weight, strict=False):
         shapes.append(conv.output_shape(shapes[-1], w.shape))
     hidden = [x.new_empty(shape).to(memory_format=torch.channels_last) for shape in shapes[1:-1]]
-    rows = [x.new_empty((5, shape[1]), dtype=accumulation) for shape in shapes[:n]]
+    rows = [x.new_empty((5, shape[1]), dtype=schedule.accumulation_type(x.dtype)) for shape in shapes[:n]]
     return x.new_empty(shapes[n]).to(memory_format=schedule.memory_format(x)), hidden, rows
 
 
 def _fake_backward(dy, x, hidden, rows, weight, shortcut_weight, training, geometry, shortcut, needs, backend):
     need_x, need_weight, need_bias, need_bn, need_shortcut = schedule.split_needs(needs, len(weight))
-    dx = x.new_empty(x.shape if need_x else 0)
-    dx = dx.to(memory_format=schedule.memory_format(x)) if need_x else dx
-    dweight = [torch.empty_like(w) if need else dy.new_empty(0) for w, need in zip(weight, need_weight, strict=True)]
-    dbias = [dy.new_empty(w.size(0) if need else 0) for w, need in zip(weight, need_bias, strict=True)]
-    dbn_weight, dbn_bias = (
-        [r.new_empty(r.size(1) if need else 0) for r, need in zip(rows, need_bn, strict=True)] for _ in range(2)
-    )
-    dshortcut = torch.empty_like(shortcut_weight) if need_shortcut else dy.new_empty(0)
+
+    def per_channel(like: list[Tensor], sizes: list[int], need: list[bool]) -> list[Tensor]:
+        return [t.new_empty(size if wanted else 0) for t, size, wanted in zip(like, sizes, need, strict=True)]
+
+    none = dy.new_empty
+    dx = x.new_empty(x.shape).to(memory_format=schedule.memory_format(x)) if need_x else none(0)
+    dweight = [torch.empty_like(w) if wanted else none(0) for w, wanted in zip(weight, need_weight, strict=True)]
+    dbias = per_channel(weight, [w.size(0) for w in weight], need_bias)
+    dbn_weight, dbn_bias = (per_channel(rows, [r.size(1) for r in rows], need_bn) for _ in range(2))
+    dshortcut = torch.empty_like(shortcut_weight) if need_shortcut else none(0)
     return dx, dweight, dbias, dbn_weight, dbn_bias, dshortcut
 
 
@@ -91,10 +91,8 @@ def _operators(backend: str) -> tuple[Any, Any]:
 
 def _call_forward(facts: Facts, x, residual, weight, bias, bn_weight, bn_bias, shortcut_weight):
     operator, _ = _operators(facts.backend)
-    return operator(
-        x, residual, weight, bias, bn_weight, bn_bias, facts.running_mean, facts.running_var, shortcut_weight,
-        facts.training, facts.eps, facts.geometry, facts.shortcut, facts.backend,
-    )  # fmt: skip
+    tensors = x, residual, weight, bias, bn_weight, bn_bias, facts.running_mean, facts.running_var, shortcut_weight
+    return operator(*tensors, facts.training, facts.eps, facts.geometry, facts.shortcut, facts.backend)
 
 
 def _save(ctx, facts: Facts, x, hidden, rows, weight, shortcut_weight, bn_weight, bn_bias) -> None:
@@ -104,73 +102,75 @@ def _save(ctx, facts: Facts, x, hidden, rows, weight, shortcut_weight, bn_weight
     ctx.bn_dtypes = [t.dtype for t in bn_weight], [t.dtype for t in bn_bias]
 
 
-def _call_backward(ctx, dy: Tensor, needs: list[bool]) -> tuple[Any, ...]:
+def _call_backward(ctx, dy: Tensor, needs: list[bool]):
     x, *saved, shortcut_weight = ctx.saved_tensors
     training, geometry, shortcut, backend = ctx.facts
     n = len(training)
     _, operator = _operators(backend)
-    dx, dweight, dbias, *dbn, dshortcut = operator(
-        dy, x, saved[: n - 1], saved[n - 1 : 2 * n - 1], saved[2 * n - 1 :], shortcut_weight, training, geometry, shortcut,
-        needs, backend,
-    )  # fmt: skip
-    dbn = [[g.to(dtype) for g, dtype in zip(gs, dtypes, strict=True)] for gs, dtypes in zip(dbn, ctx.bn_dtypes, strict=True)]
-    return dx, dweight, dbias, *dbn, dshortcut
+    tensors = dy, x, saved[: n - 1], saved[n - 1 : 2 * n - 1], saved[2 * n - 1 :], shortcut_weight
+    dx, dweight, dbias, dgamma, dbeta, dshortcut = operator(*tensors, training, geometry, shortcut, needs, backend)
+    for grads, dtypes in zip((dgamma, dbeta), ctx.bn_dtypes, strict=True):
+        for i, dtype in enumerate(dtypes):
+            if grads[i].dtype != dtype:
+                grads[i] = grads[i].to(dtype)
+    return dx, dweight, dbias, dgamma, dbeta, dshortcut
 
 
 class _Chain(torch.autograd.Function):
-    """The chain as one node of flat tensors: residual and shortcut weight may be None, then n weights, n gammas, n betas, biases."""
+    """The chain as one node of flat tensors: after the shortcut's weight n weights, n gammas, n betas, the biases."""
 
     @staticmethod
-    def forward(ctx, facts: Facts, x: Tensor, residual: Tensor | None, shortcut_weight: Tensor | None, *flat: Tensor) -> Tensor:
+    def forward(ctx, facts: Facts, x: Tensor, residual: Tensor | None, shortcut_weight: Tensor | None, *flat: Tensor):
         n = len(facts.training)
         weight, bn_weight, bn_bias, bias = flat[:n], flat[n : 2 * n], flat[2 * n : 3 * n], flat[3 * n :]
-        y, hidden, rows = _call_forward(facts, x, residual, weight, bias, bn_weight, bn_bias, shortcut_weight)
+        with torch._C._AutoDispatchBelowAutograd():  # this node is the operator's autograd
+            y, hidden, rows = _call_forward(facts, x, residual, weight, bias, bn_weight, bn_bias, shortcut_weight)
         _save(ctx, facts, x, hidden, rows, weight, shortcut_weight, bn_weight, bn_bias)
         facts.rows = rows
         return y
 
     @staticmethod
-    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx, dy: Tensor):
         _, need_x, need_residual, need_shortcut, *flat = ctx.needs_input_grad
         n = len(ctx.facts[0])
         need_bn = [gamma or beta for gamma, beta in zip(flat[n : 2 * n], flat[2 * n : 3 * n], strict=True)]
-        need_bias = flat[3 * n :] or [False] * n
-        needs = [need_x, *flat[:n], *need_bias, *need_bn, need_shortcut]
-        dx, dweight, dbias, dgamma, dbeta, dshortcut = _call_backward(ctx, dy, needs)
-        grads = [*dweight, *dgamma, *dbeta, *dbias][: len(flat)]
+        needs = [need_x, *flat[:n], *(flat[3 * n :] or [False] * n), *need_bn, need_shortcut]
+        if torch.is_grad_enabled():  # create_graph=True: the operator's own autograd refuses a second time
+            grads = _call_backward(ctx, dy, needs)
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
+                grads = _call_backward(ctx, dy, needs)
+        dx, dweight, dbias, dgamma, dbeta, dshortcut = grads
         return (
             None,
             dx if need_x else None,
             dy if need_residual else None,
             dshortcut if need_shortcut else None,
-            *(grad if need else None for grad, need in zip(grads, flat, strict=True)),
+            *(grad if need else None for grad, need in zip([*dweight, *dgamma, *dbeta, *dbias], flat, strict=False)),
         )
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    (x, residual, weight, bias, bn_weight, bn_bias, running_mean, running_var, shortcut_weight, training, eps, geometry, shortcut,
-     backend) = inputs  # fmt: skip
+    x, residual, weight, bias, bn_weight, bn_bias, running_mean, _, shortcut_weight, *rest = inputs
     _, hidden, rows = output
-    facts = Facts(training, eps, geometry, shortcut, backend)
-    _save(ctx, facts, x, hidden, rows, weight, shortcut_weight, bn_weight, bn_bias)
-    ctx.biases, ctx.residual, ctx.running = len(bias), residual is not None, len(running_mean)
+    _save(ctx, Facts(*rest), x, hidden, rows, weight, shortcut_weight, bn_weight, bn_bias)
+    ctx.given = residual is not None, len(bias), len(running_mean), shortcut_weight is not None
 
 
-def _formula(ctx, dy: Tensor, _hidden, _rows) -> tuple[Any, ...]:
-    """Gradients of the operators' arguments, for callers that trace the operator itself (torch.compile, torch.export)."""
-    n, has_shortcut = len(ctx.facts[0]), ctx.facts[2] in ("activated", "raw")
-    needs = [True] * (n + 1) + [ctx.biases > 0] * n + [True] * n + [has_shortcut]
+def _formula(ctx, dy: Tensor, _hidden, _rows):
+    """Gradients of the operators' arguments, for what traces the operator itself, as torch.compile does."""
+    n, (residual, biases, running, projection) = len(ctx.facts[0]), ctx.given
+    needs = [True] * (n + 1) + [biases > 0] * n + [True] * n + [projection]
     dx, dweight, dbias, dgamma, dbeta, dshortcut = _call_backward(ctx, dy, needs)
-    return (
-        dx, dy.clone() if ctx.residual else None, dweight, dbias[: ctx.biases], dgamma, dbeta, [None] * ctx.running,
-        [None] * ctx.running, dshortcut if has_shortcut else None, None, None, None, None, None,
-    )  # fmt: skip
+    tensors = dx, dy.clone() if residual else None, dweight, dbias[:biases], dgamma, dbeta
+    constants = [None] * running, [None] * running
+    return *tensors, *constants, dshortcut if projection else None, None, None, None, None, None
 
 
 def _twice(ctx, *_grads) -> None:
     raise RuntimeError(
-        "fused_preact: the fused chain cannot be differentiated twice; for a second derivative use backend='eager' "
-        "(the same layers, one after the other) in this module"
+        "fused_preact: a fused call cannot be differentiated twice; for second derivatives use backend='eager', "
+        "the same layers one after the other"
     )
 
 

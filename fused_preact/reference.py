@@ -1,6 +1,6 @@
 """The kernels in plain torch calls, for any dtype and device: the oracle that the other tables are held to.
 
-Every sum, product and comparison of batch norm is done in the accumulation type, as it stands in the formulas of docs/design.md.
+Every sum, product and comparison of batch norm is done in the accumulation type, as the formulas of docs/design.md say.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def running(mean: Tensor, variance: Tensor, affine: Affine) -> Tensor:
 def forward(
     conv: Conv, x: Activation, weight: Tensor, bias: Tensor | None, residual: Tensor | None, following: Affine | None
 ) -> tuple[Tensor, Tensor | None]:
-    """y = conv(a, weight) + bias + residual, and the rows of the batch norm that reads y where ``following`` is given."""
+    """y = conv(a, weight) + bias + residual, and the rows of the batch norm ``following``, if any, that reads y."""
     y = F.conv2d(_a(x), weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
     y = (y if residual is None else y + residual).contiguous(memory_format=torch.channels_last)
     return y, None if following is None else statistics(y, following)

@@ -1,7 +1,8 @@
 """Forward and backward of a chain of BN-ReLU-Conv units, over a table of kernels.
 
-A table is a module with the functions ``forward``, ``dgrad``, ``wgrad``, ``statistics``, ``running`` and ``dx``: `reference` and
-`library` are two. csrc/schedule.cpp is the same text for the tables that are written in C++; docs/design.md states both.
+A table is a module with the functions ``forward``, ``dgrad``, ``wgrad``, ``statistics``, ``running`` and ``dx``:
+`reference` and `library` are two. csrc/schedule.cpp is the same text for the tables that are written in C++;
+docs/design.md states both.
 """
 
 from __future__ import annotations
@@ -31,18 +32,21 @@ class Conv(NamedTuple):
 
     @property
     def stride(self) -> tuple[int, int]:
+        """(vertical, horizontal)."""
         return self[0:2]
 
     @property
     def padding(self) -> tuple[int, int]:
+        """(vertical, horizontal), the same on both sides."""
         return self[2:4]
 
     @property
     def dilation(self) -> tuple[int, int]:
+        """(vertical, horizontal)."""
         return self[4:6]
 
     def output_shape(self, x: Sequence[int], weight: Sequence[int]) -> tuple[int, int, int, int]:
-        """Shape [N, K, P, Q] of the convolution of an x of shape [N, C, H, W] by a weight of shape [K, C/groups, R, S]."""
+        """Shape [N, K, P, Q] of the convolution of an x of shape [N, C, H, W] by a weight [K, C/groups, R, S]."""
         stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, _ = self
         P = (x[2] + 2 * pad_h - dilation_h * (weight[2] - 1) - 1) // stride_h + 1
         Q = (x[3] + 2 * pad_w - dilation_w * (weight[3] - 1) - 1) // stride_w + 1
@@ -50,7 +54,7 @@ class Conv(NamedTuple):
 
 
 class Affine(NamedTuple):
-    """What turns the moments of a tensor into the rows of the batch norm that reads it: gamma, beta [C], and epsilon."""
+    """What turns the moments of a tensor into the rows of the batch norm that reads it; gamma and beta are [C]."""
 
     gamma: Tensor
     beta: Tensor
@@ -59,7 +63,7 @@ class Affine(NamedTuple):
 
 @dataclass(slots=True)
 class Activation:
-    """a = max(z, 0) of x, or x itself where norm is None; a table may keep a in ``value`` for the next kernel that reads it."""
+    """a = max(z, 0) of x, or x where norm is None; a table may keep a in ``value`` for its next reader."""
 
     x: Tensor
     norm: Tensor | None  # [5, C]: mean, rstd, unbiased variance, scale, shift
@@ -89,6 +93,7 @@ def accumulation_type(dtype: torch.dtype) -> torch.dtype:
 
 
 def convolutions(geometry: Sequence[int]) -> list[Conv]:
+    """The operators' ``geometry`` by convolution."""
     return [Conv(*geometry[i : i + GEOMETRY]) for i in range(0, len(geometry), GEOMETRY)]
 
 
@@ -133,7 +138,8 @@ def forward(
                 source = a if shortcut == "activated" else Activation(x, None)
                 residual, _ = kernels.forward(conv[n], source, shortcut_weight, None, None, None)
         following = affine[i + 1] if not last and training[i + 1] else None
-        h, norm = kernels.forward(conv[i], a, weight[i], bias[i] if bias else None, residual if last else None, following)
+        offset, added = bias[i] if bias else None, residual if last else None
+        h, norm = kernels.forward(conv[i], a, weight[i], offset, added, following)
         if not last:
             norm = running(i + 1) if norm is None else norm
             hidden.append(h)
@@ -196,4 +202,5 @@ def backward(
 
 def split_needs(needs: Sequence[bool], n: int) -> tuple[bool, list[bool], list[bool], list[bool], bool]:
     """The operators' ``needs`` by kind: x, n weights, n biases, n batch norms, the shortcut's weight."""
-    return needs[0], list(needs[1 : n + 1]), list(needs[n + 1 : 2 * n + 1]), list(needs[2 * n + 1 : 3 * n + 1]), needs[-1]
+    weight, bias, bn = (list(needs[1 + k * n : 1 + (k + 1) * n]) for k in range(3))
+    return needs[0], weight, bias, bn, needs[-1]
