@@ -14,6 +14,7 @@ from setuptools.build_meta import (  # noqa: F401  (hooks that setuptools answer
     prepare_metadata_for_build_editable,
     prepare_metadata_for_build_wheel,
 )
+from setuptools.errors import CompileError
 
 import toolchain
 import torch_location
@@ -21,7 +22,10 @@ import torch_location
 
 def _requirements() -> list[str]:
     """What building needs beyond pyproject.toml; stops here, before any download, where there is no compiler."""
-    toolchain.find_compiler()
+    try:
+        toolchain.find_compiler()
+    except CompileError as error:
+        raise SystemExit(str(error)) from None
     torch = torch_location.find()
     if torch is not None and torch.is_new_enough():
         return []

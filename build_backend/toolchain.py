@@ -85,9 +85,7 @@ class Toolchain:
         (self.objects / "build.ninja").write_text(self.ninja_file(binary.resolve()))
         jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
         if subprocess.run([_find_ninja(), "-C", self.objects, *jobs], check=False).returncode != 0:
-            raise CompileError(
-                "fused_preact did not compile: the compiler's own message stands above (pip -v shows it)"
-            )
+            raise CompileError("fused_preact did not compile: the compiler's own message stands above")
 
     def ninja_file(self, binary: Path) -> str:
         """The text of build.ninja: one edge an object, one for the binary."""

@@ -2,8 +2,6 @@
 
 #include <torch/csrc/stable/ops.h>
 
-#include "workspace.h"
-
 namespace fused_preact::cpu {
 
 void parallel_for(int64_t n, void (*body)(void* context, int64_t begin, int64_t end), void* context) {
@@ -11,11 +9,5 @@ void parallel_for(int64_t n, void (*body)(void* context, int64_t begin, int64_t 
 }
 
 int64_t num_threads() { return torch::stable::get_num_threads(); }
-
-void* thread_scratch(size_t bytes) {
-  thread_local Block block;
-  if (block.bytes() < bytes) block = Block(bytes);
-  return block.data();
-}
 
 }  // namespace fused_preact::cpu

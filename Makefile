@@ -1,0 +1,36 @@
+# The few commands of daily work. They use the python of the active environment.
+PYTHON ?= python
+CXX_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp')
+
+.PHONY: install test lint format build asan bench
+
+install:  ## everything a developer needs, editable
+	$(PYTHON) -m pip install -e '.[dev]'
+
+build:  ## compile what changed, in place, without pip
+	$(PYTHON) setup.py build_ext --inplace
+
+test:
+	$(PYTHON) -m pytest -n auto
+
+lint:
+	ruff check .
+	ruff format --check .
+	clang-format --dry-run --Werror $(CXX_FILES)
+
+format:
+	ruff check --fix .
+	ruff format .
+	clang-format -i $(CXX_FILES)
+
+# A build of its own in build/asan, and the suite on it. Leaks are left out: python never frees all it has.
+# The compiler's library is loaded before python's own memory is touched.
+ASAN_TESTS ?= tests
+asan:
+	CXXFLAGS="-fsanitize=address -fno-omit-frame-pointer -g1 -O1" LDFLAGS="-fsanitize=address" \
+	    $(PYTHON) setup.py --quiet build --build-base build/asan --build-lib build/asan/lib
+	PYTHONPATH=build/asan/lib LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so)" \
+	    ASAN_OPTIONS=detect_leaks=0 pytest -n 2 $(ASAN_TESTS)
+
+bench:
+	fused-preact bench

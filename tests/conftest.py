@@ -1,0 +1,32 @@
+"""What all tests share: one thread each, for pytest-xdist already keeps every core busy."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from fused_preact import _extension
+
+
+def pytest_configure() -> None:
+    torch.set_num_threads(1)
+
+
+def instruction_sets() -> list[str]:
+    """Those that this machine can run, to parametrize tests with."""
+    return _extension.instruction_sets().supported if _extension.unavailable is None else []
+
+
+@pytest.fixture
+def use_isa() -> Iterator:
+    """A function that makes the CPU kernels of one instruction set serve the rest of the test."""
+    before = _extension.instruction_sets().chosen
+    yield torch.ops.fused_preact._set_cpu_isa
+    torch.ops.fused_preact._set_cpu_isa(before)
+
+
+@pytest.fixture(params=instruction_sets())
+def isa(request: pytest.FixtureRequest, use_isa) -> str:
+    """Each instruction set that this machine can run, one after the other, in use for the test."""
+    use_isa(request.param)
+    return request.param

@@ -1,0 +1,64 @@
+"""The command line: exit codes and messages are what scripts and people rely on."""
+
+import subprocess
+import sys
+
+import pytest
+
+import fused_preact
+from fused_preact import cli, info
+from fused_preact.errors import UserError
+
+
+def test_version(capsys):
+    """--version prints the package's own version and succeeds."""
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"fused-preact {fused_preact.__version__}\n"
+
+
+def test_runs_as_a_module():
+    """python -m fused_preact is the same command, and its exit code reaches the shell."""
+    result = subprocess.run([sys.executable, "-m", "fused_preact", "info"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert fused_preact.__version__ in result.stdout
+
+
+@pytest.mark.parametrize("arguments", [[], ["fly"], ["info", "--fly"]], ids=["none", "unknown", "unknown option"])
+def test_wrong_usage_exits_with_2_and_names_the_commands(arguments, capsys):
+    """Wrong usage ends with argparse's code 2 and a usage line, never a traceback."""
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 2
+    assert "usage: fused-preact" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_command_explains_itself(command, capsys):
+    """Each subcommand's module exists, declares its options and prints its help."""
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command, "--help"])
+    assert stop.value.code == 0
+    assert f"usage: fused-preact {command}" in capsys.readouterr().out
+
+
+def test_an_error_for_the_user_is_one_line(monkeypatch, capsys):
+    """A UserError becomes its own text on stderr and exit code 2, without a traceback."""
+
+    def fail(_arguments):
+        raise UserError("--data: expected a folder, got a file")
+
+    monkeypatch.setattr(info, "run", fail)
+    assert cli.main(["info"]) == 2
+    assert capsys.readouterr().err == "fused-preact: --data: expected a folder, got a file\n"
+
+
+def test_interrupt_ends_quietly(monkeypatch):
+    """Ctrl-C gives the shell's code for it, 130."""
+
+    def interrupt(_arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(info, "run", interrupt)
+    assert cli.main(["info"]) == 130
