@@ -7,7 +7,7 @@ namespace fused_preact::cpu::FUSED_PREACT_ISA {
 
 // How many pixels ahead the epilogues ask for what they will read and write: a panel is a column of cache lines, whose
 // large stride the hardware does not foresee.
-constexpr int64_t kAhead = 2 * kPixels;
+constexpr int64_t kAhead = 2 * kRows;
 
 template <class T, int M, int V, class Sink, int... I>
 FUSED_PREACT_INLINE void correlate_block(const Operand<T>& a, int64_t p, const Window& w, const T* panel, Sink& sink,
@@ -24,10 +24,10 @@ FUSED_PREACT_INLINE void correlate(const Operand<T>& a, int64_t n, const Window&
                                    Sink& sink) {
   with_constant<kColumns>(columns, [&](auto V) __attribute__((always_inline)) {
     int64_t p = 0;
-    for (; p + kPixels <= n; p += kPixels)
-      correlate_block<T, kPixels, V>(a, p, w, panel, sink, std::make_integer_sequence<int, kPixels * V>{});
+    for (; p + kRows <= n; p += kRows)
+      correlate_block<T, kRows, V>(a, p, w, panel, sink, std::make_integer_sequence<int, kRows * V>{});
     if (p < n)
-      with_constant<kPixels - 1>(n - p, [&](auto M) __attribute__((always_inline)) {
+      with_constant<kRows - 1>(n - p, [&](auto M) __attribute__((always_inline)) {
         correlate_block<T, M, V>(a, p, w, panel, sink, std::make_integer_sequence<int, M * V>{});
       });
   });

@@ -151,7 +151,7 @@ struct Pass {
  private:
   static int64_t tile_pixels(const Window& w) {
     const int64_t pixels = kTileBytes / maximum<int64_t>(w.C * sizeof(T), 1);
-    return minimum(maximum(pixels, kLeastPixels), kMostPixels) / kPixels * kPixels;
+    return minimum(maximum(pixels, kLeastPixels), kMostPixels) / kRows * kRows;
   }
 
   static void list_outputs(int64_t* outputs, const Tile& tile, int64_t H, int64_t W, int64_t phase_h, int64_t phase_w,

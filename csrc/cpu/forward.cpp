@@ -18,7 +18,7 @@ constexpr int64_t kTileBytes = 1 << 15, kLeastPixels = 48, kMostPixels = 240, kM
 
 int64_t tile_pixels(const Window& w, int64_t value_bytes) {
   const int64_t pixels = kTileBytes / maximum<int64_t>(w.C * value_bytes, 1);
-  return minimum(maximum(pixels, kLeastPixels), kMostPixels) / kPixels * kPixels;
+  return minimum(maximum(pixels, kLeastPixels), kMostPixels) / kRows * kRows;
 }
 
 // What is the same for all panels and tiles.

@@ -13,13 +13,13 @@
 
 namespace fused_preact::cpu::FUSED_PREACT_ISA {
 
-// Register blocks: kPixels x kColumns accumulators in multiply, kRows x kColumns in outer. Sixteen registers hold twelve
-// accumulators, two columns and a broadcast; more pixels than eight run out of address registers.
+// Register block: kRows x kColumns accumulators. Sixteen registers hold twelve, two columns and a broadcast; more rows
+// than eight run out of address registers.
 constexpr int kColumns = 2;
 #if defined(__AVX512F__)
-constexpr int kPixels = 8, kRows = 8;
+constexpr int kRows = 8;
 #else
-constexpr int kPixels = 6, kRows = 4;
+constexpr int kRows = 6;
 #endif
 
 template <class T, int M, int V, int... I, int... J>

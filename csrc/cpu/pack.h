@@ -34,19 +34,43 @@ struct Panels {
   int64_t offset(int64_t panel) const { return first_channel(panel) * depth; }
 };
 
-// Calls visit(stored index, packed index) for every weight of one panel.
+// Below this many weights a second thread costs more than it saves.
+constexpr int64_t kWorthThreads = 1 << 14;
+
+// Calls visit(stored index, packed index, n) for every vector of a packed filter: n output channels, `step_outer` apart
+// in the stored one. The loops follow the order in which the filter is stored, since a large one is not in the cache.
 template <class T, class Pointer, class Visit>
-FUSED_PREACT_INLINE void for_each_weight(const FilterView<Pointer>& f, const Panels<T>& panels, int64_t panel,
-                                         const Visit& visit) {
-  const int64_t first = panels.first_channel(panel), width = panels.width(panel);
-  const int64_t last = minimum(first + width, f.outer);
-  for (int64_t i = 0; i < f.inner; ++i)
-    for (int64_t o = first; o < last; ++o) {
-      const int64_t stored = i * f.step_inner + o * f.step_outer, packed = panels.offset(panel) + i * width + o - first;
+FUSED_PREACT_INLINE void for_each_weights(const FilterView<Pointer>& f, const Visit& visit) {
+  const Panels<T> panels{f.outer, f.depth()};
+  const auto at = [&](int64_t i, int64_t h, int64_t w, int64_t v) __attribute__((always_inline)) {
+    const int64_t panel = v / kColumns, row = (h * f.taps_w + w) * f.inner + i;
+    with_lanes<T>(f.outer - v * kLanes<T>, [&](auto n) __attribute__((always_inline)) {
+      visit(v * kLanes<T> * f.step_outer + i * f.step_inner + h * f.step_h + w * f.step_w,
+            panels.offset(panel) + row * panels.width(panel) + v % kColumns * kLanes<T>, n);
+    });
+  };
+  const auto each = [&](int64_t count, const auto& body) {
+    if (panels.size() >= kWorthThreads) return parallel(count, body);
+    for (int64_t job = 0; job < count; ++job) body(job);
+  };
+  if (f.step_outer == 1)
+    each(f.inner, [&](int64_t i) {
       for (int64_t h = 0; h < f.taps_h; ++h)
         for (int64_t w = 0; w < f.taps_w; ++w)
-          visit(stored + h * f.step_h + w * f.step_w, packed + (h * f.taps_w + w) * f.inner * width);
-    }
+          for (int64_t v = 0; v < panels.vectors(); ++v) at(i, h, w, v);
+    });
+  else if (f.step_inner == 1)
+    each(panels.vectors(), [&](int64_t v) {
+      for (int64_t h = 0; h < f.taps_h; ++h)
+        for (int64_t w = 0; w < f.taps_w; ++w)
+          for (int64_t i = 0; i < f.inner; ++i) at(i, h, w, v);
+    });
+  else
+    each(panels.vectors(), [&](int64_t v) {
+      for (int64_t i = 0; i < f.inner; ++i)
+        for (int64_t h = 0; h < f.taps_h; ++h)
+          for (int64_t w = 0; w < f.taps_w; ++w) at(i, h, w, v);
+    });
 }
 
 FUSED_PREACT_INLINE float widened(float value) { return value; }
@@ -58,25 +82,38 @@ FUSED_PREACT_INLINE float widened(BFloat16 value) {
   return wide;
 }
 
-// Below this a second thread costs more than it saves.
-constexpr int64_t kWorthThreads = 1 << 13;
+template <class S, int... L>
+FUSED_PREACT_INLINE Vec<Accumulate<S>> load_strided(const S* from, int64_t step, std::integer_sequence<int, L...>) {
+  return Vec<Accumulate<S>>{widened(from[L * step])...};
+}
+
+// n values, `step` apart, and zeros.
+template <class S>
+FUSED_PREACT_INLINE Vec<Accumulate<S>> load_strided(const S* from, int64_t step, int64_t n) {
+  using T = Accumulate<S>;
+  if (step == 1) return load_lanes(from, n);
+  if (n == kLanes<T>) return load_strided(from, step, std::make_integer_sequence<int, kLanes<T>>{});
+  T buffer[kLanes<T>] = {};
+  for (int64_t l = 0; l < n; ++l) buffer[l] = widened(from[l * step]);
+  return load(buffer);
+}
+
+template <class S>
+FUSED_PREACT_INLINE void store_strided(S* to, int64_t step, Vec<Accumulate<S>> v, int64_t n) {
+  if (step == 1) return store_lanes(to, v, n);
+  S buffer[kLanes<Accumulate<S>>];
+  store(buffer, v);
+  for (int64_t l = 0; l < n; ++l) to[l * step] = buffer[l];
+}
 
 template <class S>
 Accumulate<S>* pack(const FilterView<const S*>& f, Workspace& workspace) {
   using T = Accumulate<S>;
   const Panels<T> panels{f.outer, f.depth()};
   T* to = static_cast<T*>(workspace.take(panels.size() * sizeof(T)));
-  const auto pack_panel = [&](int64_t panel) {
-    if (panels.first_channel(panel) + panels.width(panel) > f.outer)
-      memset(to + panels.offset(panel), 0, panels.width(panel) * panels.depth * sizeof(T));
-    for_each_weight(f, panels, panel, [&](int64_t stored, int64_t packed) __attribute__((always_inline)) {
-      to[packed] = widened(f.data[stored]);
-    });
-  };
-  if (panels.size() >= kWorthThreads)
-    parallel(panels.count(), pack_panel);
-  else
-    for (int64_t panel = 0; panel < panels.count(); ++panel) pack_panel(panel);
+  for_each_weights<T>(f, [&](int64_t stored, int64_t packed, auto n) __attribute__((always_inline)) {
+    store(to + packed, load_strided(f.data + stored, f.step_outer, n));
+  });
   return to;
 }
 

@@ -102,34 +102,22 @@ void add_bias(T* dbias, const Columns<T>& b, int64_t n, int64_t width) {
   }
 }
 
-FUSED_PREACT_INLINE void narrow(float* to, float value) { *to = value; }
-FUSED_PREACT_INLINE void narrow(double* to, double value) { *to = value; }
-FUSED_PREACT_INLINE void narrow(BFloat16* to, float value) { store_first(to, splat(value), 1); }
-
-// Adds up the groups in order, and brings the first one's sum back to the layout of the filter.
+// Adds up the groups in order and stores the sum in the layout of the filter.
 template <class S>
-void finish(Accumulate<S>* partial, const Plan<Accumulate<S>>& plan, const FilterView<S*>& dweight, S* dbias) {
+void finish(const Accumulate<S>* partial, const Plan<Accumulate<S>>& plan, const FilterView<S*>& dweight, S* dbias) {
   using T = Accumulate<S>;
-  const int64_t size = plan.group_size();
-  const auto add_groups = [&](int64_t begin, int64_t end) {
-    for (int64_t g = 1; g < plan.groups; ++g)
-      for (int64_t i = begin; i < end; i += kLanes<T>)
-        store(partial + i, load(partial + i) + load(partial + g * size + i));
+  const auto total = [&](int64_t i) __attribute__((always_inline)) {
+    Vec<T> sum = load(partial + i);
+    for (int64_t g = 1; g < plan.groups; ++g) sum += load(partial + g * plan.group_size() + i);
+    return sum;
   };
-  const auto finish_panel = [&](int64_t panel) {
-    const int64_t begin = plan.panels.offset(panel);
-    add_groups(begin, begin + plan.panels.width(panel) * plan.panels.depth);
-    for_each_weight(dweight, plan.panels, panel, [&](int64_t stored, int64_t packed) __attribute__((always_inline)) {
-      narrow(dweight.data + stored, partial[packed]);
-    });
-  };
-  if (plan.panels.size() * plan.groups >= kWorthThreads)
-    parallel(plan.panels.count(), finish_panel);
-  else
-    for (int64_t panel = 0; panel < plan.panels.count(); ++panel) finish_panel(panel);
+  for_each_weights<T>(dweight, [&](int64_t stored, int64_t packed, auto n) __attribute__((always_inline)) {
+    store_strided(dweight.data + stored, dweight.step_outer, total(packed), n);
+  });
   if (dbias == nullptr) return;
-  add_groups(plan.panels.size(), size);
-  for (int64_t k = 0; k < plan.panels.channels; ++k) narrow(dbias + k, partial[plan.panels.size() + k]);
+  for_each_vector<T>(plan.panels.channels, [&](int64_t k, int64_t n) __attribute__((always_inline)) {
+    store_lanes(dbias + k, total(plan.panels.size() + k), n);
+  });
 }
 
 template <class S>
