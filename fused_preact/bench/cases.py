@@ -1,0 +1,163 @@
+"""What is measured: units, blocks and nets with their shapes, and the ratios the project sets itself."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import product
+
+import torch
+from torch import nn
+
+from fused_preact import BNReLUConv2d, PreActBlock, PreActBottleneck, models
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+LAYOUTS = {"channels_last": torch.channels_last, "NCHW": torch.contiguous_format}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to measure.
+
+    Args:
+        group: heading it is listed under.
+        label: what it is called there; unique in its group, batch and dtype included.
+        make: make(backend) builds the module.
+        shape: (N, C, H, W) of the input.
+        dtype: "fp32", or "bf16": a bf16 input under autocast, parameters in fp32.
+        net: classifies images: a step is cross entropy, backward and the update by SGD with momentum.
+        backends: what takes part; "eager" is the baseline.
+        layouts: memory formats of input and parameters, each one a contender.
+        goals: least ratio of "forward", "total", "saved_bytes" that the fused channels_last contender should reach.
+    """
+
+    group: str
+    label: str
+    make: Callable[[str], nn.Module]
+    shape: tuple[int, int, int, int]
+    dtype: str = "fp32"
+    net: bool = False
+    backends: tuple[str, ...] = ("auto", "eager")
+    layouts: tuple[str, ...] = ("channels_last", "NCHW")
+    goals: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Unique among the cases."""
+        return f"{self.group}, {self.label}"
+
+
+def make_block(kind: str, in_planes: int, planes: int, stride: int, backend: str) -> nn.Module:
+    """PreActBlock ("basic") or PreActBottleneck ("bottleneck")."""
+    block = {"basic": PreActBlock, "bottleneck": PreActBottleneck}[kind]
+    return block(in_planes, planes, stride, backend=backend)
+
+
+def make_net(model: str, backend: str) -> nn.Module:
+    """A net of fused_preact.models, for ten classes."""
+    return models.create(model, num_classes=10, backend=backend)
+
+
+def make_unit(channels: int, out_channels: int, kernel: int, stride: int, backend: str) -> nn.Module:
+    """One BNReLUConv2d, padded to keep the size (at stride 1)."""
+    return BNReLUConv2d(channels, out_channels, kernel, stride, kernel // 2, backend=backend)
+
+
+def bottlenecks(batch: int, dtype: str) -> list[Case]:
+    """The three stages of ResNet-1001; the middle width is a quarter of the outer."""
+    goals = (
+        {"fp32": {"forward": 2.5, "total": 2.0}, "bf16": {"total": 1.5}},
+        {"fp32": {"forward": 1.9, "total": 1.7}, "bf16": {"total": 1.5}},
+        {"fp32": {"forward": 1.5, "total": 1.5}, "bf16": {"total": 1.5}},
+    )
+    stages = zip((64, 128, 256), (16, 32, 64), (32, 16, 8), goals, strict=True)
+    return [
+        Case(
+            "ResNet-1001 bottleneck",
+            f"{C}x{H}x{H}, N={batch}, {dtype}",
+            partial(make_block, "bottleneck", C, M, 1),
+            (batch, C, H, H),
+            dtype,
+            goals=goal[dtype] if batch == 16 else {},
+        )
+        for C, M, H, goal in stages
+    ]
+
+
+def basics(group: str, widths: tuple[int, ...], batch: int, dtype: str) -> list[Case]:
+    """Basic blocks of the stages of a CIFAR net, 32x32 first."""
+    return [
+        Case(
+            group,
+            f"{C}x{32 >> i}x{32 >> i}, N={batch}, {dtype}",
+            partial(make_block, "basic", C, C, 1),
+            (batch, C, 32 >> i, 32 >> i),
+            dtype,
+        )
+        for i, C in enumerate(widths)
+    ]
+
+
+def net(title: str, model: str, batch: int, dtype: str = "fp32", goals: Mapping[str, float] | None = None) -> Case:
+    """A training step of a net on 32x32 images."""
+    return Case(
+        "Training step",
+        f"{title}, N={batch}, {dtype}",
+        partial(make_net, model),
+        (batch, 3, 32, 32),
+        dtype,
+        net=True,
+        layouts=("channels_last",),
+        goals=goals or {},
+    )
+
+
+def resnet1001(batch: int, dtype: str = "fp32") -> Case:
+    """The step of ResNet-1001, with its goals."""
+    step = {8: 1.6, 16: 1.5, 64: 1.3} if dtype == "fp32" else {}
+    goals = {"saved_bytes": 2.0} | ({"total": step[batch]} if batch in step else {})
+    return net("ResNet-1001", "resnet1001", batch, dtype, goals)
+
+
+def default_cases() -> list[Case]:
+    """Under two minutes on two slow cores."""
+    blocks = [case for dtype in DTYPES for case in bottlenecks(16, dtype)]
+    blocks += [case for dtype in DTYPES for case in basics("ResNet-110 block", (16, 32, 64), 16, dtype)]
+    blocks += basics("PreActResNet-18 block", (64, 128, 256, 512), 16, "fp32")
+    nets = [net("ResNet-110", "resnet110", 16), net("PreActResNet-18", "preactresnet18", 8), resnet1001(8)]
+    return blocks + nets
+
+
+def full_cases() -> list[Case]:
+    """The long version: other batches, every dtype, the larger nets."""
+    blocks = [case for batch, dtype in product((1, 16, 64), DTYPES) for case in bottlenecks(batch, dtype)]
+    for batch, dtype in product((1, 16), DTYPES):
+        blocks += basics("ResNet-110 block", (16, 32, 64), batch, dtype)
+        blocks += basics("PreActResNet-18 block", (64, 128, 256, 512), batch, dtype)
+    nets = [net("ResNet-110", "resnet110", 128), net("PreActResNet-18", "preactresnet18", 16)]
+    nets += [net("ResNet-164", "resnet164", 16, dtype) for dtype in DTYPES]
+    return blocks + nets + [resnet1001(batch) for batch in (8, 16, 64)] + [resnet1001(8, "bf16")]
+
+
+def table_cases() -> list[Case]:
+    """Units over a grid, each backend by name: the data behind the choice that backend="auto" makes."""
+    shapes = [(C, C, 3, 1, H) for C, H in ((16, 32), (32, 16), (64, 8))]
+    shapes += [(C, C, 3, 1, H) for C, H in ((64, 32), (128, 16), (256, 8), (512, 4))]
+    shapes += [(C, C, 3, 1, H) for C, H in ((160, 32), (320, 16), (640, 8))]
+    shapes += [(C, 2 * C, 3, 2, H) for C, H in ((16, 32), (64, 32), (128, 16), (256, 8))]
+    shapes += [(4 * M, M, 1, 1, H) for M, H in ((16, 32), (32, 16), (64, 8), (128, 16), (512, 4))]
+    shapes += [(M, 4 * M, 1, 1, H) for M, H in ((16, 32), (32, 16), (64, 8), (128, 16), (512, 4))]
+    shapes += [(C, 128, 1, 1, H) for C, H in ((64, 32), (256, 32), (256, 16), (512, 16), (512, 8), (1024, 8))]
+    shapes += [(128, 32, 3, 1, H) for H in (32, 16, 8)]
+    shapes += [(C, 2 * C, 1, 2, H) for C, H in ((64, 32), (128, 16), (256, 8))]
+    return [
+        Case(
+            f"Unit {kernel}x{kernel}, stride {stride}",
+            f"{C}->{K}, {H}x{H}, N={batch}, {dtype}, {layout}",
+            partial(make_unit, C, K, kernel, stride),
+            (batch, C, H, H),
+            dtype,
+            backends=("cpu", "library", "auto", "eager"),
+            layouts=(layout,),
+        )
+        for (C, K, kernel, stride, H), batch, dtype, layout in product(dict.fromkeys(shapes), (1, 16), DTYPES, LAYOUTS)
+    ]

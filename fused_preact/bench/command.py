@@ -1,0 +1,142 @@
+"""`fused-preact bench`: fused against eager on this machine."""
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from fused_preact.errors import UserError
+
+from . import environment, picture, report, suite
+from .cases import Case, default_cases, full_cases, table_cases
+from .check import CheckError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `fused-preact bench`."""
+    extent = parser.add_mutually_exclusive_group()
+    extent.add_argument("--full", action="store_true", help="the long version: more cases, torch.compile, both mallocs")
+    extent.add_argument("--table", action="store_true", help="time every backend over a grid of units (backend='auto')")
+    extent.add_argument("--show", type=Path, metavar="JSON", help="measure nothing; print and draw a result file again")
+    parser.add_argument("--only", metavar="TEXT", default="", help="only cases whose name contains TEXT")
+    parser.add_argument("--list", action="store_true", help="name the cases and stop")
+    parser.add_argument("--output", type=Path, metavar="STEM", help="write STEM.json and STEM.png (default: bench)")
+    parser.add_argument(
+        "--threads", type=_positive(int), metavar="COUNT", help="torch's threads (default: its own choice)"
+    )
+    parser.add_argument("--budget", type=_positive(float), metavar="SECONDS", help="for a case (default: 1, full: 5)")
+    parser.add_argument("--memory", action="store_true", help="also the peak resident memory of each net")
+    parser.add_argument(
+        "--malloc",
+        choices=("default", "tuned", "both"),
+        help="setting of glibc's malloc: as it comes, told to keep freed memory, or one after the other (full: both)",
+    )
+
+
+def _positive(kind: type) -> Callable[[str], Any]:
+    """A converter for argparse, of numbers above zero."""
+
+    def convert(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = 0
+        if not value > 0:
+            raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
+        return value
+
+    return convert
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measures, prints, writes. Returns 1 if a contender is wrong: nothing is reported then.
+
+    Raises:
+        UserError: no case is chosen, or the file to show is no result file.
+    """
+    console = Console()
+    if arguments.show is not None:
+        _present(report.read(arguments.show), arguments.output or arguments.show.with_suffix(""), console)
+        return 0
+    cases = _choose(arguments)
+    if arguments.list:
+        console.print("\n".join(case.name for case in cases), markup=False, highlight=False)
+        return 0
+    output = arguments.output or Path("bench")
+    malloc = arguments.malloc or ("both" if arguments.full else None)
+    if malloc == "both":
+        return _child(arguments, "default", output) or _child(arguments, "tuned", _suffixed(output, "-tuned"))
+    if malloc not in (None, environment.malloc()["setting"]):
+        return _child(arguments, malloc, output)
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    try:
+        document = _measure(cases, _settings(arguments), console)
+    except CheckError as error:
+        console.print(f"[red]Wrong result.[/] {escape(str(error))}", highlight=False)
+        return 1
+    report.write(document, _suffixed(output, ".json"))
+    _present(document, output, console)
+    console.print(f"Results in {_suffixed(output, '.json')}", markup=False, highlight=False)
+    return 0
+
+
+def _choose(arguments: argparse.Namespace) -> list[Case]:
+    every = full_cases() if arguments.full else table_cases() if arguments.table else default_cases()
+    chosen = [case for case in every if arguments.only.lower() in case.name.lower()]
+    if not chosen:
+        raise UserError(f"--only: no case contains {arguments.only!r}; --list names them all")
+    return chosen
+
+
+def _settings(arguments: argparse.Namespace) -> suite.Settings:
+    extent = "full" if arguments.full else "table" if arguments.table else "default"
+    budget = arguments.budget or {"full": 5.0, "table": 0.5, "default": 1.0}[extent]
+    return suite.Settings(extent, budget, compiled=arguments.full, memory=arguments.memory or arguments.full)
+
+
+def _measure(cases: list[Case], settings: suite.Settings, console: Console) -> dict[str, Any]:
+    columns = (BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=len(cases))
+
+        def announce(case: Case) -> None:
+            progress.update(task, description=case.name, completed=cases.index(case))
+
+        return suite.run(cases, settings, announce)
+
+
+def _child(arguments: argparse.Namespace, malloc: str, output: Path) -> int:
+    """The same command in a process whose malloc is set so: glibc reads its setting when a process starts."""
+    bare = {k: v for k, v in os.environ.items() if k not in environment.malloc()["variables"]}
+    tuned = environment.TUNED_MALLOC if malloc == "tuned" else {}
+    command = [sys.executable, "-m", "fused_preact", "bench", f"--malloc={malloc}", f"--output={output}"]
+    for name in ("full", "table", "memory"):
+        command += [f"--{name}"] if getattr(arguments, name) else []
+    for name in ("only", "threads", "budget"):
+        value = getattr(arguments, name)
+        command += [] if value in (None, "") else [f"--{name}={value}"]
+    return subprocess.run(command, env=bare | tuned).returncode
+
+
+def _present(document: dict[str, Any], output: Path, console: Console) -> None:
+    report.show(document, console)
+    if document["settings"]["extent"] == "table":
+        return
+    if reason := picture.unavailable():
+        console.print(reason, style="yellow", markup=False)
+        return
+    picture.draw(document, _suffixed(output, ".png"))
+    console.print(f"Picture in {_suffixed(output, '.png')}", markup=False, highlight=False)
+
+
+def _suffixed(stem: Path, suffix: str) -> Path:
+    return stem.with_name(stem.name + suffix)

@@ -1,0 +1,98 @@
+"""Who takes part: a module of one backend in one memory format, and the step that is timed."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fused_preact.modules import Fused
+
+from .cases import LAYOUTS, Case
+from .measure import Step
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A backend ("eager", "compiled", or one of fused_preact's) in a memory format."""
+
+    backend: str
+    layout: str
+
+    @property
+    def name(self) -> str:
+        """As in the tables: "fused" is what backend="auto" chooses."""
+        return f"{'fused' if self.backend == 'auto' else self.backend} {self.layout}"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Input and target of a case, and the parameters every contender starts from."""
+
+    case: Case
+    x: Tensor
+    target: Tensor
+    state: dict[str, Tensor]
+
+
+def contenders(case: Case, compiled: bool = False) -> list[Contender]:
+    """The contenders of a case; `compiled` adds torch.compile of the eager module, a block at a time."""
+    backends = case.backends + (("compiled",) if compiled else ())
+    return [Contender(backend, layout) for layout in case.layouts for backend in backends]
+
+
+def build(contender: Contender, problem: Problem) -> nn.Module:
+    """The contender's module, in training mode, with the problem's parameters."""
+    module = problem.case.make("eager" if contender.backend == "compiled" else contender.backend)
+    module.load_state_dict(problem.state)
+    module = module.to(memory_format=LAYOUTS[contender.layout]).train()
+    if contender.backend == "compiled":
+        # Block by block: a deep net takes minutes to trace whole.
+        for part in [m for m in module.modules() if isinstance(m, Fused)]:
+            part.compile()
+    return module
+
+
+def autocast(case: Case) -> torch.autocast:
+    """bf16 autocast where the case asks for it, else a context that does nothing."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=case.dtype == "bf16")
+
+
+def place(x: Tensor, contender: Contender) -> Tensor:
+    """x in the contender's memory format."""
+    return x.detach().to(memory_format=LAYOUTS[contender.layout], copy=True)
+
+
+def step(contender: Contender, problem: Problem, module: nn.Module) -> Step:
+    """What is timed. Blocks: forward, and backward of a random dy. Nets: with loss and SGD update."""
+    return (_net_step if problem.case.net else _block_step)(contender, problem, module)
+
+
+def _block_step(contender: Contender, problem: Problem, module: nn.Module) -> Step:
+    x = place(problem.x, contender).requires_grad_()
+    dy = place(problem.target, contender)
+
+    def prepare() -> None:
+        x.grad = None
+        module.zero_grad(set_to_none=True)
+
+    def forward() -> Tensor:
+        with autocast(problem.case):
+            return module(x)
+
+    return Step(prepare, forward, lambda y: y.backward(dy))
+
+
+def _net_step(contender: Contender, problem: Problem, module: nn.Module) -> Step:
+    x = place(problem.x, contender)
+    optimizer = torch.optim.SGD(module.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4, fused=True)
+
+    def forward() -> Tensor:
+        with autocast(problem.case):
+            return F.cross_entropy(module(x), problem.target)
+
+    def backward(loss: Tensor) -> None:
+        loss.backward()
+        optimizer.step()
+
+    return Step(lambda: optimizer.zero_grad(set_to_none=True), forward, backward)

@@ -1,0 +1,82 @@
+"""What a result depends on beside the code: processor, versions, commit, threads and malloc."""
+
+import os
+import platform
+import subprocess
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fused_preact
+from fused_preact import _extension
+
+TUNED_MALLOC = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "17179869184",
+    "MALLOC_TOP_PAD_": "268435456",
+}
+"""glibc keeps freed memory, so that a step does not fault its pages in again."""
+
+_MALLOC_VARIABLES = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")
+_BF16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")
+
+
+def malloc() -> dict[str, Any]:
+    """The malloc setting of this process: `setting` is default, tuned or custom, and the variables that make it so."""
+    variables = {name: value for name, value in os.environ.items() if name.startswith(_MALLOC_VARIABLES)}
+    names = {(): "default", tuple(sorted(TUNED_MALLOC.items())): "tuned"}
+    return {"setting": names.get(tuple(sorted(variables.items())), "custom"), "variables": variables}
+
+
+def cpu() -> dict[str, Any]:
+    """Processor, cores this process may use, threads, vector ISAs, and its bf16 instructions (from /proc/cpuinfo)."""
+    fields: dict[str, str] = {}
+    path = Path("/proc/cpuinfo")
+    if path.exists():
+        for line in path.read_text().splitlines():
+            key, _, value = line.partition(":")
+            fields.setdefault(key.strip(), value.strip())
+    flags = (fields.get("flags") or fields.get("Features") or "").split()
+    return {
+        "model": fields.get("model name") or platform.processor() or platform.machine(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch_isa": torch.backends.cpu.get_cpu_capability(),
+        "isa": None if _extension.unavailable else _extension.instruction_sets().chosen,
+        "bf16_instructions": [flag for flag in _BF16_FLAGS if flag in flags],
+    }
+
+
+def commit() -> dict[str, Any] | None:
+    """Commit of the checkout that holds the package, and whether tracked files differ from it; None outside of git."""
+    root = Path(fused_preact.__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return None
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(root), *arguments], check=True, capture_output=True, text=True
+        ).stdout.strip()
+
+    try:
+        return {"hash": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
+    except (OSError, subprocess.CalledProcessError) as error:
+        return {"hash": None, "dirty": None, "error": str(error)}
+
+
+def describe() -> dict[str, Any]:
+    """All of it, as one JSON object."""
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "device": cpu(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "fused_preact": fused_preact.__version__,
+        },
+        "platform": platform.platform(),
+        "commit": commit(),
+        "malloc": malloc(),
+    }

@@ -1,0 +1,102 @@
+"""The result as one picture: how much faster, and how much less is kept for backward."""
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+CONTENDER = "fused channels_last"
+FORWARD, TOTAL, SAVED = "#5a93cf", "#1f62ab", "#23865f"
+TEXT, GRID, GOAL = "#7a838f", "#9aa4b03c", "#d9822b"
+BAR = 0.36
+
+
+def unavailable() -> str | None:
+    """Why there can be no picture, with what to do about it, or None."""
+    if find_spec("matplotlib") is None:
+        return "no picture: matplotlib is not installed; `pip install matplotlib` and repeat with --show"
+    return None
+
+
+def draw(document: dict[str, Any], path: Path) -> None:
+    """Writes a PNG with a transparent background, legible on light and on dark pages.
+
+    Left: ratio to the fastest eager contender in time, forward and forward + backward, with the spread and the goals.
+    Right: the same of the bytes kept for backward. Only the fused channels_last contender is drawn.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    entries = [entry for case in document["cases"] if (entry := _entry(case)) is not None]
+    figure = Figure(figsize=(9.5, 1.5 + 0.36 * len(entries) + 0.2 * len({e["group"] for e in entries})), dpi=150)
+    time, memory = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
+    ticks = []
+    height, group = 0.0, None
+    for entry in entries:
+        if entry["group"] != group:
+            group = entry["group"]
+            height += 0.8
+            place = {"transform": time.get_yaxis_transform(), "ha": "right", "va": "center"}
+            time.text(-0.02, height - 0.75, group, color=TEXT, fontsize=9, fontweight="bold", **place)
+        ticks.append((height, entry["label"]))
+        _bar(time, height - BAR / 2, entry["forward"], FORWARD)
+        _bar(time, height + BAR / 2, entry["total"], TOTAL)
+        _bar(memory, height, entry["saved_bytes"], SAVED, entry["bytes"], 2 * BAR)
+        height += 1.0
+    time.set_yticks([h for h, _ in ticks], [label for _, label in ticks])
+    time.set_ylim(height - 0.4, -0.5)
+    for axes, title in ((time, "Times faster than eager"), (memory, "Times less kept for backward")):
+        _dress(axes, title)
+    legend = [
+        Patch(color=FORWARD, label="forward"),
+        Patch(color=TOTAL, label="forward + backward (of a net: and update)"),
+        Patch(color=SAVED, label="bytes kept for backward"),
+        Line2D([], [], color=GOAL, linewidth=2, label="goal"),
+    ]
+    figure.legend(handles=legend, loc="lower center", ncols=4, frameon=False, labelcolor=TEXT, fontsize=9)
+    figure.suptitle(_title(document), color=TEXT, fontsize=9)
+    figure.tight_layout(rect=(0, 0.03, 1, 1))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, transparent=True)
+
+
+def _entry(case: dict[str, Any]) -> dict[str, Any] | None:
+    rows = {row["quantity"]: row for row in case["rows"] if row["contender"] == CONTENDER}
+    if not rows:
+        return None
+    saved = rows["saved_bytes"]
+    before, after = (case["contenders"][saved[who]]["saved_bytes"] / 2**20 for who in ("baseline", "contender"))
+    amounts = f"   {before:.{_digits(before)}f} to {after:.{_digits(after)}f} MiB"
+    return {"group": case["group"], "label": case["label"], "bytes": amounts, **rows}
+
+
+def _digits(value: float) -> int:
+    """Decimals that leave about three digits."""
+    return 0 if value >= 100 else 1 if value >= 10 else 2
+
+
+def _bar(axes: Any, y: float, row: dict[str, Any], color: str, remark: str = "", thickness: float = BAR) -> None:
+    ratio = row["ratio"]
+    axes.barh(y, ratio["median"], thickness, color=color)
+    axes.hlines(y, ratio["low"], ratio["high"], color=TEXT, linewidth=1)
+    axes.text(0.04, y, f"{ratio['median']:.2f}x{remark}", color="white", fontsize=7.5, fontweight="bold", va="center")
+    if row["goal"] is not None:
+        axes.vlines(row["goal"], y - thickness / 2, y + thickness / 2, color=GOAL, linewidth=2)
+
+
+def _dress(axes: Any, title: str) -> None:
+    axes.set_title(title, color=TEXT, fontsize=10, loc="left", pad=16)
+    axes.axvline(1, color=TEXT, linewidth=1, zorder=0.5)
+    axes.text(1, 1.002, "eager", color=TEXT, fontsize=8, ha="center", transform=axes.get_xaxis_transform())
+    axes.tick_params(colors=TEXT, labelsize=8.5, length=0)
+    axes.grid(axis="x", color=GRID)
+    axes.set_axisbelow(True)
+    axes.set_xlim(0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def _title(document: dict[str, Any]) -> str:
+    device, versions = document["device"], document["versions"]
+    malloc = document["malloc"]["setting"]
+    return f"{device['model']}, {device['threads']} threads, torch {versions['torch']}, malloc {malloc}"

@@ -1,0 +1,110 @@
+"""The result document as tables for people, and on disk."""
+
+import json
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from fused_preact.errors import UserError
+
+SCHEMA = 1
+
+LEGEND = (
+    "Times are medians; a ratio is the median of the rounds' own, with the quantiles 0.2 and 0.8. Baseline: the "
+    "fastest eager contender, ReLU in place. Saved for backward: the storages that autograd keeps, without parameters. "
+    "Goals are meant for two threads."
+)
+QUANTITIES = ("forward", "total", "saved_bytes")
+
+
+def write(document: dict[str, Any], path: Path) -> None:
+    """Writes the document as JSON, creating the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Reads what `write` wrote.
+
+    Raises:
+        UserError: there is no such file, or it holds something else.
+    """
+    try:
+        document = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the result file {path}: {error}") from error
+    if not isinstance(document, dict) or document.get("schema") != SCHEMA:
+        raise UserError(f"{path} is no result file of fused-preact bench (schema {SCHEMA})")
+    return document
+
+
+def show(document: dict[str, Any], console: Console) -> None:
+    """Prints the machine, one table a group, and what to know when reading them."""
+    console.print(escape(headline(document)), highlight=False)
+    for group, cases in groupby(document["cases"], key=lambda case: case["group"]):
+        console.print(_table(group, list(cases)))
+    console.print(LEGEND, style="dim", highlight=False)
+    for note in notes(document):
+        console.print(escape(note), style="yellow")
+
+
+def headline(document: dict[str, Any]) -> str:
+    """One line: processor, threads, versions, commit, malloc."""
+    device, versions, commit = document["device"], document["versions"], document["commit"]
+    code = (
+        "no commit" if commit is None else f"{(commit['hash'] or '?')[:12]}{' (modified)' if commit['dirty'] else ''}"
+    )
+    return (
+        f"{device['model']}, {device['cores']} cores, {device['threads']} threads, ISA {device['isa'] or 'none'}; "
+        f"torch {versions['torch']}, fused_preact {versions['fused_preact']}, {code}; "
+        f"malloc: {document['malloc']['setting']}"
+    )
+
+
+def notes(document: dict[str, Any]) -> Iterator[str]:
+    """What a reader should know before trusting a ratio."""
+    device = document["device"]
+    if any(case["dtype"] == "bf16" for case in document["cases"]) and not device["bf16_instructions"]:
+        yield (
+            "This CPU has no bf16 instructions (avx512_bf16, amx_bf16): eager bf16 emulates them and is slow, "
+            "so the bf16 ratios say little about CPUs that have them."
+        )
+    yield from (f"Left out: {line}" for line in document["left_out"])
+
+
+def goals(document: dict[str, Any]) -> tuple[int, int]:
+    """How many goals were reached, of how many."""
+    reached = [row["reached"] for case in document["cases"] for row in case["rows"] if row["goal"] is not None]
+    return sum(reached), len(reached)
+
+
+def _table(group: str, cases: list[dict[str, Any]]) -> Table:
+    total = "forward, backward, update" if cases[0]["net"] else "forward + backward"
+    table = Table("case", title=group, title_justify="left", show_lines=True)
+    for heading in ("forward", total, "saved for backward"):
+        table.add_column(heading, justify="right")
+    for case in cases:
+        for name in dict.fromkeys(row["contender"] for row in case["rows"]):
+            rows = {row["quantity"]: row for row in case["rows"] if row["contender"] == name}
+            cells = [_cell(case, rows[quantity]) for quantity in QUANTITIES]
+            table.add_row(f"{case['label']}\n[dim]{name}[/]", *cells)
+    return table
+
+
+def _cell(case: dict[str, Any], row: dict[str, Any]) -> str:
+    before, after = (case["contenders"][row[who]][row["quantity"]] for who in ("baseline", "contender"))
+    ratio = f"[bold]{row['ratio']['median']:.2f}x[/]"
+    if row["quantity"] == "saved_bytes":
+        amounts = f"{before / 2**20:.4g} > {after / 2**20:.4g} MiB"
+    else:
+        amounts = f"{before['median'] * 1e3:.4g} > {after['median'] * 1e3:.4g} ms"
+        ratio += f" ({row['ratio']['low']:.2f}-{row['ratio']['high']:.2f})"
+    if row["goal"] is None:
+        return f"{ratio}\n[dim]{amounts}[/]"
+    reached = "[green]reached[/]" if row["reached"] else "[red]not reached[/]"
+    return f"{ratio}\n[dim]{amounts}[/]\ngoal {row['goal']:g}x {reached}"

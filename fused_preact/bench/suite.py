@@ -1,0 +1,156 @@
+"""Runs cases and makes the result document: plain JSON types all through.
+
+    {schema, date, device, versions, platform, commit, malloc, settings, left_out: [str], cases: [case]}
+    case:      {group, label, shape, dtype, net, rounds, errors, contenders, rows}
+    contender: {backend, layout, forward, total: {median, low, high} in seconds, saved_bytes, peak_rss_bytes or null}
+    row:       {contender, quantity: forward | total | saved_bytes, baseline, ratio: {median, low, high}, goal, reached}
+
+A ratio is the fastest (or least) eager contender's over the row's; goal and reached are null where there is no goal.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from . import environment
+from .cases import Case
+from .check import NET_BATCH, pose, verify, widen
+from .contenders import Contender, build, contenders, step
+from .measure import Spread, Step, Times, alternate, ratio, saved_bytes, spread
+from .memory import peak_rss
+from .report import SCHEMA
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How long, and with what besides.
+
+    Args:
+        extent: which list of cases this is: default, full or table.
+        budget: seconds of timed rounds a case; a net takes three times as many.
+        rounds: fewest and most rounds a case.
+        compiled: torch.compile of the eager module takes part.
+        memory: measure the peak resident memory of nets, each contender in a process of its own.
+    """
+
+    extent: str = "default"
+    budget: float = 1.0
+    rounds: tuple[int, int] = (5, 50)
+    compiled: bool = False
+    memory: bool = False
+
+
+def run(cases: list[Case], settings: Settings, announce: Callable[[Case], None] = lambda case: None) -> dict[str, Any]:
+    """Measures the cases one by one and returns the result document; `announce` is told each case before it starts.
+
+    Raises:
+        CheckError: a contender is wrong; there is no document then.
+    """
+    document = {"schema": SCHEMA, **environment.describe(), "left_out": []}
+    document["settings"] = {**asdict(settings), "rounds": list(settings.rounds)}
+    if settings.compiled and (reason := _no_compiler()):
+        document["left_out"].append(f"torch.compile: {reason}")
+        settings = replace(settings, compiled=False)
+    document["cases"] = []
+    for case in cases:
+        announce(case)
+        document["cases"].append(measure(case, settings))
+    return document
+
+
+@dataclass(frozen=True)
+class LineUp:
+    """A case whose contenders passed the check, ready to be timed; the lists go together."""
+
+    entrants: list[Contender]
+    steps: list[Step]
+    saved: list[int]
+    errors: dict[str, dict[str, float]]
+
+
+def line_up(case: Case, compiled: bool = False) -> LineUp:
+    """Checks the contenders of a case, builds their steps and counts what they keep for backward.
+
+    Raises:
+        CheckError: a contender is wrong.
+    """
+    problem = pose(replace(case, shape=(NET_BATCH, *case.shape[1:])) if case.net else case)
+    errors = verify(problem)
+    if case.net:
+        problem = widen(problem, case)
+    entrants = contenders(case, compiled)
+    modules = [build(contender, problem) for contender in entrants]
+    steps = [step(contender, problem, module) for contender, module in zip(entrants, modules, strict=True)]
+    for contender, trial in zip(entrants, steps, strict=True):
+        if contender.backend == "compiled":
+            trial.run()
+    saved = [saved_bytes(trial.forward, module) for trial, module in zip(steps, modules, strict=True)]
+    return LineUp(entrants, steps, saved, errors)
+
+
+def measure(case: Case, settings: Settings) -> dict[str, Any]:
+    """Checks a case, then times it.
+
+    Raises:
+        CheckError: a contender is wrong.
+    """
+    ready = line_up(case, settings.compiled)
+    budget, rounds = settings.budget, settings.rounds
+    times = alternate(ready.steps, 3 * budget if case.net else budget, (3, rounds[1]) if case.net else rounds)
+    peaks = [peak_rss(case, c) if settings.memory and case.net else None for c in ready.entrants]
+    return {
+        "group": case.group,
+        "label": case.label,
+        "shape": list(case.shape),
+        "dtype": case.dtype,
+        "net": case.net,
+        "rounds": len(times[0].total),
+        "errors": ready.errors,
+        "contenders": {
+            c.name: {
+                **asdict(c),
+                "forward": asdict(spread(t.forward)),
+                "total": asdict(spread(t.total)),
+                "saved_bytes": b,
+                "peak_rss_bytes": peak,
+            }
+            for c, t, b, peak in zip(ready.entrants, times, ready.saved, peaks, strict=True)
+        },
+        "rows": list(_rows(case, ready.entrants, times, ready.saved)),
+    }
+
+
+def _rows(case: Case, entrants: list[Contender], times: list[Times], saved: list[int]) -> Iterator[dict[str, Any]]:
+    samples = {
+        "forward": [t.forward for t in times],
+        "total": [t.total for t in times],
+        "saved_bytes": [(b,) for b in saved],
+    }
+    eager = [i for i, c in enumerate(entrants) if c.backend == "eager"]
+    for i, contender in enumerate(entrants):
+        if i in eager:
+            continue
+        aimed = contender == Contender("auto", "channels_last")
+        for quantity, sample in samples.items():
+            best = min(eager, key=lambda j: spread(sample[j]).median)
+            found: Spread = ratio(sample[best], sample[i])
+            goal = case.goals.get(quantity) if aimed else None
+            yield {
+                "contender": contender.name,
+                "quantity": quantity,
+                "baseline": entrants[best].name,
+                "ratio": asdict(found),
+                "goal": goal,
+                "reached": None if goal is None else found.median >= goal,
+            }
+
+
+def _no_compiler() -> str | None:
+    """Why torch.compile does not work on this machine, in one line, or None."""
+    try:
+        torch.compile(torch.nn.ReLU())(torch.ones(2))
+    except (torch._dynamo.exc.TorchDynamoException, RuntimeError) as error:
+        return str(error).strip().splitlines()[0]
+    return None

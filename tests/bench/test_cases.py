@@ -1,0 +1,47 @@
+from collections import Counter
+
+import pytest
+
+from fused_preact.bench import cases
+from fused_preact.bench.contenders import contenders
+
+LISTS = [cases.default_cases, cases.full_cases, cases.table_cases]
+
+
+@pytest.mark.parametrize("make", LISTS)
+def test_names_are_unique(make):
+    """A result row can be told from every other."""
+    assert Counter(case.name for case in make()).most_common(1)[0][1] == 1
+
+
+@pytest.mark.parametrize("make", LISTS)
+def test_every_case_has_an_eager_baseline(make):
+    """A ratio needs an eager contender in the same case, and something to compare with it."""
+    for case in make():
+        backends = {contender.backend for contender in contenders(case)}
+        assert "eager" in backends
+        assert len(backends) > 1
+
+
+def test_default_covers_formats_and_dtypes():
+    """Blocks are measured in both memory formats and both dtypes without asking."""
+    blocks = [case for case in cases.default_cases() if not case.net]
+    assert {case.dtype for case in blocks} == {"fp32", "bf16"}
+    assert all(set(case.layouts) == {"channels_last", "NCHW"} for case in blocks)
+
+
+def test_goals_of_the_stages():
+    """The ratios that the project sets itself for ResNet-1001's stages at N = 16, fp32."""
+    found = [dict(case.goals) for case in cases.bottlenecks(16, "fp32")]
+    assert found == [{"forward": f, "total": t} for f, t in ((2.5, 2.0), (1.9, 1.7), (1.5, 1.5))]
+    assert [dict(case.goals) for case in cases.bottlenecks(1, "fp32")] == [{}, {}, {}]
+    assert {cases.resnet1001(N).goals["total"] for N in (8, 16, 64)} == {1.6, 1.5, 1.3}
+
+
+def test_modules_fit_their_inputs():
+    """Every block and unit of the lists reads as many channels as its input has."""
+    for make in LISTS:
+        for case in make():
+            if not case.net and case.shape[0] == 1:
+                first = next(m for m in case.make("eager").modules() if hasattr(m, "num_features"))
+                assert first.num_features == case.shape[1], case.name

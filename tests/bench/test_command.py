@@ -1,0 +1,134 @@
+import argparse
+import json
+import subprocess
+
+import pytest
+
+from fused_preact.bench import command, environment, picture, report, suite
+from fused_preact.errors import UserError
+
+
+def parse(*arguments):
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return parser.parse_args(arguments)
+
+
+@pytest.fixture
+def few(monkeypatch, block, small_net):
+    """The default list is two tiny cases, and two rounds are enough."""
+    monkeypatch.setattr(command, "default_cases", lambda: [block, small_net])
+    monkeypatch.setattr(command, "_settings", lambda arguments: suite.Settings(budget=0.0, rounds=(2, 2)))
+
+
+@pytest.mark.usefixtures("few")
+def test_writes_json_and_picture_and_prints_the_table(tmp_path, capsys):
+    """One command leaves a table on the terminal, a result file and a picture."""
+    stem = tmp_path / "new" / "result"
+    assert command.run(parse(f"--output={stem}")) == 0
+    document = json.loads(stem.with_suffix(".json").read_text())
+    assert [case["label"] for case in document["cases"]] == ["block", "net"]
+    assert stem.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    out = capsys.readouterr().out
+    assert "goal 1.5x" in out
+    assert "malloc" in out
+
+
+@pytest.mark.usefixtures("few", "broken")
+def test_wrong_kernel_means_no_report(tmp_path, capsys):
+    """A wrong answer: exit code 1, the reason, and no file that someone could quote."""
+    assert command.run(parse(f"--output={tmp_path / 'result'}")) == 1
+    assert "Wrong result" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("few")
+def test_without_matplotlib_the_result_is_still_written(tmp_path, monkeypatch, capsys):
+    """The picture is an extra: without matplotlib one line says what to install."""
+    monkeypatch.setattr(picture, "find_spec", lambda name: None)
+    assert command.run(parse(f"--output={tmp_path / 'result'}", "--only=block")) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
+    assert "pip install matplotlib" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("few")
+def test_show_draws_a_result_file_again(tmp_path):
+    """A result from another machine can be looked at without measuring."""
+    assert command.run(parse(f"--output={tmp_path / 'a'}", "--only=block")) == 0
+    (tmp_path / "a.png").unlink()
+    assert command.run(parse(f"--show={tmp_path / 'a.json'}")) == 0
+    assert (tmp_path / "a.png").exists()
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"schema": 99}'])
+def test_show_of_another_file_is_one_clear_error(tmp_path, content):
+    """A missing, broken or foreign file is named in one line."""
+    path = tmp_path / "x.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UserError, match=r"x\.json"):
+        command.run(parse(f"--show={path}"))
+
+
+def test_unknown_case_is_one_clear_error():
+    """A filter that matches nothing says how to see the names."""
+    with pytest.raises(UserError, match=r"no case contains 'nothing'; --list"):
+        command.run(parse("--only=nothing"))
+
+
+@pytest.mark.parametrize(("option", "value"), [("--threads", "0"), ("--budget", "-1"), ("--budget", "soon")])
+def test_options_are_checked(option, value, capsys):
+    """Threads and seconds have to be positive numbers."""
+    with pytest.raises(SystemExit) as stop:
+        parse(f"{option}={value}")
+    assert stop.value.code == 2
+    assert f"argument {option}" in capsys.readouterr().err
+
+
+def test_list_names_the_cases(capsys):
+    """--list --only says what would be measured, and measures nothing."""
+    assert command.run(parse("--list", "--only=training step")) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "Training step, ResNet-1001, N=8, fp32" in lines
+    assert all(line.startswith("Training step") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("variables", "setting"),
+    [({}, "default"), (environment.TUNED_MALLOC, "tuned"), ({"MALLOC_ARENA_MAX": "1"}, "custom")],
+    ids=["default", "tuned", "custom"],
+)
+def test_malloc_setting_is_told_from_the_environment(monkeypatch, variables, setting):
+    """A result says which malloc it was measured with, and the variables that made it so."""
+    for name in environment.malloc()["variables"]:
+        monkeypatch.delenv(name)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert environment.malloc() == {"setting": setting, "variables": variables}
+
+
+def test_another_malloc_runs_in_a_child(monkeypatch, tmp_path):
+    """glibc reads its setting at start, so the same command runs again with the variables set, and both mean two."""
+    calls = []
+
+    def fake(argv, env):
+        calls.append((argv, env))
+        return subprocess.CompletedProcess(argv, 0)
+
+    monkeypatch.setattr(command.subprocess, "run", fake)
+    assert command.run(parse("--malloc=both", "--only=resnet-110", "--threads=2", f"--output={tmp_path / 'r'}")) == 0
+    for (argv, env), malloc, stem in zip(calls, ("default", "tuned"), ("r", "r-tuned"), strict=True):
+        assert argv[1:4] == ["-m", "fused_preact", "bench"]
+        assert {f"--malloc={malloc}", f"--output={tmp_path / stem}", "--only=resnet-110", "--threads=2"} <= set(argv)
+        assert environment.TUNED_MALLOC.items() <= env.items() or malloc == "default"
+
+
+def test_slow_bf16_is_explained():
+    """Where the processor has no bf16 instructions, the report says what that does to the ratios."""
+    document = {
+        "cases": [{"dtype": "bf16"}],
+        "device": {"bf16_instructions": []},
+        "left_out": [],
+    }
+    assert "no bf16 instructions" in next(report.notes(document))
+    assert list(report.notes({**document, "device": {"bf16_instructions": ["avx512_bf16"]}})) == []

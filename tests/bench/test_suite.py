@@ -1,0 +1,92 @@
+import json
+from dataclasses import replace
+
+import pytest
+
+from fused_preact.bench import check, contenders, suite
+from fused_preact.bench.measure import Times, saved_bytes
+from fused_preact.bench.memory import peak_rss
+
+QUICK = suite.Settings(budget=0.0, rounds=(2, 2))
+
+
+def test_document_has_the_schema_and_survives_json(block, small_net):
+    """A result file holds everything a reader needs: machine, versions, commit, malloc, medians and quantiles."""
+    told = []
+    document = suite.run([block, small_net], QUICK, told.append)
+    assert told == [block, small_net]
+    assert json.loads(json.dumps(document)) == document
+    top = {"schema", "date", "device", "versions", "platform", "commit", "malloc", "settings", "left_out", "cases"}
+    assert top == set(document)
+    assert {"model", "cores", "threads", "isa", "torch_isa", "bf16_instructions"} == set(document["device"])
+    assert {"python", "torch", "fused_preact"} == set(document["versions"])
+    case = document["cases"][0]
+    assert {"group", "label", "shape", "dtype", "net", "rounds", "errors", "contenders", "rows"} == set(case)
+    for found in case["contenders"].values():
+        assert {"backend", "layout", "forward", "total", "saved_bytes", "peak_rss_bytes"} == set(found)
+        for quantity in ("forward", "total"):
+            assert 0 < found[quantity]["low"] <= found[quantity]["median"] <= found[quantity]["high"]
+        assert found["forward"]["median"] < found["total"]["median"]
+        assert found["saved_bytes"] > 0
+
+
+def test_goal_stands_at_the_fused_channels_last_row_alone(block):
+    """A goal is reached or not by the measured ratio, and only where one was set."""
+    rows = suite.measure(block, QUICK)["rows"]
+    assert len(rows) == 6
+    (aimed,) = [row for row in rows if row["goal"] is not None]
+    assert (aimed["contender"], aimed["quantity"]) == ("fused channels_last", "saved_bytes")
+    assert aimed["reached"] is (aimed["ratio"]["median"] >= 1.5)
+    assert all(row["reached"] is None for row in rows if row is not aimed)
+
+
+def test_baseline_is_the_fastest_eager(block):
+    """The ratio is taken against the best that eager can do, in whichever format, and pair by pair."""
+    entrants = contenders.contenders(block)
+    assert [c.name for c in entrants] == ["fused channels_last", "eager channels_last", "fused NCHW", "eager NCHW"]
+    seconds = {"fused channels_last": (1.0, 2.0), "eager channels_last": (4.0, 9.0), "fused NCHW": (3.0, 3.0)}
+    times = [Times(t := seconds.get(c.name, (3.0, 6.0)), t) for c in entrants]
+    rows = {(r["contender"], r["quantity"]): r for r in suite._rows(block, entrants, times, [6, 12, 6, 9])}
+    assert rows["fused channels_last", "total"]["baseline"] == "eager NCHW"
+    assert rows["fused channels_last", "total"]["ratio"]["median"] == 3.0
+    assert rows["fused NCHW", "forward"]["ratio"]["median"] == 1.5
+    assert rows["fused NCHW", "saved_bytes"]["ratio"]["median"] == 1.5
+
+
+@pytest.mark.usefixtures("broken")
+def test_wrong_contender_is_not_timed(block, monkeypatch):
+    """The check comes first: of a wrong contender there is not even a time."""
+    monkeypatch.setattr(suite, "alternate", lambda *arguments: pytest.fail("timed a wrong contender"))
+    with pytest.raises(check.CheckError):
+        suite.run([block], QUICK)
+
+
+def test_fused_keeps_fewer_bytes(block):
+    """What the package promises for every block: about half of eager's bytes are kept for backward."""
+    found = suite.measure(replace(block, layouts=("channels_last",)), QUICK)["contenders"]
+    assert found["fused channels_last"]["saved_bytes"] * 1.9 < found["eager channels_last"]["saved_bytes"]
+
+
+def test_peak_memory_is_measured_in_a_process_of_its_own(small_net):
+    """A step raises resident memory by no less than what it keeps for backward, and this process does not grow."""
+    case, contender = replace(small_net, shape=(8, 3, 32, 32)), contenders.Contender("eager", "channels_last")
+    problem = check.pose(case)
+    module = contenders.build(contender, problem)
+    kept = saved_bytes(contenders.step(contender, problem, module).forward, module)
+    assert kept < peak_rss(case, contender) < 2**30
+
+
+def test_peak_memory_is_measured_where_asked(small_net, monkeypatch):
+    """Of nets alone, and only with the setting: each contender takes a process."""
+    monkeypatch.setattr(suite, "peak_rss", lambda case, contender: 7)
+    for memory, expected in ((True, {7}), (False, {None})):
+        found = suite.measure(small_net, replace(QUICK, memory=memory))["contenders"]
+        assert {contender["peak_rss_bytes"] for contender in found.values()} == expected
+
+
+def test_missing_compiler_is_reported_not_fatal(block, monkeypatch):
+    """Without a C++ compiler torch.compile is left out, and the document says so."""
+    monkeypatch.setattr(suite, "_no_compiler", lambda: "no compiler found")
+    document = suite.run([replace(block, layouts=("NCHW",))], replace(QUICK, compiled=True))
+    assert document["left_out"] == ["torch.compile: no compiler found"]
+    assert set(document["cases"][0]["contenders"]) == {"fused NCHW", "eager NCHW"}
