@@ -94,10 +94,13 @@ Chain parse_chain(const Tensor& x, const Tensors& weight, const std::optional<Te
                   const std::vector<bool>& training, const Sizes& geometry, const std::string& shortcut,
                   const std::string& backend) {
   expect(backend == "cpu", "backend: expected cpu, got ", backend);
+  const ScalarType type = x.scalar_type();
+  expect(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Double,
+         "x: expected float32, bfloat16 or float64, got ", torch::headeronly::toString(type));
   const size_t n = training.size();
   expect(n > 0, "training: expected one value for each unit, got none");
   expect_tensors("weight", weight, n);
-  Chain chain{x.scalar_type(), {}, weight, training, parse_shortcut(shortcut)};
+  Chain chain{type, {}, weight, training, parse_shortcut(shortcut)};
   const bool projection = chain.shortcut == Shortcut::activated || chain.shortcut == Shortcut::raw;
   expect(projection == shortcut_weight.has_value(), "shortcut_weight: expected ", projection ? "a tensor" : "none",
          " for the shortcut ", shortcut);

@@ -30,3 +30,12 @@ def isa(request: pytest.FixtureRequest, use_isa) -> str:
     """Each instruction set that this machine can run, one after the other, in use for the test."""
     use_isa(request.param)
     return request.param
+
+
+@pytest.fixture(params=["reference", "library", *(f"cpu-{name}" for name in instruction_sets())])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Each fused backend; the CPU kernels once for every instruction set."""
+    name, _, instruction_set = request.param.partition("-")
+    if instruction_set:
+        request.getfixturevalue("use_isa")(instruction_set)
+    return name
