@@ -57,7 +57,7 @@ def _positive(kind: type) -> Callable[[str], Any]:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measures, prints, writes. Returns 1 if a contender is wrong: nothing is reported then.
+    """Measures, prints, writes. Returns 1 if a contender is wrong: nothing is reported then, with --table of its case.
 
     Raises:
         UserError: no case is chosen, or the file to show is no result file.
@@ -81,12 +81,12 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         document = _measure(cases, _settings(arguments), console)
     except CheckError as error:
-        console.print(f"[red]Wrong result.[/] {escape(str(error))}", highlight=False)
+        console.print(f"[red]Wrong result, nothing is reported.[/] {escape(str(error))}", highlight=False)
         return 1
     report.write(document, _suffixed(output, ".json"))
     _present(document, output, console)
     console.print(f"Results in {_suffixed(output, '.json')}", markup=False, highlight=False)
-    return 0
+    return int(len(document["cases"]) < len(cases))
 
 
 def _choose(arguments: argparse.Namespace) -> list[Case]:
@@ -100,7 +100,8 @@ def _choose(arguments: argparse.Namespace) -> list[Case]:
 def _settings(arguments: argparse.Namespace) -> suite.Settings:
     extent = "full" if arguments.full else "table" if arguments.table else "default"
     budget = arguments.budget or {"full": 5.0, "table": 0.5, "default": 1.0}[extent]
-    return suite.Settings(extent, budget, compiled=arguments.full, memory=arguments.memory or arguments.full)
+    memory = arguments.memory or arguments.full
+    return suite.Settings(extent, budget, compiled=arguments.full, memory=memory, strict=not arguments.table)
 
 
 def _measure(cases: list[Case], settings: suite.Settings, console: Console) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import torch
 
 from . import environment
 from .cases import Case
-from .check import NET_BATCH, pose, verify, widen
+from .check import NET_BATCH, CheckError, pose, verify, widen
 from .contenders import Contender, build, contenders, step
 from .measure import Spread, Step, Times, alternate, ratio, saved_bytes, spread
 from .memory import peak_rss
@@ -33,6 +33,7 @@ class Settings:
         rounds: fewest and most rounds a case.
         compiled: torch.compile of the eager module takes part.
         memory: measure the peak resident memory of nets, each contender in a process of its own.
+        strict: a wrong contender means no document; else its case is left out, and the document says why.
     """
 
     extent: str = "default"
@@ -40,13 +41,14 @@ class Settings:
     rounds: tuple[int, int] = (5, 50)
     compiled: bool = False
     memory: bool = False
+    strict: bool = True
 
 
 def run(cases: list[Case], settings: Settings, announce: Callable[[Case], None] = lambda case: None) -> dict[str, Any]:
     """Measures the cases one by one and returns the result document; `announce` is told each case before it starts.
 
     Raises:
-        CheckError: a contender is wrong; there is no document then.
+        CheckError: a contender is wrong, and the settings are strict.
     """
     document = {"schema": SCHEMA, **environment.describe(), "left_out": []}
     document["settings"] = {**asdict(settings), "rounds": list(settings.rounds)}
@@ -56,7 +58,12 @@ def run(cases: list[Case], settings: Settings, announce: Callable[[Case], None] 
     document["cases"] = []
     for case in cases:
         announce(case)
-        document["cases"].append(measure(case, settings))
+        try:
+            document["cases"].append(measure(case, settings))
+        except CheckError as error:
+            if settings.strict:
+                raise
+            document["left_out"].append(str(error))
     return document
 
 

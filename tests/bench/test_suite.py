@@ -61,6 +61,15 @@ def test_wrong_contender_is_not_timed(block, monkeypatch):
         suite.run([block], QUICK)
 
 
+@pytest.mark.usefixtures("broken")
+def test_wrong_contender_is_left_out_where_the_rest_goes_on(block):
+    """The grid for the choice of a backend goes on without a wrong case, and says which and why."""
+    document = suite.run([block, replace(block, backends=("eager",))], replace(QUICK, strict=False))
+    assert len(document["cases"]) == 1
+    (reason,) = document["left_out"]
+    assert "Tiny, block: the error of y of fused channels_last" in reason
+
+
 def test_fused_keeps_fewer_bytes(block):
     """What the package promises for every block: about half of eager's bytes are kept for backward."""
     found = suite.measure(replace(block, layouts=("channels_last",)), QUICK)["contenders"]
