@@ -68,6 +68,8 @@ def dgrad(conv: Conv, dy: Gradient, weight: Tensor, x: Activation, add: Tensor |
         return Gradient(da)
     dz = aten.threshold_backward.grad_input(da, _a(x), 0, grad_input=da)
     mean, rstd = x.norm[MEAN], x.norm[RSTD]
+    if dz.numel() == 0:  # torch 2.13 divides by zero there
+        return Gradient(dz, grad=(torch.zeros_like(mean), torch.zeros_like(mean)))
     gamma, variance = x.norm[SCALE] / rstd, None if batch else rstd.pow(-2)
     args = mean, variance, mean, rstd, batch, 0.0, [True, True, True]
     g, dgamma, dbeta = aten.native_batch_norm_backward(dz, x.x, gamma, *args)

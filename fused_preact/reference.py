@@ -70,8 +70,11 @@ def dgrad(conv: Conv, dy: Gradient, weight: Tensor, x: Activation, add: Tensor |
     wide, rstd, m = dz.to(x.norm.dtype), x.norm[RSTD], dz.numel() // dz.size(1)
     dbeta = wide.sum((0, 2, 3))
     dgamma = (wide * (x.x.to(wide.dtype) - _column(x.norm[MEAN])) * _column(rstd)).sum((0, 2, 3))
-    share = -x.norm[SCALE] / m if batch else torch.zeros_like(rstd)
-    return Gradient(dz, x.x, x.norm, torch.stack([dgamma, dbeta, share * rstd * dgamma, share * dbeta]))
+    if batch:
+        slope, offset = -x.norm[SCALE] * rstd * dgamma / m, -x.norm[SCALE] * dbeta / m
+    else:
+        slope, offset = torch.zeros_like(rstd), torch.zeros_like(rstd)
+    return Gradient(dz, x.x, x.norm, (dgamma, dbeta, slope, offset))
 
 
 def wgrad(conv: Conv, dy: Gradient, x: Activation, weight: Tensor, bias: bool) -> tuple[Tensor, Tensor | None]:

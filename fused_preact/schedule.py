@@ -79,7 +79,7 @@ class Gradient(NamedTuple):
     g: Tensor
     x: Tensor | None = None
     norm: Tensor | None = None
-    grad: Tensor | Sequence[Tensor] | None = None  # [4, C]: dgamma, dbeta, slope, offset
+    grad: Sequence[Tensor] | None = None  # dgamma, dbeta, slope, offset, [C] each
 
 
 def memory_format(x: Tensor) -> torch.memory_format:

@@ -1,0 +1,276 @@
+"""Sample inputs for the tests of the operators and of everything above them, with the plain layers as their eager twin.
+
+A `Case` names the shapes of a chain; `Case.draw` makes its tensors. `fused` and `eager` run them and name every result
+alike, so that the errors of both against float64 can be compared.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fused_preact import _extension, functional
+from fused_preact.checks import Shortcut, Unit
+from fused_preact.schedule import Conv, accumulation_type
+
+Results = dict[str, Tensor]
+# For what does not depend on the instruction set; the fixture `backend` adds each of those.
+BACKENDS = ["reference", "library"] + (["cpu"] if _extension.unavailable is None else [])
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Convolution of a unit: output channels, filter, stride, padding; batch: its batch norm uses batch statistics."""
+
+    K: int
+    size: tuple[int, int] = (3, 3)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (1, 1)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+    batch: bool = True
+
+    @property
+    def conv(self) -> Conv:
+        return Conv(*self.stride, *self.padding, *self.dilation, self.groups)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Shapes of a chain on an input [N, C, H, W]."""
+
+    id: str
+    shape: tuple[int, int, int, int]
+    layers: tuple[Layer, ...]
+    shortcut: str = "none"
+    bias: bool = False
+    residual: bool = False
+    mean: float = 1.0  # of x, in standard deviations
+
+    @property
+    def eval(self) -> Case:
+        """The same with running statistics everywhere."""
+        return replace(self, id=f"{self.id}-eval", layers=tuple(replace(layer, batch=False) for layer in self.layers))
+
+    def draw(self, seed: int = 0, dtype: torch.dtype = torch.float32, layout: str = "channels_last") -> Sample:
+        """Random tensors of values that dtype holds exactly; no pre-activation is near zero (see `separate`)."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def uniform(*shape: int, low: float = -1.0, high: float = 1.0) -> Tensor:
+            return low + (high - low) * torch.rand(shape, generator=generator, dtype=torch.float64)
+
+        def filters(K: int, C: int, size: tuple[int, int]) -> Tensor:
+            return (uniform(K, C, *size) * (3 / (C * size[0] * size[1])) ** 0.5).to(dtype)
+
+        C = self.shape[1]
+        sigma, mean = uniform(1, C, 1, 1, low=0.5, high=2.0), self.mean * uniform(1, C, 1, 1, low=0.5, high=1.0)
+        x = (sigma * (torch.randn(self.shape, generator=generator, dtype=torch.float64) + mean)).to(dtype)
+        h, units = x.double(), []
+        for layer in self.layers:
+            var, mean = torch.var_mean(h, (0, 2, 3), correction=0)
+            running = mean + uniform(C, low=-0.2, high=0.2) * var.sqrt(), var * uniform(C, low=0.8, high=1.2)
+            gamma = uniform(C, low=0.5, high=1.5) * torch.where(uniform(C) > 0, 1.0, -1.0)
+            used = (mean, var) if layer.batch else running
+            beta = separate(h, *used, gamma)
+            norms = [t.to(accumulation_type(dtype)) for t in (gamma, beta, *running)]
+            bias = uniform(layer.K).to(dtype) if self.bias else None
+            weight = filters(layer.K, C // layer.groups, layer.size)
+            units.append(Unit(weight, bias, *norms, layer.batch, 1e-5, layer.conv))
+            h, C = convolve(F.relu(F.batch_norm(h, *used, gamma, beta, False, 0.0, 1e-5)), units[-1]), layer.K
+        shortcut = Shortcut(self.shortcut)
+        if self.shortcut in ("activated", "raw"):
+            strides = (1 + (h.size(i) < self.shape[i]) for i in (2, 3))
+            shortcut = Shortcut(self.shortcut, filters(C, self.shape[1], (1, 1)), Conv(*strides, 0, 0, 1, 1, 1))
+        residual = uniform(*h.shape).to(dtype) if self.residual else None
+        return Sample(laid_out(x, layout), units, shortcut, residual, uniform(*h.shape).to(dtype))
+
+
+def separate(x: Tensor, mean: Tensor, var: Tensor, gamma: Tensor) -> Tensor:
+    """beta that puts the zeros of gamma*xhat + beta into the widest gap between the middle values of xhat, by channel.
+
+    So a rounding error does not turn a ReLU on or off, and what is compared are the kernels, not their luck.
+    """
+    xhat = (x - mean.view(1, -1, 1, 1)) / (var.view(1, -1, 1, 1) + 1e-5).sqrt()
+    values = xhat.transpose(0, 1).flatten(1).sort().values
+    values = values[:, values.size(1) // 8 : values.size(1) - values.size(1) // 8]
+    gap, i = values.diff().max(1)
+    return -gamma * (values.gather(1, i[:, None])[:, 0] + gap / 2)
+
+
+def convolve(a: Tensor, unit: Unit) -> Tensor:
+    """The convolution of a unit, in the type of a."""
+    conv, bias = unit.conv, None if unit.bias is None else unit.bias.to(a.dtype)
+    return F.conv2d(a, unit.weight.to(a.dtype), bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+@dataclass
+class Sample:
+    """Tensors of a chain, and the gradient dy of its output."""
+
+    x: Tensor
+    units: list[Unit]
+    shortcut: Shortcut
+    residual: Tensor | None
+    dy: Tensor
+
+    def to(self, dtype: torch.dtype) -> Sample:
+        """The same values in dtype; batch norm in its accumulation type."""
+        accumulation = accumulation_type(dtype)
+
+        def cast(t: Tensor | None, to: torch.dtype = dtype) -> Tensor | None:
+            return None if t is None else t.detach().to(to)
+
+        units = [
+            unit._replace(
+                weight=cast(unit.weight),
+                bias=cast(unit.bias),
+                **{name: cast(getattr(unit, name), accumulation) for name in ("bn_weight", "bn_bias")},
+                **{name: cast(getattr(unit, name), accumulation) for name in ("running_mean", "running_var")},
+            )
+            for unit in self.units
+        ]
+        shortcut = self.shortcut._replace(weight=cast(self.shortcut.weight))
+        return Sample(cast(self.x), units, shortcut, cast(self.residual), cast(self.dy))
+
+    def leaves(self) -> Results:
+        """The tensors that have a gradient, by the name that their gradient has; they require it from here on."""
+        named = {"dx": self.x, "dresidual": self.residual, "dshortcut": self.shortcut.weight}
+        for i, unit in enumerate(self.units, start=1):
+            named |= {f"dW{i}": unit.weight, f"dbias{i}": unit.bias}
+            named |= {f"dgamma{i}": unit.bn_weight, f"dbeta{i}": unit.bn_bias}
+        return {name: t.requires_grad_() for name, t in named.items() if t is not None}
+
+
+def laid_out(x: Tensor, layout: str) -> Tensor:
+    """The values of x as "nchw", as "channels_last", or as a slice of a larger tensor, dense in no order."""
+    if layout == "nchw":
+        return x.contiguous()
+    if layout == "channels_last":
+        return x.contiguous(memory_format=torch.channels_last)
+    N, C, H, W = x.shape
+    larger = x.new_full((N, H + 2, W + 1, C + 3), float("nan")).permute(0, 3, 1, 2)
+    view = larger[:, 1 : C + 1, 1 : H + 1, :W]
+    view.copy_(x)
+    return view
+
+
+def _gradients(sample: Sample, y: Tensor, dy: Tensor) -> Results:
+    leaves = sample.leaves()
+    return dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), dy.to(y.dtype)), strict=True))
+
+
+def fused(sample: Sample, backend: str) -> Results:
+    """y, all gradients, and the batch statistics of the units that use them, from a fused backend."""
+    sample.leaves()
+    plan = functional.make_plan(sample.x, sample.units, sample.shortcut, sample.residual, backend)
+    y, rows = functional.execute(plan, sample.x, sample.units, sample.shortcut, sample.residual)
+    results = {"y": y.detach()}
+    for i, (unit, row) in enumerate(zip(sample.units, rows, strict=True), start=1):
+        if unit.batch:
+            results |= {f"mean{i}": row[0], f"var{i}": row[2]}
+    return results | _gradients(sample, y, sample.dy)
+
+
+def eager(sample: Sample) -> Results:
+    """The same from plain torch layers."""
+    sample.leaves()
+    results, h, across = {}, sample.x, sample.residual
+    for i, unit in enumerate(sample.units, start=1):
+        # With a momentum of one the buffers become the statistics of the batch.
+        mean, var = unit.running_mean.clone(), unit.running_var.clone()
+        a = F.relu(F.batch_norm(h, mean, var, unit.bn_weight, unit.bn_bias, unit.batch, 1.0, unit.eps))
+        if unit.batch:
+            results |= {f"mean{i}": mean, f"var{i}": var}
+        if i == 1 and sample.shortcut.kind == "identity":
+            across = sample.x
+        elif i == 1 and sample.shortcut.weight is not None:
+            source = a if sample.shortcut.kind == "activated" else sample.x
+            across = F.conv2d(source, sample.shortcut.weight, None, sample.shortcut.conv.stride)
+        h = convolve(a, unit)
+    y = h if across is None else h + across
+    return {"y": y.detach()} | results | _gradients(sample, y, sample.dy)
+
+
+def error(result: Tensor, exact: Tensor) -> float:
+    """Root of the mean squared error, relative to the root mean square of the exact values."""
+    return ((result.double() - exact).square().mean() / exact.square().mean().clamp(min=1e-300)).sqrt().item()
+
+
+def errors(case: Case, dtype: torch.dtype, run, draws: int = 8) -> dict[str, float]:
+    """Error of each result of ``run`` against float64, over some draws of the case together."""
+    squares: dict[str, list[float]] = {}
+    for seed in range(draws):
+        sample = case.draw(seed, dtype)
+        exact = eager(sample.to(torch.float64))
+        for name, result in run(sample).items():
+            if not vanishes(case, name):
+                squares.setdefault(name, []).append(error(result, exact[name]) ** 2)
+    return {name: (sum(values) / draws) ** 0.5 for name, values in squares.items()}
+
+
+def vanishes(case: Case, name: str) -> bool:
+    """Whether a gradient is zero but for rounding: that of a bias in front of a batch norm that subtracts the mean."""
+    return name.startswith("dbias") and any(layer.batch for layer in case.layers[int(name[5:]) : int(name[5:]) + 1])
+
+
+def assert_as_close_as_eager(case: Case, backend: str, dtype: torch.dtype) -> None:
+    """Each result has at most twice the error that plain layers have in the same dtype."""
+    ours, theirs = errors(case, dtype, lambda sample: fused(sample, backend)), errors(case, dtype, eager)
+    assert ours.keys() == theirs.keys()
+    worse = {name: (ours[name], theirs[name]) for name in ours if not ours[name] <= 2 * theirs[name]}
+    assert not worse, f"relative error of {backend} and of eager: {worse}"
+
+
+_POINT = Layer(0, (1, 1), padding=(0, 0))
+
+
+def point(K: int, **changes) -> Layer:
+    """A 1x1 convolution."""
+    return replace(_POINT, K=K, **changes)
+
+
+# One unit, in shapes that every backend serves.
+UNITS = [
+    Case("one-channel", (2, 1, 5, 5), (Layer(1),)),
+    Case("odd", (3, 3, 7, 5), (Layer(5),), bias=True, residual=True),
+    Case("35-channels", (2, 35, 6, 7), (Layer(37),)),
+    Case("35-channels-1x1", (2, 35, 6, 7), (point(37),), bias=True, residual=True),
+    Case("one-image", (1, 16, 8, 8), (Layer(16),)),
+    Case("one-row", (4, 16, 1, 9), (Layer(8),)),
+    Case("one-column-1x1", (4, 3, 9, 1), (point(35),)),
+    Case("stride-2", (2, 16, 9, 8), (Layer(24, stride=(2, 2)),)),
+    Case("stride-2-1x1", (2, 12, 7, 6), (point(20, stride=(2, 2)),)),
+    Case("no-padding", (2, 8, 6, 5), (Layer(4, padding=(0, 0)),), residual=True),
+    Case("stride-2-no-padding", (2, 3, 8, 9), (Layer(5, stride=(2, 2), padding=(0, 0)),)),
+    Case("padded-1x1", (2, 4, 4, 3), (point(6, padding=(1, 2)),)),
+    Case("wide-padding", (2, 5, 3, 4), (Layer(6, padding=(2, 3)),)),
+    Case("64-channels", (2, 64, 8, 8), (Layer(64),)),
+    Case("many-pixels", (2, 16, 33, 31), (Layer(16),)),
+]
+# What only the composed backends serve.
+OTHER_FILTERS = [
+    Case("groups", (2, 6, 5, 4), (Layer(9, groups=3),), bias=True),
+    Case("depthwise", (2, 5, 6, 4), (Layer(5, groups=5, stride=(2, 2)),)),
+    Case("dilation", (2, 4, 9, 8), (Layer(3, dilation=(2, 3), padding=(2, 3)),)),
+    Case("5x5", (2, 3, 7, 6), (Layer(4, (5, 5), padding=(2, 2)),)),
+    Case("1x3", (2, 3, 5, 6), (Layer(4, (1, 3), padding=(0, 1)),), residual=True),
+    Case("stride-3", (2, 3, 7, 8), (Layer(4, stride=(3, 1)),)),
+]
+# Chains of two and three units.
+CHAINS = [
+    Case("basic", (2, 16, 6, 7), (Layer(16), Layer(16)), "identity"),
+    Case("basic-stride-2", (2, 8, 7, 6), (Layer(12, stride=(2, 2)), Layer(12)), "activated"),
+    Case("basic-residual", (2, 3, 5, 4), (Layer(5), Layer(7)), bias=True, residual=True),
+    Case("bottleneck", (2, 32, 5, 6), (point(8), Layer(8), point(32)), "identity"),
+    Case("bottleneck-wider", (3, 16, 4, 5), (point(8), Layer(8), point(32)), "activated"),
+    Case("bottleneck-stride-2", (2, 24, 6, 8), (point(8), Layer(8, stride=(2, 2)), point(32)), "activated", bias=True),
+    Case("bottleneck-first", (2, 12, 7, 8), (point(4, stride=(2, 2)), Layer(4), point(16)), "raw"),
+    Case("raw", (2, 3, 6, 5), (Layer(5, stride=(2, 2)), Layer(35)), "raw"),
+    Case("frozen-second", (2, 16, 6, 5), (point(8), Layer(8, batch=False), point(16)), "identity"),
+    Case("frozen-first", (2, 16, 6, 5), (Layer(16, batch=False), Layer(16)), "identity"),
+]
+CHAINS += [CHAINS[0].eval, CHAINS[5].eval, CHAINS[6].eval]
+UNITS += [UNITS[1].eval, UNITS[7].eval]

@@ -1,0 +1,183 @@
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.testing import assert_close
+
+from cases import BACKENDS, OTHER_FILTERS, UNITS, assert_as_close_as_eager, fused
+from fused_preact import bn_relu_conv2d
+
+BY_ID = {case.id: case for case in UNITS}
+
+
+def plain(x, weight, bn_weight, bn_bias, mean, var, *, training=False, momentum=0.1, eps=1e-5, **conv):
+    """What the function computes, by plain layers; keyword arguments of the convolution."""
+    residual = conv.pop("residual", None)
+    z = F.batch_norm(x, mean, var, bn_weight, bn_bias, training, momentum, eps)
+    y = F.conv2d(F.relu(z), weight, **conv)
+    return y if residual is None else y + residual
+
+
+def tensors(C=6, K=5, size=3, dtype=torch.float32):
+    torch.manual_seed(0)
+    x, weight = torch.randn(3, C, 6, 5, dtype=dtype), torch.randn(K, C, size, size, dtype=dtype)
+    norm = [torch.rand(C) + 0.5, torch.randn(C), torch.randn(C), torch.rand(C) + 0.5]
+    return x, weight, *norm
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("case", UNITS, ids=lambda case: case.id)
+def test_a_unit_is_as_close_to_float64_as_plain_layers(case, dtype, backend):
+    """Every result of one unit, forward and backward, has at most twice eager's error."""
+    assert_as_close_as_eager(case, backend, dtype)
+
+
+@pytest.mark.parametrize("backend", ["reference", "library"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("case", OTHER_FILTERS, ids=lambda case: case.id)
+def test_other_filters_are_as_close_to_float64_as_plain_layers(case, dtype, backend):
+    """Groups, dilation and other filters hold to the same rule in the backends that serve them."""
+    assert_as_close_as_eager(case, backend, dtype)
+
+
+@pytest.mark.parametrize("mean", [30.0, 1000.0])
+@pytest.mark.parametrize("name", ["odd", "35-channels-1x1", "many-pixels"])
+def test_a_large_mean_keeps_its_digits(name, mean, backend):
+    """A channel whose mean is large against its deviation is normalised as well as by plain layers."""
+    assert_as_close_as_eager(replace(BY_ID[name], mean=mean), backend, torch.float32)
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "eager"])
+@pytest.mark.parametrize("training", [True, False])
+def test_it_is_batch_norm_relu_and_convolution(training, backend):
+    """Result and running statistics are those of the three functions, with every argument in use."""
+    x, weight, gamma, beta, mean, var = tensors()
+    options = {"stride": (2, 1), "padding": (1, 2)} if backend != "cpu" else {"stride": 2, "padding": (1, 2)}
+    options |= {"bias": torch.randn(5), "training": training, "momentum": 0.3, "eps": 1e-3}
+    theirs = mean.clone(), var.clone()
+    expected = plain(x, weight, gamma, beta, *theirs, **options)
+    options["residual"] = torch.randn_like(expected)
+    y = bn_relu_conv2d(x, weight, gamma, beta, mean, var, backend=backend, **options)
+    assert_close(y, expected + options["residual"])
+    assert_close((mean, var), theirs)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("padding", ["same", "valid"])
+def test_padding_by_name(padding, backend):
+    """The names "same" and "valid" mean what they mean to conv2d."""
+    x, weight, *norm = tensors()
+    y = bn_relu_conv2d(x, weight, *norm, padding=padding, backend=backend)
+    assert_close(y, plain(x, weight, *norm, padding=padding))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_without_affine_and_running_statistics(backend):
+    """gamma, beta and the running statistics may all be left out in training."""
+    x, weight, *_ = tensors()
+    y = bn_relu_conv2d(x, weight, training=True, backend=backend)
+    assert_close(y, plain(x, weight, None, None, None, None, training=True))
+    x, weight, gamma, _, mean, var = tensors()
+    y = bn_relu_conv2d(x, weight, gamma, None, mean, var, backend=backend)
+    assert_close(y, plain(x, weight, gamma, None, mean, var))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_arguments_are_not_written_to(backend):
+    """x, the residual and dy are the caller's; only running statistics change."""
+    x, weight, *norm = tensors()
+    residual, dy = torch.randn(3, 5, 6, 5), torch.randn(3, 5, 6, 5)
+    given = [t.requires_grad_() for t in (x, weight, residual, *norm[:2])]
+    before = [t.detach().clone() for t in (*given, dy)]
+    bn_relu_conv2d(x, weight, *norm, residual=residual, padding=1, training=True, backend=backend).backward(dy)
+    for t, old in zip((*given, dy), before, strict=True):
+        assert torch.equal(t, old)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_empty_batch_in_eval(backend):
+    """No images give no outputs, zero weight gradients, and no error."""
+    x, weight, *norm = tensors()
+    x = x[:0].requires_grad_()
+    weight.requires_grad_()
+    y = bn_relu_conv2d(x, weight, *norm, padding=1, backend=backend)
+    assert y.shape == (0, 5, 6, 5)
+    y.backward(torch.randn_like(y))
+    assert x.grad.shape == x.shape
+    assert torch.equal(weight.grad, torch.zeros_like(weight))
+
+
+def test_nan_stays_nan(backend):
+    """A NaN in x reaches y and dx as it does through torch.relu: the mask is not (z <= 0)."""
+    x, weight, *norm = tensors(size=1)
+    x[1, 2, 3, 4] = float("nan")
+    x.requires_grad_()
+    y = bn_relu_conv2d(x, weight, *norm, backend=backend)
+    assert y[1, :, 3, 4].isnan().all()
+    assert y.isnan().sum() == 5
+    gradient = torch.ones_like(y)
+    gradient[1, :, 3, 4] = float("nan")
+    y.backward(gradient)
+    assert x.grad[1, 2, 3, 4].isnan()
+    assert x.grad.isnan().sum() <= 6
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_casts_what_it_casts_for_a_convolution(dtype, backend):
+    """Activations and filters are cast, batch norm's parameters are not, and gradients come in the parameters' types."""
+    if dtype == torch.float16 and backend == "cpu":
+        backend = "auto"  # which another backend serves then
+    x, weight, gamma, beta, mean, var = tensors()
+    leaves = [t.requires_grad_() for t in (x, weight, gamma, beta)]
+    bias, residual = torch.randn(5, requires_grad=True), torch.randn(3, 5, 6, 5, requires_grad=True)
+    with torch.autocast("cpu", dtype):
+        y = bn_relu_conv2d(
+            x, weight, gamma, beta, mean, var, bias=bias, residual=residual, padding=1, training=True, backend=backend
+        )
+    assert y.dtype == dtype
+    leaves += [bias, residual]
+    grads = torch.autograd.grad(y, leaves, torch.randn_like(y))
+    assert all(grad.dtype == torch.float32 for grad in grads)
+    cast = [t.detach().to(dtype) for t in (x, weight, bias, residual)]
+    expected = plain(
+        cast[0], cast[1], gamma, beta, None, None, bias=cast[2], residual=cast[3], padding=1, training=True
+    )
+    assert_close(y, expected, rtol=0.02, atol=0.1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_bfloat16_model(backend):
+    """Parameters, buffers and activations may all be bfloat16; gradients and statistics are bfloat16 then."""
+    x, weight, *norm = (t.bfloat16() for t in tensors())
+    leaves = [t.requires_grad_() for t in (x, weight, *norm[:2])]
+    y = bn_relu_conv2d(x, weight, *norm, training=True, backend=backend)
+    grads = torch.autograd.grad(y, leaves, torch.randn_like(y))
+    assert all(grad.dtype == torch.bfloat16 for grad in grads)
+    assert norm[2].dtype == torch.bfloat16
+    assert_close(norm[2], (0.9 * tensors()[4].bfloat16() + 0.1 * x.detach().mean((0, 2, 3))), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_inference_and_no_grad(backend):
+    """Without a graph the same numbers come out, and no gradient is attached."""
+    x, weight, *norm = tensors()
+    expected = bn_relu_conv2d(x, weight.requires_grad_(), *norm, backend=backend)
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context:
+            y = bn_relu_conv2d(x, weight, *norm, backend=backend)
+        assert torch.equal(y, expected)
+        assert not y.requires_grad
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_unit_trains_with_a_residual_in_another_layout(backend):
+    """x in NCHW and a residual in channels_last (and the reverse) add up pixel by pixel."""
+    sample = BY_ID["odd"].draw(0)
+    expected = fused(sample, backend)
+    other = BY_ID["odd"].draw(0, layout="nchw")
+    other.residual = other.residual.contiguous(memory_format=torch.channels_last)
+    results = fused(other, backend)
+    assert torch.equal(results["y"], expected["y"])
+    assert torch.equal(results["dresidual"], expected["dresidual"])

@@ -1,0 +1,253 @@
+import pytest
+import torch
+from torch.testing import assert_close
+
+from cases import BACKENDS, CHAINS, UNITS, Sample, assert_as_close_as_eager, eager, fused
+from fused_preact import functional, ops, schedule
+
+BY_ID = {case.id: case for case in UNITS + CHAINS}
+SAMPLES = ["odd", "one-channel", "odd-eval", "basic-residual", "bottleneck-stride-2", "bottleneck-first"]
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    """Fill every new tensor with NaN, so that a value which is never written shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def forward_arguments(sample: Sample, backend: str) -> tuple:
+    plan = functional.make_plan(sample.x, sample.units, sample.shortcut, sample.residual, backend)
+    units = sample.units
+    weight, bias, gamma, beta, mean, var, *_ = (list(column) for column in zip(*units, strict=True))
+    bias = [] if bias[0] is None else bias
+    tensors = sample.x, sample.residual, weight, bias, gamma, beta, mean, var, sample.shortcut.weight
+    return *tensors, plan.training, plan.eps, plan.geometry, sample.shortcut.kind, backend
+
+
+def backward_arguments(sample: Sample, backend: str, needs: list[bool] | None = None) -> tuple:
+    arguments = forward_arguments(sample, backend)
+    _, hidden, rows = ops._operators(backend)[0](*arguments)
+    n, training, geometry = len(sample.units), arguments[9], arguments[11]
+    biased, projection = len(arguments[3]) > 0, sample.shortcut.weight is not None
+    needs = needs or [True] * (n + 1) + [biased] * n + [True] * n + [projection]
+    tensors = sample.dy, sample.x, list(hidden), list(rows), arguments[2], sample.shortcut.weight
+    return *tensors, training, geometry, sample.shortcut.kind, needs, backend
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("case", CHAINS, ids=lambda case: case.id)
+def test_a_chain_is_as_close_to_float64_as_plain_layers(case, dtype, backend):
+    """Every result of a chain, forward and backward, has at most twice eager's error."""
+    assert_as_close_as_eager(case, backend, dtype)
+
+
+@pytest.mark.parametrize("case", CHAINS, ids=lambda case: case.id)
+def test_a_float64_chain_agrees_with_plain_layers(case, backend):
+    """In float64 nothing but rounding separates a backend from autograd's own derivative."""
+    sample = case.draw(3, torch.float64, "nchw")
+    theirs = eager(sample)
+    for name, result in fused(sample, backend).items():
+        assert_close(result, theirs[name], rtol=1e-10, atol=1e-11, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", SAMPLES)
+@pytest.mark.parametrize("layout", ["nchw", "channels_last", "sliced"])
+def test_opcheck(name, layout, backend):
+    """Schema, fake kernel and autograd registration of both operators fit what they return."""
+    sample = BY_ID[name].draw(0, torch.float32, layout)
+    forward, backward = ops._operators(backend)
+    tests = ["test_schema", "test_faketensor", "test_autograd_registration"]
+    torch.library.opcheck(backward, backward_arguments(sample, backend), test_utils=tests)
+    for leaf in sample.leaves().values():
+        leaf.requires_grad_()
+    torch.library.opcheck(forward, forward_arguments(sample, backend), test_utils=tests)
+
+
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_opcheck_traced(backend):
+    """AOT tracing of the operator gives the gradients of the operator itself."""
+    sample = BY_ID["basic-stride-2"].draw(0)
+    sample.leaves()
+    arguments = forward_arguments(sample, backend)
+    torch.library.opcheck(ops._operators(backend)[0], arguments, test_utils="test_aot_dispatch_dynamic")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["odd", "bottleneck-stride-2", "bottleneck-first", "frozen-first"])
+def test_both_paths_have_the_same_gradients(name, backend):
+    """The eager node and the registered formula that tracing uses give the same bits."""
+    sample = BY_ID[name].draw(0)
+    results = fused(sample, backend)
+    y, _, _ = ops._operators(backend)[0](*forward_arguments(sample, backend))
+    leaves = sample.leaves()
+    for name, grad in zip(leaves, torch.autograd.grad(y, list(leaves.values()), sample.dy), strict=True):
+        assert torch.equal(grad, results[name]), name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["bottleneck-stride-2", "raw", "basic-residual", "odd"])
+def test_frozen_parameters(name, backend):
+    """Gradients that are wanted do not depend on which others are; the rest is None."""
+    sample = BY_ID[name].draw(0)
+    every = fused(sample, backend)
+    leaves = sample.leaves()
+    for wanted in [[name] for name in leaves] + [list(leaves)[::2], list(leaves)[1::2]]:
+        for leaf_name, leaf in leaves.items():
+            leaf.grad = None
+            leaf.requires_grad_(leaf_name in wanted)
+        plan = functional.make_plan(sample.x, sample.units, sample.shortcut, sample.residual, backend)
+        y, _ = functional.execute(plan, sample.x, sample.units, sample.shortcut, sample.residual)
+        y.backward(sample.dy)
+        for leaf_name, leaf in leaves.items():
+            if leaf_name in wanted:
+                assert torch.equal(leaf.grad, every[leaf_name]), (leaf_name, wanted)
+            else:
+                assert leaf.grad is None
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", SAMPLES)
+def test_a_gradient_that_is_not_needed_is_empty(name, backend):
+    """``needs`` of all False makes a backward that returns empty tensors, in the fake kernel too."""
+    sample = BY_ID[name].draw(0)
+    needs = [False] * (3 * len(sample.units) + 2)
+    arguments = backward_arguments(sample, backend, needs)
+    backward = ops._operators(backend)[1]
+    assert all(t.numel() == 0 for t in torch.utils._pytree.tree_leaves(backward(*arguments)))
+    torch.library.opcheck(backward, arguments, test_utils="test_faketensor")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["odd", "bottleneck-stride-2", "frozen-second"])
+def test_what_is_saved_for_backward(name, backend):
+    """Only x, the raw convolution outputs, the rows and the weights are kept: no z, no ReLU output, no mask."""
+    sample = BY_ID[name].draw(0)
+    saved = []
+    sample.leaves()
+    plan = functional.make_plan(sample.x, sample.units, sample.shortcut, sample.residual, backend)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        functional.execute(plan, sample.x, sample.units, sample.shortcut, sample.residual)
+    _, hidden, rows = ops._operators(backend)[0](*forward_arguments(sample, backend))
+    weights = [unit.weight for unit in sample.units] + [sample.shortcut.weight] * (sample.shortcut.weight is not None)
+    assert sorted(t.numel() for t in saved) == sorted(t.numel() for t in [sample.x, *hidden, *rows, *weights])
+
+
+@pytest.mark.parametrize("name", ["one-channel", "basic-residual", "bottleneck-first", "frozen-second"])
+def test_gradcheck(name, backend):
+    """Finite differences in float64 confirm every derivative."""
+    sample = BY_ID[name].draw(0, torch.float64)
+    leaves = sample.leaves()
+
+    def run(*values):
+        given = dict(zip(leaves, values, strict=True))
+        units = [
+            unit._replace(
+                weight=given[f"dW{i}"],
+                bias=given.get(f"dbias{i}"),
+                bn_weight=given[f"dgamma{i}"],
+                bn_bias=given[f"dbeta{i}"],
+            )
+            for i, unit in enumerate(sample.units, start=1)
+        ]
+        shortcut, residual = sample.shortcut._replace(weight=given.get("dshortcut")), given.get("dresidual")
+        plan = functional.make_plan(given["dx"], units, shortcut, residual, backend)
+        return functional.execute(plan, given["dx"], units, shortcut, residual)[0]
+
+    torch.autograd.gradcheck(run, list(leaves.values()), fast_mode=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_second_derivative_is_refused(backend):
+    """create_graph=True gives first gradients; differentiating those says in one sentence that it cannot be done."""
+    sample = BY_ID["bottleneck-stride-2"].draw(0)
+    first = fused(sample, backend)
+    plan = functional.make_plan(sample.x, sample.units, sample.shortcut, None, backend)
+    y, _ = functional.execute(plan, sample.x, sample.units, sample.shortcut)
+    (dx,) = torch.autograd.grad(y, sample.x, sample.dy, create_graph=True)
+    assert torch.equal(dx, first["dx"])
+    with pytest.raises(RuntimeError, match=r"cannot be differentiated twice.*backend='eager'"):
+        dx.square().sum().backward()
+
+
+@pytest.mark.parametrize("name", ["odd", "many-pixels", "bottleneck-stride-2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_two_runs_agree_to_the_bit(name, dtype, backend):
+    """Nothing depends on scheduling or on what memory held before."""
+    sample = BY_ID[name].draw(0, dtype)
+    first, second = fused(sample, backend), fused(sample, backend)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("layout", ["nchw", "sliced"])
+@pytest.mark.parametrize("name", ["odd", "stride-2", "basic-residual", "bottleneck-stride-2"])
+def test_layouts_give_the_same_bits(name, layout, backend):
+    """NCHW, channels_last and slices of larger tensors differ in speed only, and the result follows x."""
+    expected = fused(BY_ID[name].draw(0), backend)
+    sample = BY_ID[name].draw(0, layout=layout)
+    sample.dy = sample.dy.contiguous(memory_format=torch.channels_last)
+    results = fused(sample, backend)
+    for key, value in results.items():
+        assert torch.equal(value, expected[key]), key
+    like = torch.channels_last if layout == "sliced" else torch.contiguous_format
+    assert results["y"].is_contiguous(memory_format=like)
+    assert results["dx"].is_contiguous(memory_format=like)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_dy_may_be_expanded(backend):
+    """The gradient of a sum has no memory of its own per pixel."""
+    sample = BY_ID["basic-stride-2"].draw(0)
+    sample.dy = torch.full((), 0.5).expand(sample.dy.shape)
+    expanded = fused(sample, backend)
+    sample.dy = sample.dy.contiguous()
+    for name, value in fused(sample, backend).items():
+        assert torch.equal(value, expanded[name]), name
+
+
+@pytest.mark.parametrize("name", ["odd", "35-channels-1x1", "stride-2", "wide-padding", "many-pixels"])
+def test_integers_are_exact(name, backend):
+    """Small integers leave no room for rounding: forward and weight gradient are right to the bit."""
+    generator = torch.Generator().manual_seed(0)
+    sample = BY_ID[name].eval.draw(0) if not name.endswith("eval") else BY_ID[name].draw(0)
+
+    def integers(t):
+        return torch.randint(-3, 4, t.shape, generator=generator).to(t)
+
+    unit = sample.units[0]
+    ones = torch.ones_like(unit.bn_weight)
+    unit = unit._replace(
+        weight=integers(unit.weight), bias=None if unit.bias is None else integers(unit.bias), bn_weight=integers(ones),
+        bn_bias=integers(ones), running_mean=integers(ones), running_var=ones, eps=0.0,
+    )  # fmt: skip
+    residual = None if sample.residual is None else integers(sample.residual)
+    sample = Sample(integers(sample.x), [unit], sample.shortcut, residual, integers(sample.dy))
+    exact = eager(sample.to(torch.float64))
+    results = fused(sample, backend)
+    for key in [key for key in results if key in ("y", "dW1", "dbias1", "dresidual")]:
+        assert torch.equal(results[key].double(), exact[key]), key
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_fake_tensors_run_a_chain(backend):
+    """Shapes, types and strides of y and dx come out without any arithmetic."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    sample = BY_ID["bottleneck-stride-2"].draw(0)
+    real = fused(sample, backend)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        results = fused(sample, backend)
+    for name, value in results.items():
+        assert value.shape == real[name].shape, name
+        assert value.dtype == real[name].dtype, name
+        assert value.stride() == real[name].stride(), name
+
+
+def test_every_table_has_the_kernels_of_the_schedule():
+    """A table is a module with these six functions."""
+    for table in ops.TABLES.values():
+        for name in ("forward", "dgrad", "wgrad", "statistics", "running", "dx"):
+            assert callable(getattr(table, name))
+    assert len(schedule.Conv._fields) == schedule.GEOMETRY
