@@ -21,7 +21,8 @@ def draw(document: dict[str, Any], path: Path) -> None:
     """Writes a PNG with a transparent background, legible on light and on dark pages.
 
     Left: ratio to the fastest eager contender in time, forward and forward + backward, with the spread and the goals.
-    Right: the same of the bytes kept for backward. Only the fused channels_last contender is drawn.
+    Right: the same of the bytes kept for backward. Only the fused channels_last contender is drawn. Where eager has to
+    emulate bf16, its bars may be cut at the edge: they would shrink all others to nothing.
     """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -45,6 +46,8 @@ def draw(document: dict[str, Any], path: Path) -> None:
         height += 1.0
     time.set_yticks([h for h, _ in ticks], [label for _, label in ticks])
     time.set_ylim(height - 0.4, -0.5)
+    fast = ("fp32", "bf16") if document["device"]["bf16_instructions"] else ("fp32",)
+    time.set_xlim(0, 1.05 * max([2.5, *(_extent(entry) for entry in entries if entry["dtype"] in fast)]))
     for axes, title in ((time, "Times faster than eager"), (memory, "Times less kept for backward")):
         _dress(axes, title)
     legend = [
@@ -67,7 +70,12 @@ def _entry(case: dict[str, Any]) -> dict[str, Any] | None:
     saved = rows["saved_bytes"]
     before, after = (case["contenders"][saved[who]]["saved_bytes"] / 2**20 for who in ("baseline", "contender"))
     amounts = f"   {before:.{_digits(before)}f} to {after:.{_digits(after)}f} MiB"
-    return {"group": case["group"], "label": case["label"], "bytes": amounts, **rows}
+    return {"group": case["group"], "label": case["label"], "dtype": case["dtype"], "bytes": amounts, **rows}
+
+
+def _extent(entry: dict[str, Any]) -> float:
+    """How far right the times of an entry reach."""
+    return max(max(entry[q]["ratio"]["high"], entry[q]["goal"] or 0) for q in ("forward", "total"))
 
 
 def _digits(value: float) -> int:
@@ -91,7 +99,6 @@ def _dress(axes: Any, title: str) -> None:
     axes.tick_params(colors=TEXT, labelsize=8.5, length=0)
     axes.grid(axis="x", color=GRID)
     axes.set_axisbelow(True)
-    axes.set_xlim(0)
     for spine in axes.spines.values():
         spine.set_visible(False)
 
@@ -99,4 +106,6 @@ def _dress(axes: Any, title: str) -> None:
 def _title(document: dict[str, Any]) -> str:
     device, versions = document["device"], document["versions"]
     malloc = document["malloc"]["setting"]
-    return f"{device['model']}, {device['threads']} threads, torch {versions['torch']}, malloc {malloc}"
+    title = f"{device['model']}, {device['threads']} threads, torch {versions['torch']}, malloc {malloc}"
+    emulated = not device["bf16_instructions"] and any(case["dtype"] == "bf16" for case in document["cases"])
+    return title + ("; eager emulates bf16 on this processor" if emulated else "")
