@@ -3,6 +3,7 @@
 What people are told about their arguments is `test_checks.py`'s business, and right results that of `test_ops.py`.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -211,3 +212,18 @@ def test_any_geometry_stays_inside(size, stride, pad, isa):
     results = zip(*map(torch.utils._pytree.tree_leaves, ([y, backward(a)], [expected, gradients])), strict=True)
     for got, right in results:
         torch.testing.assert_close(got.double(), right, rtol=1e-4, atol=1e-4)
+
+
+def test_calls_from_many_threads_do_not_meet(isa):
+    """Scratch memory belongs to a thread: calls of different sizes at the same time give the bits they give alone."""
+
+    def run(N: int) -> list[torch.Tensor]:
+        a = make(N)
+        y, a.hidden, a.rows = forward(a)
+        return torch.utils._pytree.tree_leaves([y, a.hidden, a.rows, backward(a)])
+
+    sizes = [1, 7, 2, 19] * 8
+    alone = {N: run(N) for N in set(sizes)}
+    with ThreadPoolExecutor(4) as pool:
+        for N, results in zip(sizes, pool.map(run, sizes), strict=True):
+            assert all(map(torch.equal, results, alone[N])), N
