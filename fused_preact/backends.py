@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+from torch.func import functional_call
+from torch.utils._pytree import tree_map_only
 
 from . import _extension
 from .schedule import Conv
@@ -165,7 +168,14 @@ def explain(target: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanatio
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    names = {m: name for name, m in target.named_modules()} if isinstance(target, torch.nn.Module) else {}
-    with recording() as choices, torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    args, kwargs = tree_map_only(torch.Tensor, mode.from_tensor, (args, kwargs))
+    names: dict[Any, str] = {}
+    if isinstance(target, torch.nn.Module):
+        names = {module: name for name, module in target.named_modules()}
+        state = {**dict(target.named_parameters()), **dict(target.named_buffers())}
+        target = functools.partial(functional_call, target, tree_map_only(torch.Tensor, mode.from_tensor, state))
+        args, kwargs = (args, kwargs), {}
+    with recording() as choices, torch.no_grad(), mode:
         target(*args, **kwargs)
     return Explanation(choice._replace(where=_place(choice.where, names)) for choice in choices)

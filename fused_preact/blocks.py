@@ -8,10 +8,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checks import Shortcut
-from .modules import Fused, Pair, add, conv_geometry
-
-_IDENTITY = Shortcut("identity")
+from .modules import Fused, Pair, add
 
 
 class _Block(Fused):
@@ -83,10 +80,8 @@ class _Block(Fused):
             return add(out, across, inplace)
 
         if container is None:
-            return self.dispatch(pairs, x, eager, _IDENTITY)
-        projection = container[0]
-        shortcut = Shortcut(self.shortcut_input, projection._parameters["weight"], conv_geometry(projection))
-        return self.dispatch(pairs, x, eager, shortcut, (f"{self.shortcut_name}.0", projection))
+            return self.dispatch(pairs, x, eager, "identity")
+        return self.dispatch(pairs, x, eager, self.shortcut_input, (self.shortcut_name, container))
 
 
 class PreActBlock(_Block):

@@ -12,7 +12,7 @@ from torch.nn.modules import module as nn_module
 
 from . import backends, checks
 from .checks import Shortcut, Unit
-from .functional import NO_SHORTCUT, execute, make_plan, update_running
+from .functional import execute, make_plan, update_running
 from .schedule import MEAN, VARIANCE
 
 
@@ -42,30 +42,34 @@ class Fused(nn.Module):
         pairs: Sequence[Pair],
         x: Tensor,
         eager: Callable[[bool], Tensor],
-        shortcut: Shortcut = NO_SHORTCUT,
-        projection: tuple[str, nn.Module] | None = None,
+        shortcut: str = "none",
+        container: tuple[str, nn.Module] | None = None,
         residual: Tensor | None = None,
     ) -> Tensor:
         """Run ``pairs`` as one node and update the running statistics once, or else call ``eager``.
 
         ``eager`` computes the same by the layers themselves, and is told whether ReLU and addition may overwrite what a
-        layer returned. ``projection`` is the name and layer of the shortcut's convolution.
+        layer returned. ``container`` is the name and the nn.Sequential of the shortcut's convolution, if it has one.
         """
-        reason = self.obstacle(pairs, projection)
+        reason = self.obstacle(pairs, container)
         if reason is not None:
             if backends.is_recording():
                 backends.record(backends.Choice(self, "eager", dict.fromkeys(backends.FUSED, reason)))
             return eager(all(overwritable(pair.bn) and overwritable(pair.conv) for pair in pairs))
         units = [_unit(pair.bn, pair.conv) for pair in pairs]
-        plan = make_plan(x, units, shortcut, residual, self.backend)
+        across = Shortcut(shortcut)
+        if container is not None:
+            projection = container[1]._modules["0"]
+            across = Shortcut(shortcut, projection._parameters["weight"], conv_geometry(projection))
+        plan = make_plan(x, units, across, residual, self.backend)
         plan.record(self)
         if plan.backend == "eager":
             return eager(True)
-        y, rows = execute(plan, x, units, shortcut, residual)
+        y, rows = execute(plan, x, units, across, residual)
         _update(pairs, rows)
         return y
 
-    def obstacle(self, pairs: Sequence[Pair], projection: tuple[str, nn.Module] | None) -> str | None:
+    def obstacle(self, pairs: Sequence[Pair], container: tuple[str, nn.Module] | None = None) -> str | None:
         """Why the children run as plain layers, or None where they are fused."""
         if self.backend == "eager":
             return "backend='eager' was asked for"
@@ -75,7 +79,15 @@ class Fused(nn.Module):
             reason = _obstacle(bn_name, bn, nn.BatchNorm2d) or _obstacle(conv_name, conv, nn.Conv2d)
             if reason is not None:
                 return reason
-        return None if projection is None else _obstacle(*projection, nn.Conv2d)
+        if container is None:
+            return None
+        name, box = container
+        if type(box) is not nn.Sequential or len(box._modules) != 1:
+            return f"{name} is not an nn.Sequential of one convolution"
+        reason = _obstacle(name, box, nn.Sequential) or _obstacle(f"{name}.0", box[0], nn.Conv2d)
+        if reason is None and box[0].bias is not None:
+            return f"{name}.0 has a bias"
+        return reason
 
     def extra_repr(self) -> str:
         """The backend, where it is not the default."""

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_preact import _extension, functional
+from fused_preact import _extension, functional, ops
 from fused_preact.checks import Shortcut, Unit
 from fused_preact.schedule import Conv, accumulation_type
 
@@ -192,6 +192,27 @@ def eager(sample: Sample) -> Results:
         h = convolve(a, unit)
     y = h if across is None else h + across
     return {"y": y.detach()} | results | _gradients(sample, y, sample.dy)
+
+
+def forward_arguments(sample: Sample, backend: str) -> tuple:
+    """What a backend's forward operator is called with."""
+    plan = functional.make_plan(sample.x, sample.units, sample.shortcut, sample.residual, backend)
+    units = sample.units
+    weight, bias, gamma, beta, mean, var, *_ = (list(column) for column in zip(*units, strict=True))
+    bias = [] if bias[0] is None else bias
+    tensors = sample.x, sample.residual, weight, bias, gamma, beta, mean, var, sample.shortcut.weight
+    return *tensors, plan.training, plan.eps, plan.geometry, sample.shortcut.kind, backend
+
+
+def backward_arguments(sample: Sample, backend: str, needs: list[bool] | None = None) -> tuple:
+    """What a backend's backward operator is called with after its forward; by default every gradient is needed."""
+    arguments = forward_arguments(sample, backend)
+    _, hidden, rows = ops._operators(backend)[0](*arguments)
+    n, training, geometry = len(sample.units), arguments[9], arguments[11]
+    biased, projection = len(arguments[3]) > 0, sample.shortcut.weight is not None
+    needs = needs or [True] * (n + 1) + [biased] * n + [True] * n + [projection]
+    tensors = sample.dy, sample.x, list(hidden), list(rows), arguments[2], sample.shortcut.weight
+    return *tensors, training, geometry, sample.shortcut.kind, needs, backend
 
 
 def error(result: Tensor, exact: Tensor) -> float:

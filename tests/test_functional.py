@@ -126,7 +126,7 @@ def test_nan_stays_nan(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_casts_what_it_casts_for_a_convolution(dtype, backend):
-    """Activations and filters are cast, batch norm's parameters are not, and gradients come in the parameters' types."""
+    """Activations and filters are cast, batch norm's parameters are not; gradients are of the parameters' types."""
     if dtype == torch.float16 and backend == "cpu":
         backend = "auto"  # which another backend serves then
     x, weight, gamma, beta, mean, var = tensors()

@@ -2,7 +2,17 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from cases import BACKENDS, CHAINS, UNITS, Sample, assert_as_close_as_eager, eager, fused
+from cases import (
+    BACKENDS,
+    CHAINS,
+    UNITS,
+    Sample,
+    assert_as_close_as_eager,
+    backward_arguments,
+    eager,
+    forward_arguments,
+    fused,
+)
 from fused_preact import functional, ops, schedule
 
 BY_ID = {case.id: case for case in UNITS + CHAINS}
@@ -15,25 +25,6 @@ def poisoned():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
-
-
-def forward_arguments(sample: Sample, backend: str) -> tuple:
-    plan = functional.make_plan(sample.x, sample.units, sample.shortcut, sample.residual, backend)
-    units = sample.units
-    weight, bias, gamma, beta, mean, var, *_ = (list(column) for column in zip(*units, strict=True))
-    bias = [] if bias[0] is None else bias
-    tensors = sample.x, sample.residual, weight, bias, gamma, beta, mean, var, sample.shortcut.weight
-    return *tensors, plan.training, plan.eps, plan.geometry, sample.shortcut.kind, backend
-
-
-def backward_arguments(sample: Sample, backend: str, needs: list[bool] | None = None) -> tuple:
-    arguments = forward_arguments(sample, backend)
-    _, hidden, rows = ops._operators(backend)[0](*arguments)
-    n, training, geometry = len(sample.units), arguments[9], arguments[11]
-    biased, projection = len(arguments[3]) > 0, sample.shortcut.weight is not None
-    needs = needs or [True] * (n + 1) + [biased] * n + [True] * n + [projection]
-    tensors = sample.dy, sample.x, list(hidden), list(rows), arguments[2], sample.shortcut.weight
-    return *tensors, training, geometry, sample.shortcut.kind, needs, backend
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

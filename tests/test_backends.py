@@ -1,0 +1,125 @@
+import pytest
+import torch
+
+import fused_preact
+from cases import BACKENDS
+from fused_preact import BNReLUConv2d, PreActBlock, _extension, backends, bn_relu_conv2d, models
+
+needs_cpu = pytest.mark.skipif(_extension.unavailable is not None, reason=str(_extension.unavailable))
+
+
+def arguments(C=4, K=4, size=3, dtype=torch.float32):
+    return torch.randn(2, C, 5, 5, dtype=dtype), torch.randn(K, C, size, size, dtype=dtype)
+
+
+def test_status_names_every_fused_backend():
+    """`status` says of each backend that it can be used, or why not."""
+    assert tuple(backends.status()) == backends.FUSED
+    assert all(reason is None or len(reason) > 20 for reason in backends.status().values())
+
+
+def test_a_backend_that_is_not_built_says_so(monkeypatch):
+    """Without the extension "auto" serves by the library, and asking for the CPU kernels says how to get them."""
+    monkeypatch.setattr(_extension, "unavailable", "_C.abi3.so is not built")
+    problem = backends.Problem("cpu", torch.float32, (1, 1, 1, 1), ())
+    assert backends.choose("auto", problem) == "library"
+    assert backends.status()["cpu"] == "_C.abi3.so is not built"
+    with pytest.raises(ValueError, match=r"backend='cpu' cannot serve this call: _C.abi3.so is not built"):
+        backends.choose("cpu", problem)
+
+
+@needs_cpu
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"groups": 2}, "no groups and no dilation"),
+        ({"dilation": 2}, "no groups and no dilation"),
+        ({"stride": 3}, "strides of 1 and 2"),
+        ({"stride": (1, 2)}, "strides of 1 and 2"),
+        ({"size": 5}, "filters of 1x1 and 3x3, not 5x5"),
+        ({"dtype": torch.float16}, "not in torch.float16"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_what_the_cpu_kernels_do_not_serve(options, reason):
+    """ "auto" gives the call to the library, explain() says why, and asking for "cpu" is an error with that reason."""
+    options = dict(options)
+    x, weight = arguments(size=options.pop("size", 3), dtype=options.pop("dtype", torch.float32))
+    weight = weight[:, : 4 // options.get("groups", 1)]
+    call = {"padding": 2, "training": True, **options}
+    (choice,) = fused_preact.explain(bn_relu_conv2d, x, weight, **call)
+    assert choice.backend == "library"
+    assert reason in choice.others["cpu"]
+    with pytest.raises(ValueError, match=f"backend='cpu' cannot serve this call: .*{reason}"):
+        bn_relu_conv2d(x, weight, backend="cpu", **call)
+
+
+@needs_cpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(("size", "stride"), [(1, 1), (1, 2), (3, 1), (3, 2)])
+def test_what_the_cpu_kernels_serve(dtype, size, stride):
+    """1x1 and 3x3 filters at strides 1 and 2 go to the CPU kernels by themselves."""
+    x, weight = arguments(size=size, dtype=dtype)
+    (choice,) = fused_preact.explain(bn_relu_conv2d, x, weight, stride=stride, training=True)
+    assert choice.backend == "cpu"
+
+
+def test_explain_computes_and_changes_nothing():
+    """The call is made on fake tensors: running statistics and their count stay, and no gradient appears."""
+    net = models.create("resnet20")
+    before = {name: t.clone() for name, t in net.state_dict().items()}
+    text = str(fused_preact.explain(net, torch.randn(2, 3, 32, 32)))
+    assert "layer1.0" in text
+    assert "layer3.2" in text
+    for name, t in net.state_dict().items():
+        assert torch.equal(t, before[name]), name
+    mean, var = torch.zeros(4), torch.ones(4)
+    fused_preact.explain(bn_relu_conv2d, *arguments(), running_mean=mean, running_var=var, training=True)
+    assert torch.equal(mean, torch.zeros(4))
+    assert torch.equal(var, torch.ones(4))
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_explain_names_the_module_and_the_reason(momentum):
+    """A block that is asked for a backend, and one with a hook, are told apart by name."""
+    net = torch.nn.Sequential(PreActBlock(4, 4, backend="library"), PreActBlock(4, 4), BNReLUConv2d(4, 2, 1))
+    net[1].conv2.register_forward_hook(lambda *args: None)
+    net[2].bn.momentum = momentum
+    first, second, third = fused_preact.explain(net, torch.randn(2, 4, 5, 5))
+    assert (first.where, first.backend) == ("0", "library")
+    assert "backend='library' was asked for" in first.others["reference"]
+    assert (second.where, second.backend) == ("1", "eager")
+    assert "conv2 has hooks" in second.others["library"]
+    assert third.where == "2"
+    assert "1: eager\n    not cpu: conv2 has hooks" in str(fused_preact.explain(net, torch.randn(2, 4, 5, 5)))
+
+
+def test_explain_of_a_call_that_fails_fails_alike():
+    """Bad arguments give the message that the call itself would give, and recording stops."""
+    x, weight = arguments()
+    with pytest.raises(ValueError, match="running_mean is needed"):
+        fused_preact.explain(bn_relu_conv2d, x, weight)
+    assert not backends.is_recording()
+
+
+def test_explain_without_a_fused_call():
+    """A module that has none says so."""
+    assert str(fused_preact.explain(torch.nn.ReLU(), torch.randn(2))) == "no fused call is made here"
+
+
+def test_autocast_counts(monkeypatch):
+    """The choice is made for the type that autocast gives, not for that of x."""
+    seen = []
+    monkeypatch.setattr(backends, "choose", lambda backend, problem: seen.append(problem.dtype) or "library")
+    x, weight = arguments(C=3)
+    with torch.autocast("cpu", torch.bfloat16):
+        bn_relu_conv2d(x, weight, training=True)
+    assert seen == [torch.bfloat16]
+
+
+@pytest.mark.parametrize("name", [*BACKENDS, "eager"])
+def test_what_is_asked_for_serves(name):
+    """A backend that is named serves the call."""
+    x, weight = arguments()
+    (choice,) = fused_preact.explain(bn_relu_conv2d, x, weight, training=True, backend=name)
+    assert choice.backend == name

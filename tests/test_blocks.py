@@ -1,0 +1,228 @@
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+import fused_preact
+from cases import BACKENDS
+from fused_preact import PreActBlock, PreActBottleneck
+
+SHAPES = {
+    "basic": (PreActBlock, 8, 8, 1),
+    "basic-wider": (PreActBlock, 8, 12, 1),
+    "basic-stride": (PreActBlock, 8, 12, 2),
+    "bottleneck": (PreActBottleneck, 16, 4, 1),
+    "bottleneck-wider": (PreActBottleneck, 8, 4, 1),
+    "bottleneck-stride": (PreActBottleneck, 16, 4, 2),
+}
+OPTIONS = {
+    "default": {},
+    "first": {"stride_on": "first"},
+    "raw": {"shortcut_input": "raw", "shortcut_name": "downsample"},
+}
+
+
+def twins(shape: str, backend: str, **options) -> tuple[nn.Module, nn.Module]:
+    """A fused block and the same plain layers, batch norms away from their initial state."""
+    torch.manual_seed(0)
+    kind, in_planes, planes, stride = SHAPES[shape]
+    block = kind(in_planes, planes, stride, backend=backend, **options)
+    for child in block.modules():
+        if isinstance(child, nn.BatchNorm2d):
+            nn.init.uniform_(child.weight, 0.5, 1.5)
+            nn.init.uniform_(child.bias, -0.5, 0.5)
+    plain = copy.deepcopy(block)
+    plain.backend = "eager"
+    return block, plain
+
+
+def step(block: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Output, gradients and state after one training step with a fixed dy."""
+    x = x.clone().requires_grad_()
+    y = block(x)
+    y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype))
+    grads = {f"d{name}": p.grad for name, p in block.named_parameters()}
+    return {"y": y.detach(), "dx": x.grad, **grads, **block.state_dict()}
+
+
+def assert_same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], **tolerance) -> None:
+    """Every entry of one step is that of the other."""
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        assert_close(value, theirs[name], msg=lambda text, name=name: f"{name}: {text}", **tolerance)
+
+
+def x_of(shape: str, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.randn(2, SHAPES[shape][1], 7, 6, generator=torch.Generator().manual_seed(2), dtype=dtype)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_block_is_its_layers(shape, options, backend):
+    """In float64 a training step leaves what the plain layers leave: outputs, gradients, running statistics, counts."""
+    block, plain = (m.double() for m in twins(shape, backend, **OPTIONS[options]))
+    assert_same(step(block, x_of(shape)), step(plain, x_of(shape)), rtol=1e-9, atol=1e-10)
+    block.eval()
+    plain.eval()
+    assert_close(block(x_of(shape)), plain(x_of(shape)))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", ["basic-stride", "bottleneck"])
+def test_a_block_is_one_node(shape, backend):
+    """The graph of a block has one node, whose inputs are x and the parameters."""
+    block, plain = twins(shape, backend)
+    x = x_of(shape, torch.float32).requires_grad_()
+    node = block(x).grad_fn
+    inputs = [edge for edge, _ in node.next_functions if edge is not None]
+    assert len(inputs) == 1 + len(list(block.parameters()))
+    assert all(type(edge).__name__ == "AccumulateGrad" for edge in inputs)
+    assert type(plain(x).grad_fn).__name__ == "AddBackward0"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_block_keeps_half_of_what_plain_layers_keep(backend):
+    """Activations saved for backward: x and the raw convolution outputs, not also the ReLU outputs."""
+
+    def saved(block: nn.Module) -> int:
+        sizes, known = {}, {p.untyped_storage().data_ptr() for p in block.parameters()}
+
+        def pack(t: torch.Tensor) -> torch.Tensor:
+            sizes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            kept.append(t)
+            return t
+
+        kept: list[torch.Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            y = block(torch.randn(2, 16, 16, 16))
+        assert y.requires_grad
+        return sum(size for pointer, size in sizes.items() if pointer not in known)
+
+    block, plain = twins("bottleneck", backend)
+    assert saved(block) * 1.9 < saved(plain)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_state_dict_keys_are_those_of_pytorch_cifar(shape):
+    """bn1, conv1, ... and shortcut.0 only where the shape changes."""
+    block, _ = twins(shape, "auto")
+    n = 2 if shape.startswith("basic") else 3
+    norm = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    expected = [key for i in range(1, n + 1) for key in (*(f"bn{i}.{name}" for name in norm), f"conv{i}.weight")]
+    if shape not in ("basic", "bottleneck"):
+        expected.append("shortcut.0.weight")
+    assert list(block.state_dict()) == expected
+    assert block.expansion == (1 if n == 2 else 4)
+
+
+def test_stride_and_shortcut_options():
+    """stride_on moves the stride, shortcut_name renames the container, and other words are refused."""
+    assert [PreActBottleneck(8, 4, 2).get_submodule(f"conv{i}").stride for i in (1, 2, 3)] == [(1, 1), (2, 2), (1, 1)]
+    first = PreActBottleneck(8, 4, 2, stride_on="first", shortcut_name="downsample")
+    assert [first.get_submodule(f"conv{i}").stride for i in (1, 2, 3)] == [(2, 2), (1, 1), (1, 1)]
+    assert first.downsample[0].stride == (2, 2)
+    for option in ("stride_on", "shortcut_input", "shortcut_name", "backend"):
+        with pytest.raises(ValueError, match=rf"{option} must be one of .*; got 'other'"):
+            PreActBlock(8, 8, **{option: "other"})
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_torch_compile_takes_a_block_whole(backend):
+    """torch.compile traces a block without a graph break, training step and running statistics included."""
+    block, plain = (m.double() for m in twins("bottleneck-stride", backend))
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    x = x_of("bottleneck-stride")
+    theirs = step(plain, x)
+    x = x.clone().requires_grad_()
+    y = compiled(x)
+    y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype))
+    grads = {f"d{name}": p.grad for name, p in block.named_parameters()}
+    assert_same({"y": y.detach(), "dx": x.grad, **grads, **block.state_dict()}, theirs, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("layer", ["bn1", "conv2", "bn3", "shortcut.0"])
+def test_hooks_inside_a_block_run(layer):
+    """A hook on any inner layer, the shortcut's too, runs, and the block steps down to plain layers for it."""
+    block, plain = twins("bottleneck-stride", "library")
+    calls = []
+    block.get_submodule(layer).register_forward_hook(lambda *args: calls.append(1))
+    x = x_of("bottleneck-stride", torch.float32)
+    assert_close(block(x), plain(x))
+    assert calls == [1]
+    (choice,) = fused_preact.explain(block, x)
+    assert choice.backend == "eager"
+    assert f"{layer} has hooks" in choice.others["library"]
+
+
+def test_a_hooked_shortcut_container_runs():
+    """A hook on the Sequential around the shortcut's convolution is not ignored either."""
+    block, plain = twins("bottleneck-stride", "library")
+    calls = []
+    block.shortcut.register_forward_hook(lambda *args: calls.append(1))
+    x = x_of("bottleneck-stride", torch.float32)
+    assert_close(block(x), plain(x))
+    assert calls == [1]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (
+            lambda block: block.shortcut.append(nn.BatchNorm2d(16)),
+            "shortcut is not an nn.Sequential of one convolution",
+        ),
+        (
+            lambda block: block.shortcut[0].register_parameter("bias", nn.Parameter(torch.ones(16))),
+            "shortcut.0 has a bias",
+        ),
+        (lambda block: setattr(block, "shortcut", block.shortcut[0]), "shortcut is not an nn.Sequential"),
+    ],
+    ids=["more", "bias", "bare"],
+)
+def test_another_shortcut_runs_as_it_is(change, reason):
+    """A shortcut that is not one plain convolution without a bias is run, not read."""
+    block, plain = twins("bottleneck-stride", "library")
+    change(block)
+    change(plain)
+    x = x_of("bottleneck-stride", torch.float32)
+    assert_close(block(x), plain(x))
+    assert reason in str(fused_preact.explain(block, x))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_blocks_train_alike_under_autocast(backend):
+    """Under autocast a block computes in bfloat16 and its parameters get float32 gradients, like the plain layers."""
+    block, plain = twins("bottleneck-stride", backend)
+    x = x_of("bottleneck-stride", torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = block(x), plain(x)
+    assert ours.dtype == theirs.dtype == torch.bfloat16
+    assert_close(ours, theirs, rtol=0.1, atol=0.1)
+    ours.backward(torch.randn_like(ours))
+    assert all(p.grad.dtype == torch.float32 for p in block.parameters())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_copies_and_pickles(backend):
+    """deepcopy, pickle and state_dict carry a block over."""
+    block, plain = twins("bottleneck-stride", backend)
+    x = x_of("bottleneck-stride", torch.float32)
+    block(x)
+    plain.load_state_dict(block.state_dict())
+    file = io.BytesIO(pickle.dumps(block))
+    for other in (copy.deepcopy(block), pickle.load(file), plain):
+        assert_close(other.eval()(x), block.eval()(x))
+
+
+def test_a_second_derivative_is_there_in_eager():
+    """What the error for a second derivative recommends works."""
+    _, plain = twins("basic", "eager")
+    x = x_of("basic", torch.float32).requires_grad_()
+    (dx,) = torch.autograd.grad(plain(x).square().sum(), x, create_graph=True)
+    dx.square().sum().backward()
+    assert x.grad.isfinite().all()

@@ -1,0 +1,192 @@
+import pytest
+import torch
+from torch.utils._pytree import tree_map_only
+
+from fused_preact import BNReLUConv2d, PreActBlock, bn_relu_conv2d
+from fused_preact.backends import NAMES
+
+
+def arguments() -> dict:
+    return {
+        "x": torch.randn(2, 6, 5, 4),
+        "weight": torch.randn(8, 6, 3, 3),
+        "bn_weight": torch.ones(6),
+        "bn_bias": torch.zeros(6),
+        "running_mean": torch.zeros(6),
+        "running_var": torch.ones(6),
+        "padding": 1,
+    }
+
+
+# What is wrong: the arguments, the error, and what its message says: the argument, what was expected and what came.
+BAD = {
+    "x is no tensor": ({"x": [1.0]}, TypeError, "x must be a tensor, got list"),
+    "x has 3 dimensions": ({"x": torch.randn(6, 5, 4)}, ValueError, r"x must have 4 dimensions.*\(6, 5, 4\)"),
+    "x is integer": ({"x": torch.ones(2, 6, 5, 4, dtype=torch.int64)}, TypeError, "x must be one of.*float32.*int64"),
+    "x is complex": ({"x": torch.ones(2, 6, 5, 4, dtype=torch.complex64)}, TypeError, "x must be one of.*complex64"),
+    "x is sparse": ({"x": torch.ones(2, 6, 5, 4).to_sparse()}, TypeError, "x must be a dense tensor.*sparse"),
+    "x has no channels": (
+        {"x": torch.randn(2, 0, 5, 4)},
+        ValueError,
+        r"x must have at least one channel.*\(2, 0, 5, 4\)",
+    ),
+    "x has no pixels": ({"x": torch.randn(2, 6, 0, 4)}, ValueError, r"x must have at least.*one pixel.*\(2, 6, 0, 4\)"),
+    "weight is no tensor": ({"weight": None}, TypeError, "weight must be a tensor, got NoneType"),
+    "weight has 2 dimensions": ({"weight": torch.randn(8, 6)}, ValueError, r"weight must have 4 dimensions.*\(8, 6\)"),
+    "weight reads other channels": (
+        {"weight": torch.randn(8, 7, 3, 3)},
+        ValueError,
+        r"weight of shape \(8, 7, 3, 3\) expects an input of 7 channels, got one of 6: shape \(2, 6, 5, 4\)",
+    ),
+    "weight is of another dtype": (
+        {"weight": torch.randn(8, 6, 3, 3).half()},
+        TypeError,
+        "weight must be.*float32.*float16",
+    ),
+    "weight is elsewhere": (
+        {"weight": torch.randn(8, 6, 3, 3, device="meta")},
+        ValueError,
+        "weight must be on cpu.*meta",
+    ),
+    "weight is empty": ({"weight": torch.randn(0, 6, 3, 3)}, ValueError, r"weight must not be empty.*\(0, 6, 3, 3\)"),
+    "groups do not divide": ({"groups": 4}, ValueError, "groups must divide.*6.*8.*groups=4"),
+    "weight is not for these groups": (
+        {"groups": 2},
+        ValueError,
+        "expects an input of 12 channels with groups=2, got one of 6",
+    ),
+    "groups is zero": ({"groups": 0}, ValueError, "groups must be at least 1, got 0"),
+    "stride is zero": ({"stride": 0}, ValueError, "stride must be at least 1, got 0"),
+    "stride is a float": ({"stride": 1.5}, TypeError, "stride must be an integer or a pair.*1.5"),
+    "stride is a triple": ({"stride": (1, 1, 1)}, TypeError, r"stride must be an integer or a pair.*\(1, 1, 1\)"),
+    "padding is negative": ({"padding": (1, -1)}, ValueError, r"padding must be at least 0, got \(1, -1\)"),
+    "padding is a bad word": ({"padding": "full"}, ValueError, "padding must be.*'same' or 'valid', got 'full'"),
+    "padding='same' with a stride": (
+        {"padding": "same", "stride": 2},
+        ValueError,
+        "padding='same' needs a stride of 1",
+    ),
+    "padding='same' with an even filter": (
+        {"padding": "same", "weight": torch.randn(8, 6, 2, 3)},
+        ValueError,
+        r"padding='same' must come out equal on both sides, got a filter of \(2, 3\)",
+    ),
+    "dilation is zero": ({"dilation": 0}, ValueError, "dilation must be at least 1, got 0"),
+    "the filter does not fit": ({"dilation": 9}, ValueError, "does not fit an input of 5x4 pixels.*0x0"),
+    "bn_weight is too short": ({"bn_weight": torch.ones(5)}, ValueError, r"bn_weight must have shape \(6,\).*\(5,\)"),
+    "bn_bias is a matrix": ({"bn_bias": torch.ones(6, 1)}, ValueError, r"bn_bias must have shape \(6,\).*\(6, 1\)"),
+    "bn_weight is of another dtype": ({"bn_weight": torch.ones(6).double()}, TypeError, "bn_weight must be.*float64"),
+    "bn_bias is elsewhere": ({"bn_bias": torch.ones(6, device="meta")}, ValueError, "bn_bias must be on cpu.*meta"),
+    "running_mean is too long": (
+        {"running_mean": torch.ones(7)},
+        ValueError,
+        r"running_mean must have.*\(6,\).*\(7,\)",
+    ),
+    "running_var is integer": ({"running_var": torch.ones(6).int()}, TypeError, "running_var must be.*int32"),
+    "no statistics in eval": (
+        {"running_mean": None, "running_var": None},
+        ValueError,
+        "running_mean is needed where batch statistics are not used.*None",
+    ),
+    "one statistic": (
+        {"running_var": None, "training": True},
+        ValueError,
+        "running_var is needed where running_mean is given",
+    ),
+    "bias is too long": (
+        {"bias": torch.ones(9)},
+        ValueError,
+        r"bias must have shape \(8,\), one.*output channel; got \(9,\)",
+    ),
+    "bias is of another dtype": ({"bias": torch.ones(8).double()}, TypeError, "bias must be.*float32.*float64"),
+    "residual of the wrong shape": (
+        {"residual": torch.ones(2, 8, 5, 5)},
+        ValueError,
+        r"residual must have the shape of the output, \(2, 8, 5, 4\); got \(2, 8, 5, 5\)",
+    ),
+    "residual to be broadcast": ({"residual": torch.ones(1, 8, 5, 4)}, ValueError, r"residual.*got \(1, 8, 5, 4\)"),
+    "residual of another dtype": ({"residual": torch.ones(2, 8, 5, 4).half()}, TypeError, "residual must be.*float16"),
+    "residual is elsewhere": (
+        {"residual": torch.ones(2, 8, 5, 4, device="meta")},
+        ValueError,
+        "residual must be on cpu",
+    ),
+    "empty batch in training": (
+        {"x": torch.randn(0, 6, 5, 4), "training": True},
+        ValueError,
+        r"x must have more than one value per channel in training, got shape \(0, 6, 5, 4\)",
+    ),
+    "one value in training": (
+        {"x": torch.randn(1, 6, 1, 1), "training": True},
+        ValueError,
+        r"x must have more than one value per channel in training, got shape \(1, 6, 1, 1\)",
+    ),
+    "eps is negative": ({"eps": -1e-5}, ValueError, "eps must not be negative, got -1e-05"),
+    "eps is NaN": ({"eps": float("nan")}, ValueError, "eps must not be negative, got nan"),
+    "eps is a word": ({"eps": "small"}, TypeError, "eps must be a number, got 'small'"),
+    "momentum is None": ({"momentum": None}, TypeError, "momentum must be a number, got None"),
+    "no such backend": ({"backend": "cudnn"}, ValueError, f"backend must be one of {', '.join(NAMES)}; got 'cudnn'"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_one_message_names_argument_expectation_and_what_came(name):
+    """Each kind of bad input gets its own sentence, before anything is computed or written."""
+    changes, error, message = BAD[name]
+    given = arguments() | changes
+    mean = given["running_mean"]
+    with pytest.raises(error, match=message):
+        bn_relu_conv2d(**given)
+    if mean is not None and mean.dtype.is_floating_point:
+        assert mean.unique().numel() == 1
+
+
+@pytest.mark.parametrize("name", ["weight reads other channels", "residual of the wrong shape", "x is integer"])
+def test_fake_tensors_are_checked_too(name):
+    """The checks look at shapes and types only, so what is traced or planned gets the same messages."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    changes, error, message = BAD[name]
+    mode = FakeTensorMode()
+    given = tree_map_only(torch.Tensor, mode.from_tensor, arguments() | changes)
+    with mode, pytest.raises(error, match=message):
+        bn_relu_conv2d(**given)
+
+
+@pytest.mark.parametrize("backend", ["reference", "library", "eager", "auto"])
+def test_every_backend_gives_the_same_error(backend):
+    """The same bad input gets the same message, whoever serves."""
+    with pytest.raises(ValueError, match="expects an input of 7 channels, got one of 6"):
+        bn_relu_conv2d(**arguments() | {"weight": torch.randn(8, 7, 3, 3), "backend": backend})
+
+
+def test_a_good_call_does_not_excuse_a_bad_one():
+    """Plans are kept by shape and type: a call that differs in one of them is checked anew."""
+    bn_relu_conv2d(**arguments())
+    for changes in ({"residual": torch.ones(2, 8, 5, 5)}, {"x": torch.randn(2, 7, 5, 4)}, {"bn_bias": torch.zeros(7)}):
+        with pytest.raises(ValueError, match=r"must have|expects"):
+            bn_relu_conv2d(**arguments() | changes)
+
+
+def test_a_block_names_its_own_attributes():
+    """In a block the message says which layer it is."""
+    block = PreActBlock(4, 4)
+    with pytest.raises(ValueError, match=r"bn1.weight must have shape \(3,\)"):
+        block(torch.randn(2, 3, 5, 5))
+    block.conv2 = torch.nn.Conv2d(6, 4, 3, padding=1)
+    block.bn2 = torch.nn.BatchNorm2d(6)
+    with pytest.raises(ValueError, match=r"bn2.weight must have shape \(4,\), one value per input channel; got \(6,\)"):
+        block(torch.randn(2, 4, 5, 5))
+    block = PreActBlock(4, 4)
+    block.conv2 = block.conv2.double()
+    with pytest.raises(TypeError, match=r"conv2.weight must be torch.float32, as x is.*; got torch.float64"):
+        block(torch.randn(2, 4, 5, 5))
+    with pytest.raises(ValueError, match=r"x must have more than one value per channel in training"):
+        PreActBlock(4, 4)(torch.randn(1, 4, 1, 1))
+
+
+def test_a_filter_larger_than_the_image_is_named():
+    """A unit inside a chain whose input has become too small says so."""
+    unit = BNReLUConv2d(3, 4, 3)
+    with pytest.raises(ValueError, match=r"weight with a 3x3 filter.*does not fit an input of 2x9 pixels.*0x7"):
+        unit(torch.randn(2, 3, 2, 9))

@@ -1,0 +1,132 @@
+import pytest
+import torch
+from torch.testing import assert_close
+
+import fused_preact
+from cases import BACKENDS
+from fused_preact import PreActBlock, PreActBottleneck, models
+
+PARAMETERS = {  # of 10 classes; pytorch-cifar's count for the preactresnets
+    "resnet20": 272_282,
+    "resnet56": 855_578,
+    "resnet110": 1_730_522,
+    "resnet164": 1_703_258,
+    "resnet1001": 10_327_706,
+    "preactresnet18": 11_171_146,
+    "preactresnet34": 21_279_306,
+    "preactresnet50": 23_509_066,
+    "preactresnet101": 42_501_194,
+    "preactresnet152": 58_144_842,
+}
+
+
+def count(net: torch.nn.Module) -> int:
+    return sum(p.numel() for p in net.parameters())
+
+
+@pytest.mark.parametrize("name", models.names())
+def test_parameter_counts(name):
+    """Each network has the published number of parameters."""
+    with torch.device("meta"):
+        assert count(models.create(name)) == PARAMETERS[name]
+
+
+def test_parameter_counts_for_100_classes():
+    """The linear layer follows num_classes."""
+    with torch.device("meta"):
+        assert count(models.create("resnet164", 100)) == 1_726_388
+        assert count(models.create("resnet1001", num_classes=100)) == 10_350_836
+
+
+def test_resnet1001_is_the_network_of_the_paper():
+    """333 units of three convolutions, a stem and three projections; 1000 batch norms."""
+    with torch.device("meta"):
+        net = models.create("resnet1001")
+    kinds = [type(m) for m in net.modules()]
+    assert kinds.count(PreActBottleneck) == 333
+    assert kinds.count(torch.nn.Conv2d) == 1003
+    assert kinds.count(torch.nn.BatchNorm2d) == 1000
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["resnet20", "preactresnet18"])
+def test_a_net_is_its_plain_layers(name, backend):
+    """A whole network, fused, gives the scores, gradients and statistics of the eager one."""
+    options = {"width": 8} if name == "preactresnet18" else {}
+    torch.manual_seed(0)
+    net = models.create(name, backend=backend, **options).double()
+    plain = models.create(name, backend="eager", **options).double()
+    plain.load_state_dict(net.state_dict())
+    x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    y, expected = net(x), plain(x)
+    assert_close(y, expected)
+    dy = torch.randn_like(y)
+    y.backward(dy)
+    expected.backward(dy)
+    for (key, p), q in zip(net.named_parameters(), plain.parameters(), strict=True):
+        assert_close(p.grad, q.grad, msg=key, rtol=1e-8, atol=1e-9)
+    for (key, p), q in zip(net.named_buffers(), plain.buffers(), strict=True):
+        assert_close(p, q, msg=key)
+
+
+def test_the_first_activation_comes_before_the_split():
+    """Behind the stem of a basic network the shortcut is relu(bn1(x)), as the paper's appendix has it."""
+    block = models.FirstPreActBlock(4, 4).eval()
+    torch.nn.init.zeros_(block.conv2.weight)
+    x = torch.randn(2, 4, 5, 5)
+    assert_close(block(x), block.bn1(x).relu())
+    assert type(models.create("resnet20").layer1[0]) is models.FirstPreActBlock
+    net = models.create("resnet164")
+    assert net.layer1[0].shortcut_input == "activated"
+    assert len(net.layer1[0].shortcut) == 1
+
+
+def test_hooks_in_the_first_block_run():
+    """Its layers are called or stepped down to like those of any block."""
+    block, calls = models.FirstPreActBlock(4, 4), []
+    for name in ("bn1", "conv1", "bn2", "conv2"):
+        block.get_submodule(name).register_forward_hook(lambda *args, name=name: calls.append(name))
+    block(torch.randn(2, 4, 5, 5))
+    assert calls == ["bn1", "conv1", "bn2", "conv2"]
+
+
+def test_keys_of_pytorch_cifar():
+    """A PreActResNet has the keys of kuangliu/pytorch-cifar, in its order, and no norm behind the last stage."""
+    with torch.device("meta"):
+        keys = list(models.create("preactresnet18").state_dict())
+    assert keys[0] == "conv1.weight"
+    assert keys[1:3] == ["layer1.0.bn1.weight", "layer1.0.bn1.bias"]
+    assert keys[-2:] == ["linear.weight", "linear.bias"]
+    assert not any(key.startswith("bn") for key in keys)
+    assert [key for key in keys if "shortcut" in key] == [f"layer{i}.0.shortcut.0.weight" for i in (2, 3, 4)]
+
+
+def test_initialisation_of_the_paper():
+    """Convolutions start at N(0, sqrt(2/(k*k*out)))."""
+    torch.manual_seed(0)
+    net = models.create("resnet56")
+    for conv in (m for m in net.modules() if isinstance(m, torch.nn.Conv2d) and m.weight.numel() > 9000):
+        K, _, R, S = conv.weight.shape
+        assert conv.weight.std().item() == pytest.approx((2 / (K * R * S)) ** 0.5, rel=0.03)
+
+
+def test_it_runs_channels_last_inside():
+    """The first block already sees channels_last, whatever the images are in."""
+    net = models.create("resnet20")
+    seen = []
+    net.layer1[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    net(torch.randn(2, 3, 8, 8))
+    assert seen[0].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_stems_and_options():
+    """The ImageNet stem divides the size by four; options reach every block; wrong names are listed."""
+    net = models.create("preactresnet18", 7, stem="imagenet", width=4, stride_on="first", backend="library")
+    assert net.conv1.stride == (2, 2)
+    assert net(torch.randn(1, 3, 64, 64)).shape == (1, 7)
+    choices = fused_preact.explain(net, torch.randn(1, 3, 64, 64))
+    assert [choice.backend for choice in choices] == ["library"] * 8
+    with pytest.raises(ValueError, match=r"name must be one of resnet20, .*; got 'resnet50'"):
+        models.create("resnet50")
+    with pytest.raises(ValueError, match="stem must be 'cifar' or 'imagenet'; got 'patch'"):
+        models.PreActResNet(PreActBlock, [1], stem="patch")

@@ -1,0 +1,82 @@
+import pytest
+import torch
+from torch.testing import assert_close
+from torch.utils._pytree import tree_leaves
+
+from cases import CHAINS, UNITS
+from fused_preact import _extension, ops, schedule
+from fused_preact.schedule import Conv
+from test_ops import backward_arguments, forward_arguments
+
+needs_cpu = pytest.mark.skipif(_extension.unavailable is not None, reason=str(_extension.unavailable))
+CASES = CHAINS + [case for case in UNITS if case.id in ("odd", "stride-2", "odd-eval")]
+
+
+@needs_cpu
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_both_schedules_agree(case, layout):
+    """C++ and Python return the same structure of the same numbers, forward and backward, hidden and rows included."""
+    sample = case.draw(0, torch.float64, layout)
+    ours, theirs = (ops._operators(name)[0](*forward_arguments(sample, name)) for name in ("cpu", "reference"))
+    compare(ours, theirs)
+    arguments = backward_arguments(sample, "reference")
+    ours, theirs = (ops._operators(name)[1](*arguments[:-1], name) for name in ("cpu", "reference"))
+    compare(ours, theirs)
+
+
+@needs_cpu
+@pytest.mark.parametrize("seed", range(12))
+def test_both_schedules_leave_out_the_same(seed):
+    """For any choice of gradients both compute the ones that are needed and return the others empty."""
+    case = CHAINS[seed % len(CHAINS)]
+    sample = case.draw(0, torch.float64)
+    arguments = backward_arguments(sample, "reference")
+    every = arguments[-2]
+    chosen = torch.rand(len(every), generator=torch.Generator().manual_seed(seed)) < 0.4
+    needs = [bool(need and choice) for need, choice in zip(every, chosen, strict=True)]
+    ours, theirs = (ops._operators(name)[1](*arguments[:-2], needs, name) for name in ("cpu", "reference"))
+    compare(ours, theirs)
+    n = len(sample.units)
+    need_x, need_weight, need_bias, need_bn, need_shortcut = schedule.split_needs(needs, n)
+    expected = [need_x, *need_weight, *need_bias, *need_bn, *need_bn, need_shortcut]
+    assert [t.numel() > 0 for t in tree_leaves(ours)] == expected
+
+
+def compare(ours, theirs) -> None:
+    """The same nesting of tensors of the same shape, type, strides and values."""
+    assert len(ours) == len(theirs)
+    for one, other in zip(ours, theirs, strict=True):
+        assert len(tree_leaves(one)) == len(tree_leaves(other))
+    for one, other in zip(tree_leaves(ours), tree_leaves(theirs), strict=True):
+        assert_close(one, other, rtol=1e-10, atol=1e-11, check_stride=True)
+
+
+@pytest.mark.parametrize(
+    ("conv", "size", "filters"),
+    [
+        (Conv(1, 1, 0, 0, 1, 1, 1), (5, 7), (3, 3)),
+        (Conv(2, 3, 1, 2, 1, 1, 1), (6, 9), (3, 5)),
+        (Conv(1, 2, 4, 0, 3, 2, 1), (5, 8), (3, 2)),
+    ],
+)
+def test_output_shape_is_that_of_conv2d(conv, size, filters):
+    """The formula for the output's size is torch's."""
+    x, weight = torch.zeros(2, 3, *size), torch.zeros(4, 3, *filters)
+    y = torch.nn.functional.conv2d(x, weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
+    assert conv.output_shape(x.shape, weight.shape) == tuple(y.shape)
+
+
+def test_memory_format():
+    """A result is channels_last where the input's channels are next to each other, and there is more than one."""
+    x = torch.zeros(2, 3, 4, 5)
+    assert schedule.memory_format(x) == torch.contiguous_format
+    assert schedule.memory_format(x.contiguous(memory_format=torch.channels_last)) == torch.channels_last
+    assert schedule.memory_format(torch.zeros(2, 1, 4, 5)) == torch.contiguous_format
+    assert schedule.memory_format(torch.zeros(2, 4, 5, 6).permute(0, 3, 1, 2)[:, 1:4]) == torch.channels_last
+
+
+def test_needs_are_split_by_kind():
+    """x, weights, biases, batch norms, shortcut: in this order."""
+    needs = [True, False, True, False, False, True, True, False]
+    assert schedule.split_needs(needs, 2) == (True, [False, True], [False, False], [True, True], False)
