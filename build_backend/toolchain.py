@@ -23,8 +23,10 @@ KERNEL_SOURCES = ("forward", "dgrad", "wgrad", "statistics", "dx", "kernels")
 # No -ffast-math: NaN and infinity must come out as torch gives them. Kernels read neither errno nor exception flags.
 COMMON_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror=vla")
 KERNEL_FLAGS = ("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fno-exceptions", "-fno-rtti")
+AVX512_FLAGS = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma")
 X86_FLAGS = {
-    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"),
+    "avx512_bf16": (*AVX512_FLAGS, "-mavx512bf16"),
+    "avx512": AVX512_FLAGS,
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
     "baseline": (),
 }

@@ -9,26 +9,26 @@ namespace fused_preact::cpu::FUSED_PREACT_ISA {
 // large stride the hardware does not foresee.
 constexpr int64_t kAhead = 2 * kRows;
 
-template <class T, int M, int V, class Sink, int... I>
-FUSED_PREACT_INLINE void correlate_block(const Operand<T>& a, int64_t p, const Window& w, const T* panel, Sink& sink,
+template <class E, int M, int V, class Sink, int... I>
+FUSED_PREACT_INLINE void correlate_block(const Operand<E>& a, int64_t p, const Window& w, const E* panel, Sink& sink,
                                          std::integer_sequence<int, I...> each) {
-  Vec<T> acc[M * V] = {};
-  multiply<T, M, V>(acc, a.pixels + p, w.R, a.row_stride, w.S * w.C, panel);
+  Vec<Accumulate<E>> acc[M * V] = {};
+  multiply<E, M, V>(acc, a.pixels + p, w.R, a.row_stride, w.S * w.C, panel);
   sink.template block<M, V>(p, acc, each);
 }
 
 // sink.block<M, V>(p, acc, each) for every block of the panel: acc[i], i in `each`, is the product for pixel p + i / V
 // and column i % V.
-template <class T, class Sink>
-FUSED_PREACT_INLINE void correlate(const Operand<T>& a, int64_t n, const Window& w, const T* panel, int64_t columns,
+template <class E, class Sink>
+FUSED_PREACT_INLINE void correlate(const Operand<E>& a, int64_t n, const Window& w, const E* panel, int64_t columns,
                                    Sink& sink) {
   with_constant<kColumns>(columns, [&](auto V) __attribute__((always_inline)) {
     int64_t p = 0;
     for (; p + kRows <= n; p += kRows)
-      correlate_block<T, kRows, V>(a, p, w, panel, sink, std::make_integer_sequence<int, kRows * V>{});
+      correlate_block<E, kRows, V>(a, p, w, panel, sink, std::make_integer_sequence<int, kRows * V>{});
     if (p < n)
       with_constant<kRows - 1>(n - p, [&](auto M) __attribute__((always_inline)) {
-        correlate_block<T, M, V>(a, p, w, panel, sink, std::make_integer_sequence<int, M * V>{});
+        correlate_block<E, M, V>(a, p, w, panel, sink, std::make_integer_sequence<int, M * V>{});
       });
   });
 }

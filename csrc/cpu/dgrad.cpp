@@ -102,7 +102,7 @@ struct Epilogue {
   }
 };
 
-template <class S>
+template <class S, class E>
 struct Pass {
   using T = Accumulate<S>;
   const Conv& conv;
@@ -125,13 +125,13 @@ struct Pass {
     const FilterView<const S*> view{
         filter.data + h.last_tap * filter.step_h + v.last_tap * filter.step_w, h.taps, v.taps, conv.K, conv.C,
         -conv.stride_h * filter.step_h, -conv.stride_w * filter.step_w, filter.step_outer, filter.step_inner};
-    const T* packed = pack<S>(view, workspace);
+    const E* packed = pack<E>(view, workspace);
     const Panels<T> panels{view.outer, view.depth()};
     const int64_t splits = splits_for(groups, panels.count());
 
     parallel(groups * splits, [&](int64_t job) {
       const int64_t g = job / splits, part = job % splits;
-      TileScratch<T> scratch(tiling, 0);
+      TileScratch<E> scratch(tiling, 0);
       for (int64_t t = cut(tiles, groups, g); t < cut(tiles, groups, g + 1); ++t) {
         const Tile tile = tiling[t];
         gather(scratch.operand, scratch.strip, w, tile, source);
@@ -150,7 +150,7 @@ struct Pass {
 
  private:
   static int64_t tile_pixels(const Window& w) {
-    const int64_t pixels = kTileBytes / maximum<int64_t>(w.C * sizeof(T), 1);
+    const int64_t pixels = kTileBytes / maximum<int64_t>(w.C * sizeof(E), 1);
     return minimum(maximum(pixels, kLeastPixels), kMostPixels) / kRows * kRows;
   }
 
@@ -182,12 +182,12 @@ void gradient_rows(const T* dbeta, const T* centered, int64_t C, const T* norm, 
   }
 }
 
-template <class S>
+template <class S, class E>
 void dgrad_of(const Conv& conv, const Gradient& dy, const Weight& weight, const Activation& x, const void* add,
               void* dz, void* grad_rows, bool batch, Workspace& workspace) {
   using T = Accumulate<S>;
   const T* norm = static_cast<const T*>(x.norm);
-  const Pass<S> pass{conv,
+  const Pass<S, E> pass{conv,
                      GradientSource<S>(dy, conv.K),
                      forward_view<S>(conv, weight),
                      {static_cast<const S*>(x.x), norm, static_cast<const S*>(add), static_cast<S*>(dz), conv.C},
@@ -207,7 +207,10 @@ void dgrad_of(const Conv& conv, const Gradient& dy, const Weight& weight, const 
 void dgrad(const Conv& conv, Dtype dtype, const Gradient& dy, const Weight& weight, const Activation& x,
            const void* add, void* dz, void* grad_rows, bool batch, Workspace& workspace) {
   with_storage(dtype, [&](auto s) {
-    dgrad_of<decltype(s)>(conv, dy, weight, x, add, dz, grad_rows, batch, workspace);
+    using S = decltype(s);
+    with_operand<S>(conv.K, [&](auto e) {
+      dgrad_of<S, decltype(e)>(conv, dy, weight, x, add, dz, grad_rows, batch, workspace);
+    });
   });
 }
 

@@ -10,6 +10,9 @@
 namespace fused_preact::cpu {
 
 #if defined(__x86_64__)
+namespace avx512_bf16 {
+const Kernels& kernels();
+}
 namespace avx512 {
 const Kernels& kernels();
 }
@@ -22,13 +25,16 @@ const Kernels& kernels();
 }
 
 const std::vector<InstructionSet>& instruction_sets() {
+#if defined(__x86_64__)
+  // __builtin_cpu_supports also asks the operating system whether it saves the wide registers.
+  static const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                                 __builtin_cpu_supports("fma");
+#endif
   static const std::vector<InstructionSet> sets = {
 #if defined(__x86_64__)
-      // __builtin_cpu_supports also asks the operating system whether it saves the wide registers.
-      {"avx512",
-       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma"),
-       avx512::kernels},
+      {"avx512_bf16", has_avx512 && __builtin_cpu_supports("avx512bf16"), avx512_bf16::kernels},
+      {"avx512", has_avx512, avx512::kernels},
       {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"),
        avx2::kernels},
 #endif

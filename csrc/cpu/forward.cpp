@@ -86,15 +86,15 @@ const T* padded_bias(const void* bias, const Panels<T>& panels, Workspace& works
   return padded;
 }
 
-template <class S>
+template <class S, class E>
 void forward_of(const Conv& conv, const Activation& x, const Weight& weight, const void* bias, const void* residual,
                 void* y, const Affine& next, void* next_rows, Workspace& workspace) {
   using T = Accumulate<S>;
   const Window w = forward_window(conv);
-  const Tiling tiling(w, tile_pixels(w, sizeof(T)));
+  const Tiling tiling(w, tile_pixels(w, sizeof(E)));
   const int64_t tiles = tiling.count(), groups = minimum(tiles, kMostGroups);
   const auto view = forward_view<S>(conv, weight);
-  const T* packed = pack<S>(view, workspace);
+  const E* packed = pack<E>(view, workspace);
   const Panels<T> panels{view.outer, view.depth()};
   const int64_t splits = splits_for(groups, panels.count());
   const ActivationSource<S> source(x, conv.C);
@@ -104,7 +104,7 @@ void forward_of(const Conv& conv, const Activation& x, const Weight& weight, con
 
   parallel(groups * splits, [&](int64_t job) {
     const int64_t g = job / splits, part = job % splits;
-    TileScratch<T> scratch(tiling, 0);
+    TileScratch<E> scratch(tiling, 0);
     int64_t count = 0;
     for (int64_t t = cut(tiles, groups, g); t < cut(tiles, groups, g + 1); ++t) {
       const Tile tile = tiling[t];
@@ -135,7 +135,10 @@ void forward_of(const Conv& conv, const Activation& x, const Weight& weight, con
 void forward(const Conv& conv, Dtype dtype, const Activation& x, const Weight& weight, const void* bias,
              const void* residual, void* y, const Affine& next, void* next_rows, Workspace& workspace) {
   with_storage(dtype, [&](auto s) {
-    forward_of<decltype(s)>(conv, x, weight, bias, residual, y, next, next_rows, workspace);
+    using S = decltype(s);
+    with_operand<S>(conv.C, [&](auto e) {
+      forward_of<S, decltype(e)>(conv, x, weight, bias, residual, y, next, next_rows, workspace);
+    });
   });
 }
 

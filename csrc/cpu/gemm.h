@@ -5,9 +5,13 @@
 //
 // m counts pixels (or rows of dW), v vectors of output channels. The accumulators must stay in registers: they are a
 // local array that only pack expansions in one inlined function touch; with loops over them the compiler leaves
-// them in memory.
+// them in memory. multiply reads operands of type E: the accumulation type, or pairs of bf16 where the processor has them.
 #pragma once
 #include <utility>
+
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
 
 #include "vec.h"
 
@@ -22,22 +26,70 @@ constexpr int kRows = 8;
 constexpr int kRows = 6;
 #endif
 
-template <class T, int M, int V, int... I, int... J>
-FUSED_PREACT_INLINE void multiply_step(Vec<T> (&acc)[M * V], const T* const (&a)[M], int64_t i, const T* w,
-                                       std::integer_sequence<int, I...>, std::integer_sequence<int, J...>) {
-  const Vec<T> column[V] = {load(w + J * kLanes<T>)...};
-  ((acc[I] += splat(a[I / V][i]) * column[I % V]), ...);
+template <class T>
+FUSED_PREACT_INLINE Vec<T> broadcast(const T* a) {
+  return splat(*a);
 }
 
-template <class T, int M, int V>
-FUSED_PREACT_INLINE void multiply(Vec<T> (&acc)[M * V], const T* const* pixels, int64_t rows, int64_t row_stride,
-                                  int64_t length, const T* w) {
-  const T* a[M];
+template <class V>
+FUSED_PREACT_INLINE V multiply_add(V acc, V a, V b) {
+  return acc + a * b;
+}
+
+#if defined(__AVX512BF16__)
+// Each lane is a pair of values that are next to each other in the summed dimension.
+FUSED_PREACT_INLINE __m512bh load_pairs(const BFloat16* from) { return (__m512bh)_mm512_loadu_si512(from); }
+
+FUSED_PREACT_INLINE __m512bh broadcast(const BFloat16* a) {
+  int32_t pair;
+  memcpy(&pair, a, sizeof pair);
+  return (__m512bh)_mm512_set1_epi32(pair);
+}
+
+FUSED_PREACT_INLINE Vec<float> multiply_add(Vec<float> acc, __m512bh a, __m512bh b) {
+  return (Vec<float>)_mm512_dpbf16_ps((__m512)acc, a, b);
+}
+#endif
+
+template <class T>
+FUSED_PREACT_INLINE Vec<T> load_pairs(const T* from) {
+  return load(from);
+}
+
+template <class E, int M, int V, int... I, int... J>
+FUSED_PREACT_INLINE void multiply_step(Vec<Accumulate<E>> (&acc)[M * V], const E* const (&a)[M], int64_t i, const E* w,
+                                       std::integer_sequence<int, I...>, std::integer_sequence<int, J...>) {
+  constexpr int kStep = kLanes<Accumulate<E>> * kPair<E>;
+  const decltype(load_pairs(w)) column[V] = {load_pairs(w + J * kStep)...};
+  ((acc[I] = multiply_add(acc[I], broadcast(a[I / V] + i), column[I % V])), ...);
+}
+
+// So many products are added up one after the other; longer sums are sums of such, which keeps their rounding error that
+// of a blocked library product.
+constexpr int64_t kRun = 128;
+
+template <class E, int M, int V, int... I, int... J>
+FUSED_PREACT_INLINE void multiply_run(Vec<Accumulate<E>> (&total)[M * V], const E* const (&a)[M], int64_t begin,
+                                      int64_t end, const E* w, std::integer_sequence<int, I...> blocks,
+                                      std::integer_sequence<int, J...> columns) {
+  Vec<Accumulate<E>> acc[M * V] = {};
+  for (int64_t i = begin; i < end; i += kPair<E>, w += V * kLanes<Accumulate<E>> * kPair<E>)
+    multiply_step<E, M, V>(acc, a, i, w, blocks, columns);
+  ((total[I] += acc[I]), ...);
+}
+
+// `length` is a multiple of kPair<E>.
+template <class E, int M, int V>
+FUSED_PREACT_INLINE void multiply(Vec<Accumulate<E>> (&acc)[M * V], const E* const* pixels, int64_t rows,
+                                  int64_t row_stride, int64_t length, const E* w) {
+  const auto blocks = std::make_integer_sequence<int, M * V>{};
+  const auto columns = std::make_integer_sequence<int, V>{};
+  const E* a[M];
   for (int m = 0; m < M; ++m) a[m] = pixels[m];
   for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t i = 0; i < length; ++i, w += V * kLanes<T>)
-      multiply_step<T, M, V>(acc, a, i, w, std::make_integer_sequence<int, M * V>{},
-                             std::make_integer_sequence<int, V>{});
+    for (int64_t i = 0; i < length; i += kRun)
+      multiply_run<E, M, V>(acc, a, i, minimum(i + kRun, length), w + i * V * kLanes<Accumulate<E>>, blocks, columns);
+    w += length * V * kLanes<Accumulate<E>>;
     for (int m = 0; m < M; ++m) a[m] += row_stride;
   }
 }

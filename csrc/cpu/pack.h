@@ -1,7 +1,7 @@
 // Filters in the order in which multiply reads them and outer writes them.
 //
 // Packed: panels of up to kColumns vectors of output channels; in a panel, depth rows (r, s, c) of its vectors. The last
-// vector is filled up with zeros.
+// vector is filled up with zeros. Where a product takes pairs of rows, the two values of a lane are next to each other.
 #pragma once
 #include "gemm.h"
 #include "tile.h"
@@ -37,7 +37,16 @@ struct Panels {
 // Below this many weights a second thread costs more than it saves.
 constexpr int64_t kWorthThreads = 1 << 14;
 
-// Calls visit(stored index, packed index, n) for every vector of a packed filter: n output channels, `step_outer` apart
+// Where a vector of a packed filter is: lanes from `lane` on of a row of a panel.
+struct PackedVector {
+  int64_t panel, row, width, lane;
+
+  int64_t index() const { return panel + row * width + lane; }
+  // Of its first value; the next ones are `pair` apart.
+  int64_t paired_index(int64_t pair) const { return panel + (row - row % pair) * width + lane * pair + row % pair; }
+};
+
+// Calls visit(stored index, packed vector, n) for every vector of a packed filter: n output channels, `step_outer` apart
 // in the stored one. The loops follow the order in which the filter is stored, since a large one is not in the cache.
 template <class T, class Pointer, class Visit>
 FUSED_PREACT_INLINE void for_each_weights(const FilterView<Pointer>& f, const Visit& visit) {
@@ -46,7 +55,7 @@ FUSED_PREACT_INLINE void for_each_weights(const FilterView<Pointer>& f, const Vi
     const int64_t panel = v / kColumns, row = (h * f.taps_w + w) * f.inner + i;
     with_lanes<T>(f.outer - v * kLanes<T>, [&](auto n) __attribute__((always_inline)) {
       visit(v * kLanes<T> * f.step_outer + i * f.step_inner + h * f.step_h + w * f.step_w,
-            panels.offset(panel) + row * panels.width(panel) + v % kColumns * kLanes<T>, n);
+            PackedVector{panels.offset(panel), row, panels.width(panel), v % kColumns * kLanes<T>}, n);
     });
   };
   const auto each = [&](int64_t count, const auto& body) {
@@ -106,15 +115,24 @@ FUSED_PREACT_INLINE void store_strided(S* to, int64_t step, Vec<Accumulate<S>> v
   for (int64_t l = 0; l < n; ++l) to[l * step] = buffer[l];
 }
 
-template <class S>
-Accumulate<S>* pack(const FilterView<const S*>& f, Workspace& workspace) {
+template <class E, class S>
+E* pack(const FilterView<const S*>& f, Workspace& workspace) {
   using T = Accumulate<S>;
   const Panels<T> panels{f.outer, f.depth()};
-  T* to = static_cast<T*>(workspace.take(panels.size() * sizeof(T)));
-  for_each_weights<T>(f, [&](int64_t stored, int64_t packed, auto n) __attribute__((always_inline)) {
-    store(to + packed, load_strided(f.data + stored, f.step_outer, n));
+  E* to = static_cast<E*>(workspace.take(panels.size() * sizeof(E)));
+  for_each_weights<T>(f, [&](int64_t stored, const PackedVector& at, auto n) __attribute__((always_inline)) {
+    store_strided(to + at.paired_index(kPair<E>), kPair<E>, load_strided(f.data + stored, f.step_outer, n), kLanes<T>);
   });
   return to;
+}
+
+// body(E{}) with the type that a product over `inner` summed channels reads its operands in.
+template <class S, class Body>
+void with_operand(int64_t inner, const Body& body) {
+  if (inner % kPair<Native<S>> == 0)
+    body(Native<S>{});
+  else
+    body(Accumulate<S>{});
 }
 
 // The filter of the forward product, and of wgrad's result: taps (r, s), inner C, outer K.

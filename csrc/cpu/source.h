@@ -1,31 +1,28 @@
 // The operands that kernels form while they read: the activation a, and the incoming dy.
 //
 // fill(to, ld, pixel, count, begin, end) writes channels [begin, end) of `count` pixels from `pixel` on, `ld` values
-// apart. plain() is the tensor itself where there is nothing to form, else null.
+// apart, as the type E of `to`. plain<E>() is the tensor itself where there is nothing to form or convert, else null.
 #pragma once
 #include "vec.h"
 
 namespace fused_preact::cpu::FUSED_PREACT_ISA {
 
-template <class S, class Form>
-FUSED_PREACT_INLINE void fill_rows(Accumulate<S>* to, int64_t ld, int64_t count, int64_t begin, int64_t end,
+template <class S, class E, class Form>
+FUSED_PREACT_INLINE void fill_rows(E* to, int64_t ld, int64_t count, int64_t begin, int64_t end,
                                    const Form& form) {
   for (int64_t p = 0; p < count; ++p, to += ld)
     for_each_vector<Accumulate<S>>(end - begin, [&](int64_t c, int64_t n)
                                        __attribute__((always_inline)) { store_lanes(to + c, form(p, begin + c, n), n); });
 }
 
-template <class S>
-struct Plain {
-  using T = Accumulate<S>;
-
-  static const T* of(const S* x) {
-    if constexpr (sizeof(S) == sizeof(T))
-      return x;
-    else
-      return nullptr;
-  }
-};
+// x where it is stored as E, else null.
+template <class E, class S>
+const E* as_operand(const S* x) {
+  if constexpr (std::is_same_v<S, E>)
+    return x;
+  else
+    return nullptr;
+}
 
 // z and xhat's numerator of one vector of channels.
 template <class T>
@@ -52,9 +49,13 @@ struct ActivationSource {
   ActivationSource(const Activation& a, int64_t channels)
       : x(static_cast<const S*>(a.x)), norm(static_cast<const T*>(a.norm)), C(channels) {}
 
-  const T* plain() const { return norm == nullptr ? Plain<S>::of(x) : nullptr; }
+  template <class E>
+  const E* plain() const {
+    return norm == nullptr ? as_operand<E>(x) : nullptr;
+  }
 
-  void fill(T* to, int64_t ld, int64_t pixel, int64_t count, int64_t begin, int64_t end) const {
+  template <class E>
+  void fill(E* to, int64_t ld, int64_t pixel, int64_t count, int64_t begin, int64_t end) const {
     const S* from = x + pixel * C;
     if (norm == nullptr)
       fill_rows<S>(to, ld, count, begin, end, [&](int64_t p, int64_t c, int64_t n) __attribute__((always_inline)) {
@@ -83,7 +84,10 @@ struct GradientSource {
         grad(static_cast<const T*>(dy.grad)),
         C(channels) {}
 
-  const T* plain() const { return norm == nullptr ? Plain<S>::of(g) : nullptr; }
+  template <class E>
+  const E* plain() const {
+    return norm == nullptr ? as_operand<E>(g) : nullptr;
+  }
 
   // use(form), where form(at, c, n) is dy of n channels from c on, at element `at` of the tensors.
   template <class Use>
@@ -102,7 +106,8 @@ struct GradientSource {
       });
   }
 
-  void fill(T* to, int64_t ld, int64_t pixel, int64_t count, int64_t begin, int64_t end) const {
+  template <class E>
+  void fill(E* to, int64_t ld, int64_t pixel, int64_t count, int64_t begin, int64_t end) const {
     with_form([&](const auto& form) __attribute__((always_inline)) {
       fill_rows<S>(to, ld, count, begin, end, [&](int64_t p, int64_t c, int64_t n) __attribute__((always_inline)) {
         return form((pixel + p) * C + c, c, n);

@@ -1,7 +1,7 @@
 // Tiles of output pixels and the strips they read.
 //
 // A strip is a run of operand rows of one image, already normalised (or the formed dy), with its zero padding, in the
-// accumulation type: [rows][cols][C]. An output pixel reads R rows of it, S*C contiguous values in each.
+// type E of the product: [rows][cols][C]. An output pixel reads R rows of it, S*C contiguous values in each.
 #pragma once
 #include "parallel.h"
 #include "vec.h"
@@ -73,41 +73,41 @@ class Tiling {
 };
 
 // What multiply and outer read: one pointer an output pixel, and the step from one of its rows to the next.
-template <class T>
+template <class E>
 struct Operand {
-  const T** pixels;
+  const E** pixels;
   int64_t row_stride;
 };
 
-template <class T>
-void point_at(Operand<T>& operand, const Window& w, const Tile& tile, const T* origin, int64_t row_stride) {
+template <class E>
+void point_at(Operand<E>& operand, const Window& w, const Tile& tile, const E* origin, int64_t row_stride) {
   operand.row_stride = row_stride;
-  const T** pixel = operand.pixels;
+  const E** pixel = operand.pixels;
   for (int64_t i = 0; i < tile.rows; ++i)
     for (int64_t j = 0; j < tile.cols; ++j)
       *pixel++ = origin + i * w.stride_h * row_stride + j * w.stride_w * w.C;
 }
 
-// Points the operand at the pixels that a tile reads: in place where the source is a plain tensor of type T and no
+// Points the operand at the pixels that a tile reads: in place where the source is a plain tensor of type E and no
 // padding is read, else in a strip that is filled here.
-template <class T, class Source>
-void gather(Operand<T>& operand, T* strip, const Window& w, const Tile& tile, const Source& source) {
+template <class E, class Source>
+void gather(Operand<E>& operand, E* strip, const Window& w, const Tile& tile, const Source& source) {
   const int64_t h0 = tile.i0 * w.stride_h + w.top, w0 = tile.j0 * w.stride_w + w.left;
-  const T* plain = source.plain();
+  const E* plain = source.template plain<E>();
   if (plain != nullptr && w.stays_inside())
     return point_at(operand, w, tile, plain + ((tile.n * w.H + h0) * w.W + w0) * w.C, w.W * w.C);
   const int64_t rows = (tile.rows - 1) * w.stride_h + w.R, cols = (tile.cols - 1) * w.stride_w + w.S;
   const int64_t first = minimum(maximum<int64_t>(-w0, 0), cols), last = maximum(minimum(w.W - w0, cols), first);
   for (int64_t r = 0; r < rows; ++r) {
-    T* row = strip + r * cols * w.C;
+    E* row = strip + r * cols * w.C;
     const int64_t h = h0 + r;
     if (h < 0 || h >= w.H) {
-      memset(row, 0, cols * w.C * sizeof(T));
+      memset(row, 0, cols * w.C * sizeof(E));
       continue;
     }
-    memset(row, 0, first * w.C * sizeof(T));
+    memset(row, 0, first * w.C * sizeof(E));
     source.fill(row + first * w.C, w.C, (tile.n * w.H + h) * w.W + w0 + first, last - first, 0, w.C);
-    memset(row + last * w.C, 0, (cols - last) * w.C * sizeof(T));
+    memset(row + last * w.C, 0, (cols - last) * w.C * sizeof(E));
   }
   point_at(operand, w, tile, strip, cols * w.C);
 }
@@ -133,22 +133,22 @@ inline int64_t splits_for(int64_t groups, int64_t most) {
 
 // What one thread needs for one tile, in its scratch memory: the operand and its strip, the index of each output
 // pixel, and a block of values.
-template <class T>
+template <class E>
 struct TileScratch {
-  Operand<T> operand{nullptr, 0};
+  Operand<E> operand{nullptr, 0};
   int64_t* outputs;
-  T* strip;
-  T* block;
+  E* strip;
+  E* block;
 
   TileScratch(const Tiling& tiling, int64_t block_values) {
     const auto aligned = [](int64_t bytes) { return (bytes + 63) / 64 * 64; };
     const int64_t pixels = aligned(tiling.most_pixels() * sizeof(int64_t));
-    const int64_t strip_bytes = aligned(tiling.most_strip() * sizeof(T));
-    char* base = static_cast<char*>(thread_scratch(2 * pixels + strip_bytes + block_values * sizeof(T)));
-    operand.pixels = reinterpret_cast<const T**>(base);
+    const int64_t strip_bytes = aligned(tiling.most_strip() * sizeof(E));
+    char* base = static_cast<char*>(thread_scratch(2 * pixels + strip_bytes + block_values * sizeof(E)));
+    operand.pixels = reinterpret_cast<const E**>(base);
     outputs = reinterpret_cast<int64_t*>(base + pixels);
-    strip = reinterpret_cast<T*>(base + 2 * pixels);
-    block = reinterpret_cast<T*>(base + 2 * pixels + strip_bytes);
+    strip = reinterpret_cast<E*>(base + 2 * pixels);
+    block = reinterpret_cast<E*>(base + 2 * pixels + strip_bytes);
   }
 };
 

@@ -51,6 +51,19 @@ struct AccumulateOf<BFloat16> {
 template <class S>
 using Accumulate = typename AccumulateOf<S>::type;
 
+// The type that a product may read values of storage type S in: bf16 where the processor multiplies pairs of it.
+#if defined(__AVX512BF16__)
+template <class S>
+using Native = S;
+#else
+template <class S>
+using Native = Accumulate<S>;
+#endif
+
+// How many values of the summed dimension one multiply-add takes.
+template <class E>
+constexpr int kPair = sizeof(Accumulate<E>) / sizeof(E);
+
 template <class T>
 FUSED_PREACT_INLINE Vec<T> splat(T value) {
   return value - Vec<T>{};

@@ -53,8 +53,8 @@ struct Columns {
   template <class Source>
   Columns(T* block, const Source& source, int64_t pixel, int64_t count, int64_t begin, int64_t end) {
     const int64_t width = ceil_div(end - begin, kLanes<T>) * kLanes<T>;
-    if (source.plain() != nullptr && width == end - begin) {
-      data = source.plain() + pixel * source.C + begin;
+    if (source.template plain<T>() != nullptr && width == end - begin) {
+      data = source.template plain<T>() + pixel * source.C + begin;
       ld = source.C;
       return;
     }
@@ -111,8 +111,8 @@ void finish(const Accumulate<S>* partial, const Plan<Accumulate<S>>& plan, const
     for (int64_t g = 1; g < plan.groups; ++g) sum += load(partial + g * plan.group_size() + i);
     return sum;
   };
-  for_each_weights<T>(dweight, [&](int64_t stored, int64_t packed, auto n) __attribute__((always_inline)) {
-    store_strided(dweight.data + stored, dweight.step_outer, total(packed), n);
+  for_each_weights<T>(dweight, [&](int64_t stored, const PackedVector& at, auto n) __attribute__((always_inline)) {
+    store_strided(dweight.data + stored, dweight.step_outer, total(at.index()), n);
   });
   if (dbias == nullptr) return;
   for_each_vector<T>(plan.panels.channels, [&](int64_t k, int64_t n) __attribute__((always_inline)) {
