@@ -6,6 +6,8 @@ alike, so that the errors of both against float64 can be compared.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -220,16 +222,26 @@ def error(result: Tensor, exact: Tensor) -> float:
     return ((result.double() - exact).square().mean() / exact.square().mean().clamp(min=1e-300)).sqrt().item()
 
 
-def errors(case: Case, dtype: torch.dtype, run, draws: int = 8) -> dict[str, float]:
+@functools.cache
+def exact(case: Case, seed: int, dtype: torch.dtype) -> Results:
+    """What plain layers make in float64 of a draw of dtype."""
+    return eager(case.draw(seed, dtype).to(torch.float64))
+
+
+def errors(case: Case, dtype: torch.dtype, run: Callable[[Sample], Results], draws: int = 8) -> dict[str, float]:
     """Error of each result of ``run`` against float64, over some draws of the case together."""
     squares: dict[str, list[float]] = {}
     for seed in range(draws):
-        sample = case.draw(seed, dtype)
-        exact = eager(sample.to(torch.float64))
-        for name, result in run(sample).items():
+        for name, result in run(case.draw(seed, dtype)).items():
             if not vanishes(case, name):
-                squares.setdefault(name, []).append(error(result, exact[name]) ** 2)
+                squares.setdefault(name, []).append(error(result, exact(case, seed, dtype)[name]) ** 2)
     return {name: (sum(values) / draws) ** 0.5 for name, values in squares.items()}
+
+
+@functools.cache
+def eager_errors(case: Case, dtype: torch.dtype) -> dict[str, float]:
+    """The errors of plain layers, which are the measure for everything else."""
+    return errors(case, dtype, eager)
 
 
 def vanishes(case: Case, name: str) -> bool:
@@ -239,7 +251,7 @@ def vanishes(case: Case, name: str) -> bool:
 
 def assert_as_close_as_eager(case: Case, backend: str, dtype: torch.dtype) -> None:
     """Each result has at most twice the error that plain layers have in the same dtype."""
-    ours, theirs = errors(case, dtype, lambda sample: fused(sample, backend)), errors(case, dtype, eager)
+    ours, theirs = errors(case, dtype, lambda sample: fused(sample, backend)), eager_errors(case, dtype)
     assert ours.keys() == theirs.keys()
     worse = {name: (ours[name], theirs[name]) for name in ours if not ours[name] <= 2 * theirs[name]}
     assert not worse, f"relative error of {backend} and of eager: {worse}"
