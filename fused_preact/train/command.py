@@ -91,6 +91,8 @@ def _new(args: argparse.Namespace, given: dict[str, Any]) -> tuple[Trainer, Path
         raise UserError("--model: expected the name of a network, such as --model resnet20")
     given = {"data": "digits", **given}
     folder = args.out or _default_folder(args.model, given["data"])
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--out {folder}: not a folder")
     if folder.is_dir() and any(folder.iterdir()) and not args.overwrite:
         raise UserError(f"{folder}: not empty; --resume goes on with the run there, --overwrite discards it")
     dataset = load(given["data"])

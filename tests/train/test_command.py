@@ -1,0 +1,153 @@
+"""`fused-preact train` as a person runs it."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from fused_preact import cli
+from fused_preact.train import checkpoint
+
+# A quick run: a small net, a few iterations.
+QUICK = ["--model", "resnet20", "--batch-size", "8", "--iterations", "8", "--threads", "1", "--no-tensorboard"]
+
+
+def train(*arguments):
+    return cli.main(["train", *map(str, arguments)])
+
+
+def start(*arguments):
+    """The same in a process of its own."""
+    command = [sys.executable, "-m", "fused_preact", "train", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def metrics(folder):
+    """Its rows; one that is being written is left out."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().split("\n")[:-1]]
+
+
+def state(folder):
+    """Weights, batch statistics and momenta of the last checkpoint."""
+    saved = checkpoint.load(folder / "checkpoint.pt")
+    momenta = {str(key): value["momentum_buffer"] for key, value in saved["optimizer"]["state"].items()}
+    return {**saved["model"], **momenta}
+
+
+def wait_until(process, happened):
+    """Until something has happened; the process must not end before."""
+    while not happened():
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.001)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of a run of 40 iterations that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    assert train(*QUICK, "--iterations", 40, "--out", folder) == 0
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("number", "writing"),
+    [(signal.SIGKILL, False), (signal.SIGKILL, True), (signal.SIGINT, False)],
+    ids=["kill", "kill while a checkpoint is written", "Ctrl-C"],
+)
+def test_a_run_that_is_stopped_goes_on_to_the_same_bits(number, writing, whole, tmp_path):
+    """Stopped at any moment, --resume ends with the weights, momenta and losses of an undisturbed run."""
+    folder = tmp_path / "run"
+    process = start(*QUICK, "--iterations", 40, "--save-every", 1 if writing else 3, "--out", folder)
+    wait_until(process, lambda: (folder / "metrics.jsonl").exists() and len(metrics(folder)) >= 7)
+    if writing:
+        wait_until(process, (folder / "checkpoint.pt.tmp").exists)
+    process.send_signal(number)
+    output, _ = process.communicate()
+    iteration = checkpoint.load(folder / "checkpoint.pt")["iteration"]
+    assert 0 < iteration < 40
+    if number == signal.SIGKILL:
+        assert process.returncode == -number
+    else:
+        assert process.returncode == 128 + number, output
+        assert iteration == metrics(folder)[-1]["iteration"]
+        assert f"fused-preact train --resume --out {folder}" in output.splitlines()
+
+    assert train("--resume", "--out", folder, "--no-tensorboard") == 0
+    got, expected = state(folder), state(whole)
+    assert got.keys() == expected.keys()
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+    assert [row["loss"] for row in metrics(folder)] == [row["loss"] for row in metrics(whole)]
+
+
+def test_digits_are_learnt(tmp_path, capsys):
+    """The defaults of the embedded data set reach over 95 % of the held-out images."""
+    folder = tmp_path / "run"
+    assert train("--model", "resnet20", "--out", folder) == 0
+    rows = metrics(folder)
+    assert rows[-1]["split"] == "test"
+    assert rows[-1]["error"] < 0.05
+    assert f"Held-out error {rows[-1]['error']:.2%} after iteration {rows[-1]['iteration']}" in capsys.readouterr().out
+    assert (folder / "curve.png").exists()
+
+
+def test_a_run_is_not_overwritten_by_accident(tmp_path, capsys):
+    """A folder with something in it needs --resume or --overwrite, and --overwrite takes the run's own files only."""
+    folder = tmp_path / "run"
+    assert train(*QUICK, "--out", folder) == 0
+    (folder / "notes.txt").write_text("mine")
+    before = (folder / "checkpoint.pt").read_bytes()
+    assert train(*QUICK, "--out", folder) == 2
+    assert "not empty; --resume goes on with the run there, --overwrite discards it" in capsys.readouterr().err
+    assert (folder / "checkpoint.pt").read_bytes() == before
+    assert train(*QUICK, "--iterations", 3, "--out", folder, "--overwrite") == 0
+    assert [row["iteration"] for row in metrics(folder)] == [1, 2, 3, 3]
+    assert (folder / "notes.txt").read_text() == "mine"
+
+
+def test_a_finished_run_can_be_lengthened(tmp_path):
+    """--resume --iterations N goes on to N."""
+    folder = tmp_path / "run"
+    assert train(*QUICK, "--iterations", 2, "--out", folder) == 0
+    assert train("--resume", "--out", folder, "--iterations", 4, "--no-tensorboard") == 0
+    assert [row["iteration"] for row in metrics(folder) if row["split"] == "train"] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--model: expected the name of a network"),
+        (["--model", "resnet21"], "--model: expected one of resnet20, resnet56"),
+        (["--model", "resnet20", "--data", "nowhere"], "--data nowhere: no such file or folder"),
+        (["--model", "resnet20", "--batch-size", "2000"], "--batch-size: expected from 1 to 1437"),
+        (["--model", "resnet20", "--lr", "-1"], "--lr: expected more than 0, got -1.0"),
+        (["--resume"], "--resume: expected --out with the folder of the run"),
+        (["--resume", "--model", "resnet20"], "checkpoint.pt: no such checkpoint; leave out --resume"),
+        (
+            ["--resume", "--overwrite", "--model", "resnet20"],
+            "--overwrite: discards the run that --resume goes on with",
+        ),
+        (["--model", "resnet20", "--out", "file"], "--out file: not a folder"),
+    ],
+    ids=lambda value: " ".join(value) or "nothing" if isinstance(value, list) else "",
+)
+def test_wrong_flags(arguments, message, tmp_path, monkeypatch, capsys):
+    """One line on the error stream, exit code 2, and no run left behind."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    assert train(*arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_of_another_net_is_not_resumed(tmp_path, capsys):
+    """--model beside --resume must be the net of the run."""
+    folder = tmp_path / "run"
+    assert train(*QUICK, "--iterations", 1, "--out", folder) == 0
+    assert train("--resume", "--out", folder, "--model", "resnet56") == 2
+    assert "trained with --model resnet20; --resume cannot change it to resnet56" in capsys.readouterr().err

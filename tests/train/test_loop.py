@@ -1,0 +1,169 @@
+"""Trainer and Run: steps, evaluation, and going on as if nothing had happened."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fused_preact.errors import UserError
+from fused_preact.train import checkpoint, settings
+from fused_preact.train.data import Dataset, Images, digits
+from fused_preact.train.loop import Run, Trainer
+from fused_preact.train.record import Recorder
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    """The digits, fewer of them held out, to evaluate quickly."""
+    whole = digits()
+    return Dataset("digits", 10, whole.train, Images(whole.test.images[:20], whole.test.labels[:20]), flip=False)
+
+
+def trainer(dataset, **given):
+    given = {"model": "resnet20", "data": "digits", "batch_size": 8, "iterations": 6, "threads": 1, **given}
+    return Trainer(settings.resolve(given, len(dataset.train), dataset.flip), dataset)
+
+
+def run(one, folder, start=0):
+    folder.mkdir(exist_ok=True)
+    return Run(one, folder, Recorder(folder, start, tensorboard=False))
+
+
+def same(a, b):
+    """Whether two nested states hold the same tensors, bit for bit, and the same values."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{}, {"amp": "bf16"}, {"nesterov": True, "milestones": [2, 4], "flip": True}, {"backend": "eager"}],
+    ids=["default", "bf16", "nesterov-flip", "eager"],
+)
+def test_resuming_is_exact(given, dataset, tmp_path):
+    """A run that stops after 3 of 6 iterations and goes on from its checkpoint ends with the same bits."""
+    whole = trainer(dataset, **given)
+    run(whole, tmp_path / "whole").until_done()
+
+    stops = iter([False, False, True])
+    run(trainer(dataset, **given), tmp_path / "parts").until_done(stop=lambda: next(stops))
+    state = checkpoint.load(tmp_path / "parts" / "checkpoint.pt")
+    assert state["iteration"] == 3
+    second = trainer(dataset, **given)
+    second.load_state_dict(state, tmp_path)
+    torch.rand(5)
+    summary = run(second, tmp_path / "parts", start=3).until_done()
+
+    assert summary.iteration == 6
+    states = [checkpoint.load(tmp_path / name / "checkpoint.pt") for name in ("whole", "parts")]
+    assert same(*[{**state, "rng": None} for state in states])
+    losses = [
+        [row["loss"] for row in Recorder(tmp_path / name, 6, tensorboard=False).rows] for name in ("whole", "parts")
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_another_seed_is_another_run(dataset):
+    """The comparison above can fail: initial weights depend on the seed."""
+    assert not same(trainer(dataset).model.state_dict(), trainer(dataset, seed=1).model.state_dict())
+
+
+def test_random_numbers_go_on(dataset, tmp_path):
+    """Whatever draws from torch's generator in a forward pass goes on where it was."""
+    first = trainer(dataset)
+    checkpoint.save(tmp_path / "checkpoint.pt", first.state_dict())
+    expected = torch.rand(4)
+    second = trainer(dataset)
+    torch.rand(9)
+    second.load_state_dict(checkpoint.load(tmp_path / "checkpoint.pt"), tmp_path)
+    assert torch.equal(torch.rand(4), expected)
+
+
+def test_a_step_is_sgd_on_the_batch(dataset):
+    """One step is plain SGD with momentum and weight decay, at the schedule's rate, on the batch of that iteration."""
+    one = trainer(dataset, backend="eager", lr=0.05, weight_decay=1e-3, warmup=2, warmup_lr=0.02)
+    x, labels = one.batches.at(0)
+    before = {name: parameter.detach().clone() for name, parameter in one.model.named_parameters()}
+    loss, accuracy = one.step()
+    logits = trainer(dataset, backend="eager").model(x)
+    expected = torch.nn.functional.cross_entropy(logits, labels)
+    assert loss == expected
+    assert accuracy == (logits.argmax(1) == labels).float().mean()
+    for name, parameter in one.model.named_parameters():
+        torch.testing.assert_close(parameter.detach(), before[name] - 0.02 * (parameter.grad + 1e-3 * before[name]))
+
+
+def test_evaluation_counts_the_held_out_errors(dataset):
+    """Loss and error are means over all held-out images, in eval mode, and change nothing."""
+    one = trainer(dataset, backend="eager")
+    one.step()
+    before = {name: value.clone() for name, value in one.model.state_dict().items()}
+    loss, error = one.evaluate()
+    assert same(before, dict(one.model.state_dict()))
+    mean, std = dataset.moments
+    with torch.no_grad():
+        logits = one.model.eval()((dataset.test.images.float() - mean) / std)
+    assert loss == pytest.approx(torch.nn.functional.cross_entropy(logits, dataset.test.labels).item(), rel=1e-5)
+    assert error == (logits.argmax(1) != dataset.test.labels).sum().item() / len(dataset.test)
+
+
+def test_intervals_and_summary(dataset, tmp_path):
+    """Evaluations and checkpoints come when asked for and at the end; the summary holds the last and the best error."""
+    one = run(trainer(dataset, iterations=5, eval_every=2, save_every=4), tmp_path)
+    saved = []
+    one.save, save = lambda: (saved.append(one.trainer.iteration), save()), one.save
+    summary = one.until_done()
+    assert saved == [0, 4, 5]
+    tests = one.recorder.of("test")
+    assert [row["iteration"] for row in tests] == [2, 4, 5]
+    assert [row["iteration"] for row in one.recorder.of("train")] == [1, 2, 3, 4, 5]
+    assert (summary.error, summary.best_error) == (tests[-1]["error"], min(row["error"] for row in tests))
+    assert next(row for row in tests if row["iteration"] == summary.best_iteration)["error"] == summary.best_error
+    assert 0 < 40 / summary.images_per_second < summary.seconds
+
+
+def test_a_loss_that_is_not_finite(dataset, tmp_path):
+    """Training stops with advice, and the last checkpoint is from before."""
+    one = run(trainer(dataset, lr=1e30, save_every=1), tmp_path)
+    with pytest.raises(UserError, match=r"the loss is nan at iteration [23]: start anew with a lower --lr"):
+        one.until_done()
+    state = checkpoint.load(tmp_path / "checkpoint.pt")
+    assert state["iteration"] < 3
+    assert all(math.isfinite(row["loss"]) for row in one.recorder.rows)
+
+
+def test_a_checkpoint_of_another_net(dataset, tmp_path):
+    """Other names or shapes are one clear error, and so is another data set."""
+    state = trainer(dataset, model="resnet56").state_dict()
+    with pytest.raises(UserError, match="of another net than resnet20: names or shapes differ"):
+        trainer(dataset).load_state_dict(state, tmp_path / "checkpoint.pt")
+    with pytest.raises(UserError, match="of a run on CIFAR-10; --data is digits"):
+        trainer(dataset).load_state_dict({**state, "dataset": "CIFAR-10"}, tmp_path / "checkpoint.pt")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"model": "resnet21"}, "--model: expected one of resnet20, resnet56.*got resnet21"),
+        ({"device": "gpu"}, "--device: expected a device of this machine, such as cpu or cuda, got gpu"),
+        ({"device": "meta", "backend": "cpu"}, "--backend cpu: cannot be used here: it runs on the CPU, not on meta"),
+    ],
+    ids=["model", "device", "backend"],
+)
+def test_what_is_not_there(given, message, dataset):
+    """A net, a device or a backend that cannot be had is named, with what could be."""
+    with pytest.raises(UserError, match=message):
+        trainer(dataset, **given)
+
+
+def test_too_few_images(dataset):
+    """A batch needs as many training images."""
+    few = replace(dataset, train=Images(dataset.train.images[:5], dataset.train.labels[:5]))
+    with pytest.raises(UserError, match="--batch-size: expected from 1 to 5, the number of training images, got 8"):
+        trainer(few)
