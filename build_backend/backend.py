@@ -34,9 +34,9 @@ def _requirements() -> list[str]:
 
 def get_requires_for_build_wheel(config_settings=None) -> list[str]:
     """Requirements of `pip install .` and `pip wheel .`."""
-    return build_meta.get_requires_for_build_wheel(config_settings) + _requirements()
+    return _requirements() + build_meta.get_requires_for_build_wheel(config_settings)
 
 
 def get_requires_for_build_editable(config_settings=None) -> list[str]:
     """Requirements of `pip install -e .`."""
-    return build_meta.get_requires_for_build_editable(config_settings) + _requirements()
+    return _requirements() + build_meta.get_requires_for_build_editable(config_settings)
