@@ -23,13 +23,9 @@ template <class E, class Sink>
 FUSED_PREACT_INLINE void correlate(const Operand<E>& a, int64_t n, const Window& w, const E* panel, int64_t columns,
                                    Sink& sink) {
   with_constant<kColumns>(columns, [&](auto V) __attribute__((always_inline)) {
-    int64_t p = 0;
-    for (; p + kRows <= n; p += kRows)
-      correlate_block<E, kRows, V>(a, p, w, panel, sink, std::make_integer_sequence<int, kRows * V>{});
-    if (p < n)
-      with_constant<kRows - 1>(n - p, [&](auto M) __attribute__((always_inline)) {
-        correlate_block<E, M, V>(a, p, w, panel, sink, std::make_integer_sequence<int, M * V>{});
-      });
+    for_each_block(n, [&](int64_t p, auto M) __attribute__((always_inline)) {
+      correlate_block<E, M, V>(a, p, w, panel, sink, std::make_integer_sequence<int, M * V>{});
+    });
   });
 }
 

@@ -50,7 +50,7 @@ struct Epilogue {
   const int64_t* outputs;  // the index of each output pixel
   int64_t c0;
   NormVector<T> norm[kColumns];
-  Vec<T> dbeta[kColumns] = {}, dgamma[kColumns] = {};
+  Wide<T> dbeta[kColumns] = {}, dgamma[kColumns] = {};
 
   Epilogue(const Output<S>& output, const int64_t* output_pixels, int64_t channel, int64_t columns)
       : out(output), outputs(output_pixels), c0(channel) {
@@ -65,16 +65,16 @@ struct Epilogue {
     else {
       Vec<T> sums[2 * V] = {};
       (masked(outputs[p + I / V], I % V, acc[I], sums[I % V], sums[V + I % V]), ...);
-      ((I < V ? void(dbeta[I % V] += sums[I % V]) : void()), ...);
-      ((I < V ? void(dgamma[I % V] += sums[V + I % V]) : void()), ...);
+      ((I < V ? void(dbeta[I % V] += widen<T>(sums[I % V])) : void()), ...);
+      ((I < V ? void(dgamma[I % V] += widen<T>(sums[V + I % V])) : void()), ...);
     }
   }
 
-  void add_to(T* group, int64_t columns) const {
+  void add_to(double* group, int64_t columns) const {
     for (int64_t v = 0; v < columns; ++v) {
-      T* sum = group + c0 + v * kLanes<T>;
-      store(sum, load(sum) + dbeta[v]);
-      store(sum + out.padded_channels(), load(sum + out.padded_channels()) + dgamma[v]);
+      double* sum = group + c0 + v * kLanes<T>;
+      store_wide<T>(sum, load_wide<T>(sum) + dbeta[v]);
+      store_wide<T>(sum + out.padded_channels(), load_wide<T>(sum + out.padded_channels()) + dgamma[v]);
     }
   }
 
@@ -114,7 +114,7 @@ struct Pass {
   int64_t sums_size() const { return 2 * output.padded_channels(); }
 
   // Adds the class (phase_h, phase_w) to the sums of kMostGroups groups.
-  void run(int64_t phase_h, int64_t phase_w, T* sums) const {
+  void run(int64_t phase_h, int64_t phase_w, double* sums) const {
     const Phase h(phase_h, conv.H, conv.R, conv.stride_h, conv.pad_h);
     const Phase v(phase_w, conv.W, conv.S, conv.stride_w, conv.pad_w);
     Window w{conv.N, conv.P, conv.Q, conv.K, h.pixels, v.pixels, h.taps, v.taps, 1, 1, h.first, v.first};
@@ -164,18 +164,17 @@ struct Pass {
 };
 
 // Adds the sums of all groups in order into the first.
-template <class T>
-void merge_groups(T* sums, int64_t size) {
+void merge_groups(double* sums, int64_t size) {
   for (int64_t g = 1; g < kMostGroups; ++g)
-    for (int64_t c = 0; c < size; c += kLanes<T>) store(sums + c, load(sums + c) + load(sums + g * size + c));
+    for (int64_t c = 0; c < size; ++c) sums[c] += sums[g * size + c];
 }
 
 template <class T>
-void gradient_rows(const T* dbeta, const T* centered, int64_t C, const T* norm, T* rows, bool batch, double count) {
+void gradient_rows(const double* dbeta, const double* centered, int64_t C, const T* norm, T* rows, bool batch, double count) {
   for (int64_t c = 0; c < C; ++c) {
     const double rstd = norm[kRstd * C + c], scale = norm[kScale * C + c], dgamma = centered[c] * rstd;
     rows[kDgamma * C + c] = T(dgamma);
-    rows[kDbeta * C + c] = dbeta[c];
+    rows[kDbeta * C + c] = T(dbeta[c]);
     if (!batch) continue;
     rows[kSlope * C + c] = T(-scale * rstd * dgamma / count);
     rows[kOffset * C + c] = T(-scale * dbeta[c] / count);
@@ -192,8 +191,8 @@ void dgrad_of(const Conv& conv, const Gradient& dy, const Weight& weight, const 
                      forward_view<S>(conv, weight),
                      {static_cast<const S*>(x.x), norm, static_cast<const S*>(add), static_cast<S*>(dz), conv.C},
                      workspace};
-  T* sums = static_cast<T*>(workspace.take(kMostGroups * pass.sums_size() * sizeof(T)));
-  memset(sums, 0, kMostGroups * pass.sums_size() * sizeof(T));
+  double* sums = static_cast<double*>(workspace.take(kMostGroups * pass.sums_size() * sizeof(double)));
+  memset(sums, 0, kMostGroups * pass.sums_size() * sizeof(double));
   for (int64_t h = 0; h < conv.stride_h; ++h)
     for (int64_t w = 0; w < conv.stride_w; ++w) pass.run(h, w, sums);
   if (norm == nullptr) return;

@@ -47,10 +47,9 @@ struct Epilogue {
     ((acc[I] = finished(first + p + I / V, k0 + I % V * kLanes<T>, acc[I])), ...);
     if (out.moments == nullptr) return;
     if (p == 0) ((I < V ? void(sums[I % V] = RunSums<T>(acc[I % V])) : void()), ...);
-    RunSums<T> local[V];
-    ((I < V ? void(local[I % V] = sums[I % V]) : void()), ...);
-    (local[I % V].add(acc[I]), ...);
-    ((I < V ? void(sums[I % V] = local[I % V]) : void()), ...);
+    Vec<T> sum[V] = {}, squares[V] = {};
+    ((acc[I] -= sums[I % V].origin, sum[I % V] += acc[I], squares[I % V] += acc[I] * acc[I]), ...);
+    ((I < V ? sums[I % V].add(sum[I % V], squares[I % V]) : void()), ...);
   }
 
   void merge(int64_t g, int64_t count, int64_t n, int64_t columns) const {

@@ -109,6 +109,13 @@ FUSED_PREACT_INLINE void outer(Vec<T> (&acc)[M * V], const T* const* pixels, int
                         std::make_integer_sequence<int, V>{});
 }
 
+// body(first, std::integral_constant<int, size>) for blocks of kRows that make up [0, n), and a few smaller ones.
+template <int Size = kRows, class Body>
+FUSED_PREACT_INLINE void for_each_block(int64_t n, const Body& body, int64_t first = 0) {
+  for (; first + Size <= n; first += Size) body(first, std::integral_constant<int, Size>{});
+  if constexpr (Size > 1) for_each_block<Size <= 4 ? Size / 2 : 4>(n, body, first);
+}
+
 // body(std::integral_constant<int, n>) for a runtime n in 1..Most.
 template <int Most, class Body>
 FUSED_PREACT_INLINE void with_constant(int64_t n, const Body& body) {

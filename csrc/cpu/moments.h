@@ -6,11 +6,11 @@ namespace fused_preact::cpu::FUSED_PREACT_ISA {
 
 // The rows of channel c of a batch norm with these statistics.
 template <class T>
-void norm_rows(T* rows, int64_t C, int64_t c, T mean, T variance, T unbiased, const Affine& next) {
-  const double rstd = 1 / __builtin_sqrt(double(variance) + next.eps);
-  rows[kMean * C + c] = mean;
+void norm_rows(T* rows, int64_t C, int64_t c, double mean, double variance, double unbiased, const Affine& next) {
+  const double rstd = 1 / __builtin_sqrt(variance + next.eps);
+  rows[kMean * C + c] = T(mean);
   rows[kRstd * C + c] = T(rstd);
-  rows[kVariance * C + c] = unbiased;
+  rows[kVariance * C + c] = T(unbiased);
   rows[kScale * C + c] = T(static_cast<const T*>(next.gamma)[c] * rstd);
   rows[kShift * C + c] = static_cast<const T*>(next.beta)[c];
 }
@@ -18,48 +18,49 @@ void norm_rows(T* rows, int64_t C, int64_t c, T mean, T variance, T unbiased, co
 // The statistics of one group of tiles, for channels padded to whole vectors.
 template <class T>
 struct Moments {
-  T* mean;
-  T* m2;
+  double* mean;
+  double* m2;
 
-  static size_t bytes(int64_t channels) { return 2 * padded(channels) * sizeof(T); }
   static int64_t padded(int64_t channels) { return ceil_div(channels, kLanes<T>) * kLanes<T>; }
+  static size_t bytes(int64_t channels) { return 2 * padded(channels) * sizeof(double); }
 
   Moments(void* base, int64_t group, int64_t channels)
-      : mean(static_cast<T*>(base) + group * 2 * padded(channels)), m2(mean + padded(channels)) {}
+      : mean(static_cast<double*>(base) + group * 2 * padded(channels)), m2(mean + padded(channels)) {}
 
   // Merges the vector at channel c of a set of n values into that of the `count` values that are here.
-  FUSED_PREACT_INLINE void merge(int64_t c, T count, Vec<T> other_mean, Vec<T> other_m2, T n) const {
+  FUSED_PREACT_INLINE void merge(int64_t c, double count, Wide<T> other_mean, Wide<T> other_m2, double n) const {
     if (count == 0) {
-      store(mean + c, other_mean);
-      store(m2 + c, other_m2);
+      store_wide<T>(mean + c, other_mean);
+      store_wide<T>(m2 + c, other_m2);
       return;
     }
-    const T share = n / (count + n);
-    const Vec<T> here = load(mean + c), delta = other_mean - here;
-    store(mean + c, here + delta * splat(share));
-    store(m2 + c, load(m2 + c) + other_m2 + delta * delta * splat(count * share));
+    const double share = n / (count + n), weight = count * share;
+    const Wide<T> here = load_wide<T>(mean + c), delta = other_mean - here;
+    store_wide<T>(mean + c, here + delta * share);
+    store_wide<T>(m2 + c, load_wide<T>(m2 + c) + other_m2 + delta * delta * weight);
   }
 };
 
 // Sums over a run of values of one vector of channels, about the first of them, which keeps the digits of channels with
-// a large mean.
+// a large mean. A few values are summed in T, then these sums in double.
 template <class T>
 struct RunSums {
-  Vec<T> origin, sum, squares;
+  Vec<T> origin;
+  Wide<T> sum, squares;
 
   explicit RunSums(Vec<T> first) : origin(first), sum{}, squares{} {}
   RunSums() = default;
 
-  FUSED_PREACT_INLINE void add(Vec<T> value) {
-    const Vec<T> d = value - origin;
-    sum += d;
-    squares += d * d;
+  // Of a few values d = value - origin: their sum, and that of their squares.
+  FUSED_PREACT_INLINE void add(Vec<T> few, Vec<T> few_squares) {
+    sum += widen<T>(few);
+    squares += widen<T>(few_squares);
   }
 
   // Merges the run, of n values, into the channels from c on of a group that holds `count`.
   FUSED_PREACT_INLINE void merge_into(const Moments<T>& moments, int64_t c, int64_t count, int64_t n) const {
-    const Vec<T> mean = sum * splat(T(1) / T(n));
-    moments.merge(c, T(count), origin + mean, relu(squares - sum * mean), T(n));
+    const Wide<T> mean = sum / double(n);
+    moments.merge(c, count, widen<T>(origin) + mean, relu(squares - sum * mean), n);
   }
 };
 
@@ -72,11 +73,12 @@ void finish_moments(void* base, int64_t groups, int64_t C, const Count& values_i
   for (int64_t g = 1; g < groups; ++g) {
     const Moments<T> group(base, g, C);
     const int64_t n = values_in_group(g);
-    for (int64_t c = 0; c < C; c += kLanes<T>) total.merge(c, T(count), load(group.mean + c), load(group.m2 + c), T(n));
+    for (int64_t c = 0; c < C; c += kLanes<T>)
+      total.merge(c, count, load_wide<T>(group.mean + c), load_wide<T>(group.m2 + c), n);
     count += n;
   }
   for (int64_t c = 0; c < C; ++c)
-    norm_rows<T>(static_cast<T*>(rows), C, c, total.mean[c], total.m2[c] / T(count), total.m2[c] / T(count - 1), next);
+    norm_rows<T>(static_cast<T*>(rows), C, c, total.mean[c], total.m2[c] / count, total.m2[c] / (count - 1), next);
 }
 
 }  // namespace fused_preact::cpu::FUSED_PREACT_ISA

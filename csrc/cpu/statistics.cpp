@@ -8,7 +8,7 @@ namespace fused_preact::cpu::FUSED_PREACT_ISA {
 
 namespace {
 
-constexpr int64_t kTilePixels = 64, kMostGroups = 64;
+constexpr int64_t kTilePixels = 64, kFew = 8, kMostGroups = 64;
 
 template <class S>
 void statistics_of(int64_t pixels, int64_t C, const void* x, const Affine& next, void* rows, Workspace& workspace) {
@@ -23,7 +23,15 @@ void statistics_of(int64_t pixels, int64_t C, const void* x, const Affine& next,
         const S* value = values + p * C + c;
         const int64_t run = minimum(kTilePixels, pixels - p);
         RunSums<T> sums(load_lanes(value, n));
-        for (int64_t i = 1; i < run; ++i) sums.add(load_lanes(value + i * C, n));
+        for (int64_t first = 0; first < run; first += kFew) {
+          Vec<T> sum = {}, squares = {};
+          for (int64_t i = first; i < minimum(first + kFew, run); ++i) {
+            const Vec<T> d = load_lanes(value + i * C, n) - sums.origin;
+            sum += d;
+            squares += d * d;
+          }
+          sums.add(sum, squares);
+        }
         sums.merge_into(Moments<T>(moments, g, C), c, p - start(g), run);
       });
   });

@@ -100,6 +100,31 @@ FUSED_PREACT_INLINE void store(BFloat16* to, Vec<float> v) {
   memcpy(to, &half, sizeof half);
 }
 
+// Sums over many values are kept in double, as torch keeps them on the CPU: lane for lane the vectors of T, widened.
+template <class T>
+struct WideOf {
+  typedef double type __attribute__((vector_size(kLanes<T> * sizeof(double))));
+};
+template <class T>
+using Wide = typename WideOf<T>::type;
+
+template <class T>
+FUSED_PREACT_INLINE Wide<T> widen(Vec<T> v) {
+  return __builtin_convertvector(v, Wide<T>);
+}
+
+template <class T>
+FUSED_PREACT_INLINE Wide<T> load_wide(const double* from) {
+  Wide<T> v;
+  memcpy(&v, from, sizeof v);
+  return v;
+}
+
+template <class T>
+FUSED_PREACT_INLINE void store_wide(double* to, Wide<T> v) {
+  memcpy(to, &v, sizeof v);
+}
+
 // The first n < lanes values, the other lanes zero.
 template <class S>
 FUSED_PREACT_INLINE Vec<Accumulate<S>> load_first(const S* from, int64_t n) {

@@ -30,13 +30,10 @@ struct Plan {
   explicit Plan(const Conv& conv)
       : w(forward_window(conv)), tiling(w, tile_pixels(w)), panels{conv.K, w.depth()} {
     const int64_t wanted = minimum(w.N * w.P * w.Q / kPixelsPerGroup, kMostGroups);
-    const int64_t affordable = kMostPartialBytes / maximum<int64_t>(group_size() * sizeof(T), 1);
+    const int64_t affordable = kMostPartialBytes / maximum<int64_t>(panels.size() * sizeof(T), 1);
     groups = maximum<int64_t>(minimum(minimum(wanted, affordable), tiling.count()), 1);
     splits = splits_for(groups, panels.count());
   }
-
-  // Values of one group: dW as packed panels, then dbias.
-  int64_t group_size() const { return panels.size() + panels.padded_channels(); }
 
  private:
   static int64_t tile_pixels(const Window& w) {
@@ -78,45 +75,48 @@ template <class T>
 void add_panel(T* dw, const Operand<T>& a, const Window& w, int64_t n, const Columns<T>& b, int64_t column,
                int64_t columns) {
   with_constant<kColumns>(columns, [&](auto V) __attribute__((always_inline)) {
-    for (int64_t r = 0; r < w.R; ++r) {
-      int64_t i = 0;
-      for (; i + kRows <= w.S * w.C; i += kRows, dw += kRows * V * kLanes<T>)
-        outer_block<T, kRows, V>(dw, a, r * a.row_stride + i, n, b, column,
-                                 std::make_integer_sequence<int, kRows * V>{});
-      const int64_t left = w.S * w.C - i;
-      if (left == 0) continue;
-      with_constant<kRows - 1>(left, [&](auto M) __attribute__((always_inline)) {
-        outer_block<T, M, V>(dw, a, r * a.row_stride + i, n, b, column, std::make_integer_sequence<int, M * V>{});
+    for (int64_t r = 0; r < w.R; ++r, dw += w.S * w.C * V * kLanes<T>)
+      for_each_block(w.S * w.C, [&](int64_t i, auto M) __attribute__((always_inline)) {
+        outer_block<T, M, V>(dw + i * V * kLanes<T>, a, r * a.row_stride + i, n, b, column,
+                             std::make_integer_sequence<int, M * V>{});
       });
-      dw += left * V * kLanes<T>;
-    }
   });
 }
 
+// Sums a few values in T, and these sums in double.
 template <class T>
-void add_bias(T* dbias, const Columns<T>& b, int64_t n, int64_t width) {
+void add_bias(double* dbias, const Columns<T>& b, int64_t n, int64_t width) {
+  constexpr int64_t kFew = 8;
   for (int64_t c = 0; c < width; c += kLanes<T>) {
-    Vec<T> sum = {};
-    for (int64_t p = 0; p < n; ++p) sum += load(b.data + p * b.ld + c);
-    store(dbias + c, load(dbias + c) + sum);
+    Wide<T> total = load_wide<T>(dbias + c);
+    for (int64_t first = 0; first < n; first += kFew) {
+      Vec<T> sum = {};
+      for (int64_t p = first; p < minimum(first + kFew, n); ++p) sum += load(b.data + p * b.ld + c);
+      total += widen<T>(sum);
+    }
+    store_wide<T>(dbias + c, total);
   }
 }
 
 // Adds up the groups in order and stores the sum in the layout of the filter.
 template <class S>
-void finish(const Accumulate<S>* partial, const Plan<Accumulate<S>>& plan, const FilterView<S*>& dweight, S* dbias) {
+void finish(const Accumulate<S>* partial, const double* bias_partial, const Plan<Accumulate<S>>& plan,
+            const FilterView<S*>& dweight, S* dbias) {
   using T = Accumulate<S>;
   const auto total = [&](int64_t i) __attribute__((always_inline)) {
     Vec<T> sum = load(partial + i);
-    for (int64_t g = 1; g < plan.groups; ++g) sum += load(partial + g * plan.group_size() + i);
+    for (int64_t g = 1; g < plan.groups; ++g) sum += load(partial + g * plan.panels.size() + i);
     return sum;
   };
   for_each_weights<T>(dweight, [&](int64_t stored, const PackedVector& at, auto n) __attribute__((always_inline)) {
     store_strided(dweight.data + stored, dweight.step_outer, total(at.index()), n);
   });
   if (dbias == nullptr) return;
+  const int64_t padded = plan.panels.padded_channels();
   for_each_vector<T>(plan.panels.channels, [&](int64_t k, int64_t n) __attribute__((always_inline)) {
-    store_lanes(dbias + k, total(plan.panels.size() + k), n);
+    Wide<T> sum = load_wide<T>(bias_partial + k);
+    for (int64_t g = 1; g < plan.groups; ++g) sum += load_wide<T>(bias_partial + g * padded + k);
+    store_lanes(dbias + k, __builtin_convertvector(sum, Vec<T>), n);
   });
 }
 
@@ -129,7 +129,8 @@ void wgrad_of(const Conv& conv, const Gradient& dy, const Activation& x, const W
   const Panels<T>& panels = plan.panels;
   const ActivationSource<S> activation(x, conv.C);
   const GradientSource<S> gradient(dy, conv.K);
-  T* partial = static_cast<T*>(workspace.take(plan.groups * plan.group_size() * sizeof(T)));
+  T* partial = static_cast<T*>(workspace.take(plan.groups * panels.size() * sizeof(T)));
+  double* bias_partial = static_cast<double*>(workspace.take(plan.groups * panels.padded_channels() * sizeof(double)));
 
   parallel(plan.groups * plan.splits, [&](int64_t job) {
     const int64_t g = job / plan.splits, part = job % plan.splits;
@@ -138,10 +139,10 @@ void wgrad_of(const Conv& conv, const Gradient& dy, const Activation& x, const W
     const int64_t begin = panels.first_channel(first_panel);
     const int64_t width = minimum(panels.first_channel(last_panel), panels.padded_channels()) - begin;
     const int64_t end = minimum(begin + width, conv.K);
-    T* dw = partial + g * plan.group_size();
-    T* dbias_part = dw + panels.size() + begin;
+    T* dw = partial + g * panels.size();
+    double* dbias_part = bias_partial + g * panels.padded_channels() + begin;
     memset(dw + begin * panels.depth, 0, width * panels.depth * sizeof(T));
-    memset(dbias_part, 0, width * sizeof(T));
+    memset(dbias_part, 0, width * sizeof(double));
     TileScratch<T> scratch(plan.tiling, plan.tiling.most_pixels() * width);
     const int64_t tiles = plan.tiling.count();
     for (int64_t t = cut(tiles, plan.groups, g); t < cut(tiles, plan.groups, g + 1); ++t) {
@@ -155,7 +156,7 @@ void wgrad_of(const Conv& conv, const Gradient& dy, const Activation& x, const W
       if (dbias != nullptr) add_bias(dbias_part, columns, tile.pixels(), width);
     }
   });
-  finish<S>(partial, plan, forward_view<S>(conv, dweight), static_cast<S*>(dbias));
+  finish<S>(partial, bias_partial, plan, forward_view<S>(conv, dweight), static_cast<S*>(dbias));
 }
 
 }  // namespace
