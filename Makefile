@@ -27,9 +27,10 @@ format:
 # filled with NaN (all bits one), so that a value used before it is written shows too. The C++ library is loaded early
 # because AddressSanitizer looks for its exceptions when it starts, and python alone does not bring it.
 ASAN_TESTS ?= tests
+SUPPORTED = $(PYTHON) -c 'from fused_preact import _extension as e; print(",".join(e.instruction_sets().supported))'
 asan:
 	CXXFLAGS="-fsanitize=address -fno-omit-frame-pointer -g1 -O1" LDFLAGS="-fsanitize=address" \
-	    $(PYTHON) setup.py --quiet build --build-base build/asan --build-lib build/asan/lib
+	    $(PYTHON) setup.py --quiet build --build-base build/asan --build-lib build/asan/lib build_ext --isas "$$($(SUPPORTED))"
 	PYTHONPATH=build/asan/lib \
 	    LD_PRELOAD="$(foreach library,libasan.so libstdc++.so,$(shell $(CXX) -print-file-name=$(library)))" \
 	    ASAN_OPTIONS=detect_leaks=0:malloc_fill_byte=255:max_malloc_fill_size=1073741824 pytest -n 2 $(ASAN_TESTS)

@@ -5,17 +5,35 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
-from setuptools.errors import CompileError
+from setuptools.errors import CompileError, OptionError
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "build_backend"))
 
 import torch_location  # noqa: E402
-from toolchain import Toolchain, find_compiler  # noqa: E402
+from toolchain import Toolchain, find_compiler, instruction_sets  # noqa: E402
 
 
 class BuildExtension(build_ext):
     """Builds by ninja: one source becomes several objects, one for each instruction set."""
+
+    user_options = [  # noqa: RUF012  (setuptools asks for a list)
+        *build_ext.user_options,
+        ("isas=", None, f"instruction sets, of {','.join(instruction_sets())} (default: all); baseline must be one"),
+    ]
+
+    def initialize_options(self) -> None:
+        """Sets the default of each option."""
+        super().initialize_options()
+        self.isas = None
+
+    def finalize_options(self) -> None:
+        """Checks the options."""
+        super().finalize_options()
+        asked = instruction_sets() if self.isas is None else self.isas.split(",")
+        if not {"baseline"} <= set(asked) <= set(instruction_sets()):
+            raise OptionError(f"--isas: expected baseline and any of {','.join(instruction_sets())}, got {self.isas}")
+        self.isas = [isa for isa in instruction_sets() if isa in asked]
 
     def build_extension(self, ext: Extension) -> None:
         """Prints the resolved configuration and builds `ext`; objects stay in build/objects for the next time."""
@@ -23,7 +41,7 @@ class BuildExtension(build_ext):
         if torch is None or not torch.is_new_enough():
             raise CompileError(f"building without isolation needs {torch_location.REQUIREMENT} installed first")
         objects = ROOT / self.get_finalized_command("build").build_base / "objects"
-        toolchain = Toolchain(torch, find_compiler(), ROOT / "csrc", objects)
+        toolchain = Toolchain(torch, find_compiler(), ROOT / "csrc", objects, self.isas)
         print(toolchain.describe(), flush=True)
         toolchain.build(Path(self.get_ext_fullpath(ext.name)))
 

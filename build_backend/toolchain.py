@@ -40,9 +40,9 @@ NO_COMPILER = (
 )
 
 
-def instruction_sets() -> dict[str, tuple[str, ...]]:
-    """Instruction sets that the kernels are compiled for on this machine, and the flags of each."""
-    return X86_FLAGS if platform.machine() in ("x86_64", "AMD64") else {"baseline": ()}
+def instruction_sets() -> list[str]:
+    """Instruction sets that the kernels are compiled for on a machine like this, the widest first."""
+    return list(X86_FLAGS) if platform.machine() in ("x86_64", "AMD64") else ["baseline"]
 
 
 def find_compiler() -> str:
@@ -66,6 +66,7 @@ class Toolchain:
     compiler: str
     sources: Path  # the folder csrc
     objects: Path  # where objects and the ninja file go
+    isas: list[str]  # of instruction_sets()
 
     def describe(self) -> str:
         """One line a fact, for the log of the build."""
@@ -75,7 +76,7 @@ class Toolchain:
             for name, value in {
                 "torch": f"{self.torch.version} in {self.torch.folder}",
                 "compiler": f"{self.compiler}: {version.stdout.splitlines()[0]}",
-                "instruction sets": ", ".join(instruction_sets()),
+                "instruction sets": ", ".join(self.isas),
                 "objects": self.objects,
             }.items()
         )
@@ -117,11 +118,12 @@ class Toolchain:
     def _compilations(self) -> Iterator[tuple[str, Path, tuple[str, ...]]]:
         """(object, source, flags) of every object."""
         common = (*COMMON_FLAGS, *shlex.split(os.environ.get("CXXFLAGS", "")))
-        torch = (*TARGET_FLAGS, "-isystem", str(self.torch.folder / "include"))
+        isas = "-DFUSED_PREACT_ISAS=" + " ".join(f"ISA({isa})" for isa in self.isas)
+        host = (*common, *TARGET_FLAGS, isas, "-isystem", str(self.torch.folder / "include"))
         for name in HOST_SOURCES:
-            yield f"host/{name}", self.sources / f"{name}.cpp", (*common, *torch)
-        for isa, flags in instruction_sets().items():
-            own = (*common, *KERNEL_FLAGS, *flags, f"-DFUSED_PREACT_ISA={isa}")
+            yield f"host/{name}", self.sources / f"{name}.cpp", host
+        for isa in self.isas:
+            own = (*common, *KERNEL_FLAGS, *X86_FLAGS[isa], f"-DFUSED_PREACT_ISA={isa}")
             for name in KERNEL_SOURCES:
                 yield f"{isa}/{name}", self.sources / "cpu" / f"{name}.cpp", own
 

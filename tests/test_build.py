@@ -117,7 +117,9 @@ def test_flags_of_the_environment_reach_the_compiler(toolchain, torch_location, 
     monkeypatch.setenv("CXXFLAGS", "-fsanitize=address")
     monkeypatch.setenv("LDFLAGS", "-Wl,-z,now")
     torch = torch_location.Torch(tmp_path / "a b", "2.13.0")
-    text = toolchain.Toolchain(torch, "g++", tmp_path / "a b:$c", tmp_path).ninja_file(tmp_path / "d e.so")
+    text = toolchain.Toolchain(torch, "g++", tmp_path / "a b:$c", tmp_path, ["baseline"]).ninja_file(
+        tmp_path / "d e.so"
+    )
     assert text.count("-fsanitize=address") == text.count(": compile ")
     assert "-Wl,-z,now" in text.splitlines()[-1]
     assert "a$ b$:$$c/ops.cpp" in text

@@ -9,37 +9,39 @@
 
 namespace fused_preact::cpu {
 
+namespace {
+
+// Whether this machine runs what was compiled with the flags of the same name in build_backend/toolchain.py. The
+// builtin also asks the operating system whether it saves the wide registers.
 #if defined(__x86_64__)
-namespace avx512_bf16 {
-const Kernels& kernels();
-}
-namespace avx512 {
-const Kernels& kernels();
-}
-namespace avx2 {
-const Kernels& kernels();
-}
-#endif
-namespace baseline {
-const Kernels& kernels();
+[[maybe_unused]] bool supports_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
 }
 
+[[maybe_unused]] bool supports_avx512_bf16() { return supports_avx512() && __builtin_cpu_supports("avx512bf16"); }
+
+[[maybe_unused]] bool supports_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+#endif
+
+bool supports_baseline() { return true; }
+
+}  // namespace
+
+// The build gives the list of what it compiled: ISA(avx2) ISA(baseline), for example.
+#define ISA(name)           \
+  namespace name {          \
+  const Kernels& kernels(); \
+  }
+FUSED_PREACT_ISAS
+#undef ISA
+
 const std::vector<InstructionSet>& instruction_sets() {
-#if defined(__x86_64__)
-  // __builtin_cpu_supports also asks the operating system whether it saves the wide registers.
-  static const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-                                 __builtin_cpu_supports("fma");
-#endif
-  static const std::vector<InstructionSet> sets = {
-#if defined(__x86_64__)
-      {"avx512_bf16", has_avx512 && __builtin_cpu_supports("avx512bf16"), avx512_bf16::kernels},
-      {"avx512", has_avx512, avx512::kernels},
-      {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"),
-       avx2::kernels},
-#endif
-      {"baseline", true, baseline::kernels},
-  };
+#define ISA(name) {#name, supports_##name(), name::kernels},
+  static const std::vector<InstructionSet> sets = {FUSED_PREACT_ISAS};
+#undef ISA
   return sets;
 }
 
