@@ -28,10 +28,11 @@ BY_ID = {case.id: case for case in UNITS}
 
 
 @pytest.fixture(scope="module")
-def kernels() -> Iterator[Any]:
+def kernels(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """Those of an instruction set, avx512 where the test names none."""
     from avx512.kernels import EmulatedKernels  # needs what the test extra alone installs
 
-    emulated = EmulatedKernels(_extension.BINARY)
+    emulated = EmulatedKernels(_extension.BINARY, getattr(request, "param", "avx512"))
     yield emulated
     emulated.close()
 
@@ -46,7 +47,16 @@ def backend(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> str:
 each_case = pytest.mark.parametrize("case", [*UNITS, *CHAINS], ids=lambda case: case.id)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+# The instruction sets differ in products of bf16 alone.
+each_product = pytest.mark.parametrize(
+    ("kernels", "dtype"),
+    [("avx512", torch.float32), ("avx512", torch.bfloat16), ("avx512_bf16", torch.bfloat16)],
+    ids=["fp32", "bf16", "bf16-pairs"],
+    indirect=["kernels"],
+)
+
+
+@each_product
 @each_case
 def test_as_close_to_float64_as_plain_layers(backend: str, case: Case, dtype: torch.dtype) -> None:
     """Every kernel, in whole vectors and in tails, in one tile and in many, has at most twice eager's error."""
@@ -65,25 +75,28 @@ def test_a_large_mean_keeps_its_digits(backend: str) -> None:
     assert_as_close_as_eager(replace(BY_ID["35-channels-1x1"], mean=1000.0), backend, torch.float32)
 
 
+@each_product
 @pytest.mark.parametrize("case", UNITS, ids=lambda case: case.id)
-def test_integers_are_exact(kernels: Any, case: Case) -> None:
+def test_integers_are_exact(kernels: Any, case: Case, dtype: torch.dtype) -> None:
     """A product left out or taken twice cannot hide in a tolerance."""
     generator = torch.Generator().manual_seed(0)
 
     def integers(*shape: int) -> Tensor:
-        values = torch.randint(-8, 9, shape, generator=generator).float()
+        values = torch.randint(-1, 2, shape, generator=generator).to(dtype)
         return values.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else values
 
-    layer, x = case.layers[0], Activation(integers(*case.shape), None)
+    layer, x = case.layers[0], integers(*case.shape)
     weight, bias = integers(layer.K, case.shape[1], *layer.size), integers(layer.K)
     dy = integers(*layer.conv.output_shape(case.shape, weight.shape))
-    for name, arguments in {
-        "forward": (layer.conv, x, weight, bias, dy, None),
-        "dgrad": (layer.conv, Gradient(dy), weight, x, x.x, False),
-        "wgrad": (layer.conv, Gradient(dy), x, weight, True),
-    }.items():
-        for actual, expected in zip(*(getattr(table, name)(*arguments) for table in (kernels, reference)), strict=True):
-            assert (actual is None and expected is None) or torch.equal(actual, expected), name
+
+    def results(table: Any, to: torch.dtype) -> list[Tensor]:
+        a, g, w = Activation(x.to(to), None), Gradient(dy.to(to)), weight.to(to)
+        y, _ = table.forward(layer.conv, a, w, bias.to(to), g.g, None)
+        dx = table.dgrad(layer.conv, g, w, a, a.x, False).g
+        return [y, dx, *table.wgrad(layer.conv, g, a, w, True)]
+
+    for actual, expected in zip(results(kernels, dtype), results(reference, torch.float64), strict=True):
+        assert torch.equal(actual.double(), expected)
 
 
 def test_results_do_not_depend_on_threads(kernels: Any, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,7 @@
 """A CPU with AVX-512 in software (BochsCPU), that runs functions of a shared object on torch tensors.
 
+The CPU has AVX-512 F, BW, DQ and VL; the one instruction of avx512_bf16 that kernels use is substituted (bf16.py).
+
 Guest memory is one block of host memory, mapped flat: a guest address is an offset into it, and a tensor placed in it
 is seen by both sides. Each piece of data ends where an unmapped page begins, so that touching what is behind it stops
 the emulator, and the memory before it is checked after each call. Memory that holds nothing yet is filled with bytes
@@ -18,6 +20,7 @@ import bochscpu.memory
 import numpy as np
 import torch
 
+from . import bf16
 from .shared_object import SharedObject
 
 PAGE = 4096
@@ -70,6 +73,7 @@ class Emulator:
         )
         self._symbols = {name: OBJECT + value for name, value in shared_object.symbols.items()}
         shared_object.close()
+        self._substitute_bf16()
         self.clear()
 
     def _map_pages(self, pages: int) -> None:
@@ -91,12 +95,25 @@ class Emulator:
 
     def _add_routine(self, code: bytes) -> int:
         address = self._routines_end
-        self._write(address, code)
         self._routines_end += -(-len(code) // 16) * 16
+        if self._routines_end > STACK:
+            raise ValueError(f"no room for {len(code)} more bytes of code")
+        self._write(address, code)
         return address
 
     def _write(self, address: int, data: bytes) -> None:
         self._memory[address : address + len(data)] = np.frombuffer(data, np.uint8)
+
+    def _substitute_bf16(self) -> None:
+        code = self._memory[OBJECT:].tobytes()
+        spill = self._add_routine(bytes(2 * 64))
+        for offset in bf16.sites(code):
+            address = OBJECT + offset
+            if "avx512_bf16" in self._function_at(address)[1]:
+                back = address + bf16.LENGTH
+                instruction = code[offset : offset + bf16.LENGTH]
+                routine = self._add_routine(bf16.substitute(instruction, self._routines_end, spill, back))
+                self._write(address, bf16.jump(address, routine))
 
     def read_words(self, address: int, count: int) -> list[int]:
         """`count` 64-bit words from `address` on."""
@@ -207,9 +224,13 @@ class Emulator:
         state.rip -= len(HLT)
         return state
 
+    def _function_at(self, address: int) -> tuple[int, str]:
+        """Where the function that holds this address begins, and its name."""
+        return max((begin, name) for name, begin in self._symbols.items() if begin <= address)
+
     def _describe(self, vector: int, code: int) -> str:
         state = self._session.cpu.state
-        address, name = max((a, name) for name, a in self._symbols.items() if a <= state.rip)
+        address, name = self._function_at(state.rip)
         touched = f" touching {state.cr2:#x}" if vector == PAGE_FAULT else ""
         return f"CPU exception {vector} (code {code}){touched} in {name} + {state.rip - address:#x}"
 

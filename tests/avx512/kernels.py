@@ -1,4 +1,4 @@
-"""The AVX-512 kernels of the built extension on an emulated CPU, as a table like `fused_preact.reference`."""
+"""The kernels of the built extension for AVX-512, on an emulated CPU, as a table like `fused_preact.reference`."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class EmulatedKernels:
 
     threads = 3  # that the kernels are told of: into so many ranges a parallel loop is cut
 
-    def __init__(self, binary: Path) -> None:
+    def __init__(self, binary: Path, isa: str) -> None:
         self._cpu = Emulator(binary)
         self._cpu.replace(self._cpu.symbol(f"{NAMESPACE}12parallel_forE"), self._parallel_for)
         self._cpu.replace(self._cpu.symbol(f"{NAMESPACE}11num_threadsE"), lambda *_: self.threads)
         self._cpu.replace(self._cpu.symbol(f"{NAMESPACE}14thread_scratchE"), lambda size, *_: self._scratch(size))
         self._take = self._cpu.add_function(lambda workspace, size, *_: self._scratch(size))
-        table = self._cpu.call(self._cpu.symbol(f"{NAMESPACE}6avx5127kernelsE"))
+        table = self._cpu.call(self._cpu.symbol(f"{NAMESPACE}{len(isa)}{isa}7kernelsE"))
         self._functions = dict(zip(TABLE, self._cpu.read_words(table, len(TABLE)), strict=True))
 
     def close(self) -> None:

@@ -1,0 +1,88 @@
+"""vdpbf16ps for an emulated CPU that has AVX-512 without it: each one in the code becomes a jump to plain AVX-512 code.
+
+    vdpbf16ps x, y, z:   x += high(y)*high(z);  x += low(y)*low(z)
+
+of the two bf16 values in each 32-bit lane, both sums rounded to float. Unlike the instruction, denormal numbers count.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+LENGTH = 6
+JUMP = 0xE9
+# EVEX prefix: map 0F38, F3, W0, 512 bits, neither mask nor broadcast; opcode; registers only.
+PATTERN = re.compile(
+    b"\x62[%s][%s][%s]\x52[\xc0-\xff]"
+    % tuple(
+        b"".join(re.escape(bytes([byte])) for byte in range(256) if byte & mask == value)
+        for mask, value in ((0x0F, 0x02), (0x87, 0x06), (0xF7, 0x40))
+    )
+)
+MAP_0F, MAP_0F38 = 1, 2
+NO_PREFIX, PREFIX_66 = 0, 1
+
+
+def sites(code: bytes) -> Iterator[int]:
+    """Offsets of all vdpbf16ps in machine code."""
+    return (match.start() for match in re.finditer(PATTERN, code))
+
+
+def substitute(instruction: bytes, at: int, spill: int, back: int) -> bytes:
+    """Code to stand at address `at` for one vdpbf16ps, that goes on at `back`; spill: address of 128 free bytes."""
+    x, y, z = _registers(instruction)
+    if x in (y, z):
+        raise ValueError(f"vdpbf16ps with its sum among its factors: {instruction.hex()}")
+    t, u, *_ = (register for register in range(5) if register not in (x, y, z))
+    code = b""
+    for i, register in enumerate((t, u)):
+        code += _move(0x11, register, spill + 64 * i - (at + len(code)))
+    code += _shift(t, y, right=True) + _shift(t, t, right=False)
+    code += _shift(u, z, right=True) + _shift(u, u, right=False)
+    code += _multiply_add(x, t, u)
+    code += _shift(t, y, right=False) + _shift(u, z, right=False)
+    code += _multiply_add(x, t, u)
+    for i, register in enumerate((t, u)):
+        code += _move(0x10, register, spill + 64 * i - (at + len(code)))
+    return code + jump(at + len(code), back)
+
+
+def jump(at: int, to: int) -> bytes:
+    """A jump that stands at address `at`."""
+    return bytes([JUMP]) + (to - at - 5).to_bytes(4, "little", signed=True)
+
+
+def _registers(instruction: bytes) -> tuple[int, int, int]:
+    """x, y, z: the fields reg, vvvv and rm, of which the prefix holds the upper bits, inverted."""
+    _, p0, p1, p2, _, modrm = instruction
+    upper = ~p0
+    reg = (modrm >> 3 & 7) | (upper >> 7 & 1) << 3 | (upper >> 4 & 1) << 4
+    rm = (modrm & 7) | (upper >> 5 & 1) << 3 | (upper >> 6 & 1) << 4
+    return reg, (~p1 >> 3 & 15) | (~p2 >> 3 & 1) << 4, rm
+
+
+def _evex(opcode: int, opcode_map: int, prefix: int, reg: int, vvvv: int, rm: int, mod: int = 3) -> bytes:
+    """One 512-bit instruction on registers of 32-bit lanes."""
+    p0 = (~reg >> 3 & 1) << 7 | (~rm >> 4 & 1) << 6 | (~rm >> 3 & 1) << 5 | (~reg >> 4 & 1) << 4 | opcode_map
+    p1 = (~vvvv & 15) << 3 | 4 | prefix
+    p2 = 0x40 | (~vvvv >> 4 & 1) << 3
+    return bytes([0x62, p0, p1, p2, opcode, mod << 6 | (reg & 7) << 3 | (rm & 7)])
+
+
+def _shift(to: int, register: int, right: bool) -> bytes:
+    """Every lane by 16 bits: vpsrld or vpslld."""
+    return _evex(0x72, MAP_0F, PREFIX_66, 2 if right else 6, to, register) + b"\x10"
+
+
+def _multiply_add(x: int, y: int, z: int) -> bytes:
+    """vfmadd231ps: x += y*z."""
+    return _evex(0xB8, MAP_0F38, PREFIX_66, x, y, z)
+
+
+def _move(opcode: int, register: int, distance: int) -> bytes:
+    """vmovups to (0x11) or from (0x10) memory, `distance` bytes from the beginning of this instruction."""
+    length = LENGTH + 4
+    return _evex(opcode, MAP_0F, NO_PREFIX, register, 0, 5, mod=0) + (distance - length).to_bytes(
+        4, "little", signed=True
+    )
