@@ -54,11 +54,12 @@ def _nothing(_problem: Problem) -> str | None:
     return None
 
 
-# What keeps a backend from a problem, in the order in which "auto" tries them.
+# What keeps a backend from a problem, in the order in which "auto" tries them. "auto" promises never to be slower than
+# eager, and library pays for the activations that it does not keep by computing them again: it must be asked for.
 _OBSTACLES: dict[str, Callable[[Problem], str | None]] = {
     "cpu": _no_cpu,
-    "library": _no_library,
     "eager": _nothing,
+    "library": _no_library,
     "reference": _nothing,
 }
 

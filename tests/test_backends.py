@@ -19,10 +19,10 @@ def test_status_names_every_fused_backend():
 
 
 def test_a_backend_that_is_not_built_says_so(monkeypatch):
-    """Without the extension "auto" serves by the library, and asking for the CPU kernels says how to get them."""
+    """Without the extension "auto" runs plain layers, and asking for the CPU kernels says how to get them."""
     monkeypatch.setattr(_extension, "unavailable", "_C.abi3.so is not built")
     problem = backends.Problem("cpu", torch.float32, (1, 1, 1, 1), ())
-    assert backends.choose("auto", problem) == "library"
+    assert backends.choose("auto", problem) == "eager"
     assert backends.status()["cpu"] == "_C.abi3.so is not built"
     with pytest.raises(ValueError, match=r"backend='cpu' cannot serve this call: _C.abi3.so is not built"):
         backends.choose("cpu", problem)
@@ -42,13 +42,13 @@ def test_a_backend_that_is_not_built_says_so(monkeypatch):
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
 def test_what_the_cpu_kernels_do_not_serve(options, reason):
-    """ "auto" gives the call to the library, explain() says why, and asking for "cpu" is an error with that reason."""
+    """ "auto" runs plain layers, explain() says why, and asking for "cpu" is an error with that reason."""
     options = dict(options)
     x, weight = arguments(size=options.pop("size", 3), dtype=options.pop("dtype", torch.float32))
     weight = weight[:, : 4 // options.get("groups", 1)]
     call = {"padding": 2, "training": True, **options}
     (choice,) = fused_preact.explain(bn_relu_conv2d, x, weight, **call)
-    assert choice.backend == "library"
+    assert choice.backend == "eager"
     assert reason in choice.others["cpu"]
     with pytest.raises(ValueError, match=f"backend='cpu' cannot serve this call: .*{reason}"):
         bn_relu_conv2d(x, weight, backend="cpu", **call)
