@@ -13,7 +13,7 @@ namespace fused_preact::cpu::FUSED_PREACT_ISA {
 
 namespace {
 
-constexpr int64_t kTileBytes = 1 << 15, kLeastPixels = 48, kMostPixels = 240, kMostGroups = 64;
+constexpr int64_t kTileBytes = 1 << 15, kLeastPixels = 48, kMostPixels = 256, kMostGroups = 64;
 
 // One dimension of a class: its pixels are phase + i*stride; pixel i reads `taps` pixels of dy from i + first on, with
 // the filter taps last_tap, last_tap - stride, ...
@@ -93,8 +93,10 @@ struct Epilogue {
   FUSED_PREACT_INLINE void masked(int64_t pixel, int64_t v, Vec<T> value, Vec<T>& dbeta_sum, Vec<T>& dgamma_sum) const {
     const int64_t at = pixel * out.C + c0 + v * kLanes<T>;
     const Vec<T> x = load_lanes(out.x + at, lanes(v));
-    const Vec<T> dz = norm[v].z(x) <= Vec<T>{} ? Vec<T>{} : with_add(at, v, value);
+    Vec<T> dz = norm[v].z(x) <= Vec<T>{} ? Vec<T>{} : with_add(at, v, value);
     store_lanes(out.dz + at, dz, lanes(v));
+    // The sums are those of dz as stored: what they take away from it in dx cancels exactly.
+    if constexpr (!std::is_same_v<S, T>) dz = load_lanes(out.dz + at, lanes(v));
     __builtin_prefetch(out.x + at + kAhead * out.C);
     __builtin_prefetch(out.dz + at + kAhead * out.C, 1);
     dbeta_sum += dz;
@@ -151,7 +153,7 @@ struct Pass {
  private:
   static int64_t tile_pixels(const Window& w) {
     const int64_t pixels = kTileBytes / maximum<int64_t>(w.C * sizeof(E), 1);
-    return minimum(maximum(pixels, kLeastPixels), kMostPixels) / kRows * kRows;
+    return minimum(maximum(pixels, kLeastPixels), kMostPixels);
   }
 
   static void list_outputs(int64_t* outputs, const Tile& tile, int64_t H, int64_t W, int64_t phase_h, int64_t phase_w,

@@ -14,11 +14,11 @@ namespace fused_preact::cpu::FUSED_PREACT_ISA {
 
 namespace {
 
-constexpr int64_t kTileBytes = 1 << 15, kLeastPixels = 48, kMostPixels = 240, kMostGroups = 64;
+constexpr int64_t kTileBytes = 1 << 15, kLeastPixels = 48, kMostPixels = 256, kMostGroups = 64;
 
 int64_t tile_pixels(const Window& w, int64_t value_bytes) {
   const int64_t pixels = kTileBytes / maximum<int64_t>(w.C * value_bytes, 1);
-  return minimum(maximum(pixels, kLeastPixels), kMostPixels) / kRows * kRows;
+  return minimum(maximum(pixels, kLeastPixels), kMostPixels);
 }
 
 // What is the same for all panels and tiles.

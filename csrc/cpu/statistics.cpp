@@ -8,7 +8,7 @@ namespace fused_preact::cpu::FUSED_PREACT_ISA {
 
 namespace {
 
-constexpr int64_t kTilePixels = 64, kFew = 8, kMostGroups = 64;
+constexpr int64_t kTilePixels = 64, kFew = 32, kMostGroups = 64;
 
 template <class S>
 void statistics_of(int64_t pixels, int64_t C, const void* x, const Affine& next, void* rows, Workspace& workspace) {
@@ -24,13 +24,17 @@ void statistics_of(int64_t pixels, int64_t C, const void* x, const Affine& next,
         const int64_t run = minimum(kTilePixels, pixels - p);
         RunSums<T> sums(load_lanes(value, n));
         for (int64_t first = 0; first < run; first += kFew) {
-          Vec<T> sum = {}, squares = {};
-          for (int64_t i = first; i < minimum(first + kFew, run); ++i) {
-            const Vec<T> d = load_lanes(value + i * C, n) - sums.origin;
-            sum += d;
-            squares += d * d;
-          }
-          sums.add(sum, squares);
+          // Four sums side by side, which hides the latency of an addition and keeps each sum short.
+          Vec<T> sum[4] = {}, squares[4] = {};
+          int64_t i = first;
+          const auto add = [&](int64_t at, int which) __attribute__((always_inline)) {
+            const Vec<T> d = load_lanes(value + at * C, n) - sums.origin;
+            sum[which] += d;
+            squares[which] += d * d;
+          };
+          for (; i + 4 <= minimum(first + kFew, run); i += 4) add(i, 0), add(i + 1, 1), add(i + 2, 2), add(i + 3, 3);
+          for (; i < minimum(first + kFew, run); ++i) add(i, 0);
+          sums.add((sum[0] + sum[1]) + (sum[2] + sum[3]), (squares[0] + squares[1]) + (squares[2] + squares[3]));
         }
         sums.merge_into(Moments<T>(moments, g, C), c, p - start(g), run);
       });

@@ -44,14 +44,17 @@ struct Tile {
   int64_t pixels() const { return rows * cols; }
 };
 
+// A run of this many pixels is made of whole register blocks, of six rows and of eight.
+constexpr int64_t kTileStep = 24;
+
 // Cuts a window into tiles of about `pixels` output pixels. The cut depends on the shape alone.
 class Tiling {
  public:
   Tiling(const Window& w, int64_t pixels) : window_(w) {
     const bool one_row = w.P == 1 && w.N == 1 && w.is_pointwise();
-    cols_ = one_row ? minimum(pixels, maximum<int64_t>(w.Q, 1)) : maximum<int64_t>(w.Q, 1);
-    rows_ = one_row ? 1 : minimum(maximum<int64_t>(pixels / cols_, 1), maximum<int64_t>(w.P, 1));
-    across_ = w.Q > 0 ? ceil_div(w.Q, cols_) : 0;
+    cols_ = one_row ? ceil_div(even_part(w.Q, pixels), kTileStep) * kTileStep : maximum<int64_t>(w.Q, 1);
+    rows_ = one_row ? 1 : even_part(w.P, pixels / cols_);
+    across_ = ceil_div(w.Q, cols_);
     down_ = ceil_div(w.P, rows_);
   }
 
@@ -68,6 +71,12 @@ class Tiling {
   }
 
  private:
+  // Size of the equal parts, of at most `most`, that make up n.
+  static int64_t even_part(int64_t n, int64_t most) {
+    const int64_t parts = ceil_div(n, maximum<int64_t>(most, 1));
+    return parts > 0 ? ceil_div(n, parts) : 1;
+  }
+
   Window window_;
   int64_t rows_, cols_, down_, across_;
 };
