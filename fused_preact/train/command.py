@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     how = parser.add_argument_group("machine")
     how.add_argument("--amp", choices=["none", "bf16"], help="automatic mixed precision")
-    how.add_argument("--backend", choices=[*backends.NAMES, "eager"])
+    how.add_argument("--backend", choices=backends.NAMES)
     how.add_argument("--device", help="default: cuda where there is one, else cpu")
     how.add_argument("--threads", type=int, help="default: as torch chooses")
 

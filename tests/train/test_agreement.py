@@ -54,13 +54,13 @@ def difference(one, other):
 
 def test_sixty_steps_stay_within_the_spread_of_eager():
     """In float32 the loss curve of fused differs from eager's no more than eager's under two thread counts do."""
-    eager, again, fused = (curve(*run, 60, "float32") for run in (("eager", 1), ("eager", 2), ("auto", 1)))
+    eager, again, fused = (curve(*run, 60, "float32") for run in (("eager", 1), ("eager", 2), ("cpu", 1)))
     assert 0 < difference(fused, eager) <= 3 * difference(again, eager)
 
 
 def test_curves_part_no_sooner_than_those_of_eager():
     """In float64 fused parts from eager no sooner and no further than eager does from itself on two threads."""
-    eager, again, fused = (curve(*run, 10, "float64") for run in (("eager", 1), ("eager", 2), ("auto", 1)))
+    eager, again, fused = (curve(*run, 10, "float64") for run in (("eager", 1), ("eager", 2), ("cpu", 1)))
     assert parting(eager, again)[-1] > 0
     assert first_step_outside(fused, eager, again) is None, (parting(eager, again), parting(fused, eager))
 
@@ -69,5 +69,5 @@ def test_curves_part_no_sooner_than_those_of_eager():
 def test_a_wrong_gradient_leaves_the_spread(factor):
     """With dgamma of the wrong sign, or off by a thousandth, the criterion fails within three steps."""
     eager, again = (curve("eager", threads, 10, "float64") for threads in (1, 2))
-    wrong = curve("auto", 1, 4, "float64", factor)
+    wrong = curve("cpu", 1, 4, "float64", factor)
     assert first_step_outside(wrong, eager[:4], again[:4]) in (0, 1, 2)
