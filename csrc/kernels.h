@@ -72,22 +72,21 @@ struct Workspace {
 struct Kernels {
   // y = conv(a, weight) + bias + residual. Where next_rows is not null, also the rows [kNormRows][K] of the
   // batch norm `next` that reads y, from the batch statistics of y as stored.
-  void (*forward)(const Conv&, Dtype, const Activation& x, const Weight&, const void* bias,
-                  const void* residual, void* y, const Affine& next, void* next_rows, Workspace&);
+  void (*forward)(const Conv&, Dtype, const Activation& x, const Weight&, const void* bias, const void* residual,
+                  void* y, const Affine& next, void* next_rows, Workspace&);
 
   // dz = (conv_transpose(dy, weight) + add) * [z > 0] with z of x, and its grad rows [kGradRows][C] (batch: fill
   // slope and offset, else they are left alone). Where x.norm is null: plain, no mask, rows unused.
   // add may be null, and may be dz itself.
-  void (*dgrad)(const Conv&, Dtype, const Gradient& dy, const Weight&, const Activation& x, const void* add,
-                void* dz, void* grad_rows, bool batch, Workspace&);
+  void (*dgrad)(const Conv&, Dtype, const Gradient& dy, const Weight&, const Activation& x, const void* add, void* dz,
+                void* grad_rows, bool batch, Workspace&);
 
   // dweight[k,c,r,s] = sum over pixels of a * dy; dbias[k] = sum of dy where not null (storage type, both).
-  void (*wgrad)(const Conv&, Dtype, const Gradient& dy, const Activation& x, const WeightGrad& dweight,
-                void* dbias, Workspace&);
+  void (*wgrad)(const Conv&, Dtype, const Gradient& dy, const Activation& x, const WeightGrad& dweight, void* dbias,
+                Workspace&);
 
   // Rows of the batch norm `next` that reads x, from the batch statistics of x [pixels][C].
-  void (*statistics)(Dtype, int64_t pixels, int64_t C, const void* x, const Affine& next, void* rows,
-                     Workspace&);
+  void (*statistics)(Dtype, int64_t pixels, int64_t C, const void* x, const Affine& next, void* rows, Workspace&);
 
   // Rows of a batch norm that uses given (running) statistics [C], accumulation type.
   void (*running)(Dtype, int64_t C, const void* mean, const void* variance, const Affine& next, void* rows);

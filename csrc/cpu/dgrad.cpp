@@ -124,9 +124,15 @@ struct Pass {
     if (whole) w = flattened(w);
     const Tiling tiling(w, tile_pixels(w));
     const int64_t tiles = tiling.count(), groups = minimum(tiles, kMostGroups);
-    const FilterView<const S*> view{
-        filter.data + h.last_tap * filter.step_h + v.last_tap * filter.step_w, h.taps, v.taps, conv.K, conv.C,
-        -conv.stride_h * filter.step_h, -conv.stride_w * filter.step_w, filter.step_outer, filter.step_inner};
+    const FilterView<const S*> view{filter.data + h.last_tap * filter.step_h + v.last_tap * filter.step_w,
+                                    h.taps,
+                                    v.taps,
+                                    conv.K,
+                                    conv.C,
+                                    -conv.stride_h * filter.step_h,
+                                    -conv.stride_w * filter.step_w,
+                                    filter.step_outer,
+                                    filter.step_inner};
     const E* packed = pack<E>(view, workspace);
     const Panels<T> panels{view.outer, view.depth()};
     const int64_t splits = splits_for(groups, panels.count());
@@ -172,7 +178,8 @@ void merge_groups(double* sums, int64_t size) {
 }
 
 template <class T>
-void gradient_rows(const double* dbeta, const double* centered, int64_t C, const T* norm, T* rows, bool batch, double count) {
+void gradient_rows(const double* dbeta, const double* centered, int64_t C, const T* norm, T* rows, bool batch,
+                   double count) {
   for (int64_t c = 0; c < C; ++c) {
     const double rstd = norm[kRstd * C + c], scale = norm[kScale * C + c], dgamma = centered[c] * rstd;
     rows[kDgamma * C + c] = T(dgamma);
@@ -189,10 +196,10 @@ void dgrad_of(const Conv& conv, const Gradient& dy, const Weight& weight, const 
   using T = Accumulate<S>;
   const T* norm = static_cast<const T*>(x.norm);
   const Pass<S, E> pass{conv,
-                     GradientSource<S>(dy, conv.K),
-                     forward_view<S>(conv, weight),
-                     {static_cast<const S*>(x.x), norm, static_cast<const S*>(add), static_cast<S*>(dz), conv.C},
-                     workspace};
+                        GradientSource<S>(dy, conv.K),
+                        forward_view<S>(conv, weight),
+                        {static_cast<const S*>(x.x), norm, static_cast<const S*>(add), static_cast<S*>(dz), conv.C},
+                        workspace};
   double* sums = static_cast<double*>(workspace.take(kMostGroups * pass.sums_size() * sizeof(double)));
   memset(sums, 0, kMostGroups * pass.sums_size() * sizeof(double));
   for (int64_t h = 0; h < conv.stride_h; ++h)
@@ -209,9 +216,8 @@ void dgrad(const Conv& conv, Dtype dtype, const Gradient& dy, const Weight& weig
            const void* add, void* dz, void* grad_rows, bool batch, Workspace& workspace) {
   with_storage(dtype, [&](auto s) {
     using S = decltype(s);
-    with_operand<S>(conv.K, [&](auto e) {
-      dgrad_of<S, decltype(e)>(conv, dy, weight, x, add, dz, grad_rows, batch, workspace);
-    });
+    with_operand<S>(
+        conv.K, [&](auto e) { dgrad_of<S, decltype(e)>(conv, dy, weight, x, add, dz, grad_rows, batch, workspace); });
   });
 }
 

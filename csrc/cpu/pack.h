@@ -139,8 +139,15 @@ void with_operand(int64_t inner, const Body& body) {
 template <class S, class Pointer>
 auto forward_view(const Conv& c, const Filter<Pointer>& weight) {
   using Data = std::conditional_t<std::is_same_v<Pointer, void*>, S*, const S*>;
-  return FilterView<Data>{static_cast<Data>(weight.data), c.R, c.S, c.C, c.K, weight.stride_r, weight.stride_s,
-                          weight.stride_c, weight.stride_k};
+  return FilterView<Data>{static_cast<Data>(weight.data),
+                          c.R,
+                          c.S,
+                          c.C,
+                          c.K,
+                          weight.stride_r,
+                          weight.stride_s,
+                          weight.stride_c,
+                          weight.stride_k};
 }
 
 }  // namespace fused_preact::cpu::FUSED_PREACT_ISA

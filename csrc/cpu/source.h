@@ -8,11 +8,11 @@
 namespace fused_preact::cpu::FUSED_PREACT_ISA {
 
 template <class S, class E, class Form>
-FUSED_PREACT_INLINE void fill_rows(E* to, int64_t ld, int64_t count, int64_t begin, int64_t end,
-                                   const Form& form) {
+FUSED_PREACT_INLINE void fill_rows(E* to, int64_t ld, int64_t count, int64_t begin, int64_t end, const Form& form) {
   for (int64_t p = 0; p < count; ++p, to += ld)
-    for_each_vector<Accumulate<S>>(end - begin, [&](int64_t c, int64_t n)
-                                       __attribute__((always_inline)) { store_lanes(to + c, form(p, begin + c, n), n); });
+    for_each_vector<Accumulate<S>>(end - begin, [&](int64_t c, int64_t n) __attribute__((always_inline)) {
+      store_lanes(to + c, form(p, begin + c, n), n);
+    });
 }
 
 // x where it is stored as E, else null.
@@ -95,9 +95,8 @@ struct GradientSource {
     if (norm == nullptr)
       use([&](int64_t at, int64_t, int64_t n) __attribute__((always_inline)) { return load_lanes(g + at, n); });
     else if (grad == nullptr)
-      use([&](int64_t at, int64_t c, int64_t n) __attribute__((always_inline)) {
-        return load_lanes(g + at, n) * norm_row(kScale, c, n);
-      });
+      use([&](int64_t at, int64_t c, int64_t n)
+              __attribute__((always_inline)) { return load_lanes(g + at, n) * norm_row(kScale, c, n); });
     else
       use([&](int64_t at, int64_t c, int64_t n) __attribute__((always_inline)) {
         const Vec<T> centered = load_lanes(x + at, n) - norm_row(kMean, c, n);

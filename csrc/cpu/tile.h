@@ -33,8 +33,7 @@ inline Window flattened(Window w) {
 }
 
 inline Window forward_window(const Conv& c) {
-  return flattened(
-      {c.N, c.H, c.W, c.C, c.P, c.Q, c.R, c.S, c.stride_h, c.stride_w, -c.pad_h, -c.pad_w});
+  return flattened({c.N, c.H, c.W, c.C, c.P, c.Q, c.R, c.S, c.stride_h, c.stride_w, -c.pad_h, -c.pad_w});
 }
 
 // The output pixels [i0, i0 + rows) x [j0, j0 + cols) of image n: whole rows, or a part of a flattened one.
@@ -93,8 +92,7 @@ void point_at(Operand<E>& operand, const Window& w, const Tile& tile, const E* o
   operand.row_stride = row_stride;
   const E** pixel = operand.pixels;
   for (int64_t i = 0; i < tile.rows; ++i)
-    for (int64_t j = 0; j < tile.cols; ++j)
-      *pixel++ = origin + i * w.stride_h * row_stride + j * w.stride_w * w.C;
+    for (int64_t j = 0; j < tile.cols; ++j) *pixel++ = origin + i * w.stride_h * row_stride + j * w.stride_w * w.C;
 }
 
 // Points the operand at the pixels that a tile reads: in place where the source is a plain tensor of type E and no
@@ -121,15 +119,22 @@ void gather(Operand<E>& operand, E* strip, const Window& w, const Tile& tile, co
   point_at(operand, w, tile, strip, cols * w.C);
 }
 
-// body(job) for each job of [0, jobs).
+// body(job) for each job of [0, jobs). A thread takes the next job when it is done with one, so that one that the system
+// holds up does not keep the others waiting; which thread does a job changes no result.
 template <class Body>
 void parallel(int64_t jobs, const Body& body) {
+  struct Queue {
+    const Body& body;
+    int64_t jobs, next;
+  } queue{body, jobs, 0};
   parallel_for(
-      jobs,
-      [](void* context, int64_t begin, int64_t end) {
-        for (int64_t job = begin; job < end; ++job) (*static_cast<const Body*>(context))(job);
+      minimum(jobs, num_threads()),
+      [](void* context, int64_t, int64_t) {
+        Queue& shared = *static_cast<Queue*>(context);
+        for (int64_t job; (job = __atomic_fetch_add(&shared.next, 1, __ATOMIC_RELAXED)) < shared.jobs;)
+          shared.body(job);
       },
-      const_cast<Body*>(&body));
+      &queue);
 }
 
 // Parts of [0, n): part i of `parts` is [cut(n, parts, i), cut(n, parts, i + 1)).

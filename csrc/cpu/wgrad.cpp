@@ -27,8 +27,7 @@ struct Plan {
   Panels<T> panels;
   int64_t groups, splits;
 
-  explicit Plan(const Conv& conv)
-      : w(forward_window(conv)), tiling(w, tile_pixels(w)), panels{conv.K, w.depth()} {
+  explicit Plan(const Conv& conv) : w(forward_window(conv)), tiling(w, tile_pixels(w)), panels{conv.K, w.depth()} {
     const int64_t wanted = minimum(w.N * w.P * w.Q / kPixelsPerGroup, kMostGroups);
     const int64_t affordable = kMostPartialBytes / maximum<int64_t>(panels.size() * sizeof(T), 1);
     groups = maximum<int64_t>(minimum(minimum(wanted, affordable), tiling.count()), 1);
