@@ -9,23 +9,51 @@ namespace fused_preact::cpu::FUSED_PREACT_ISA {
 // large stride the hardware does not foresee.
 constexpr int64_t kAhead = 2 * kRows;
 
+// A sum over the depth is cut into runs of at most this many products. All pixels of the tile take one run of the panel
+// before the next, so that the run's weights stay in the first level cache; and the sum of runs has the rounding error of
+// a blocked product.
+constexpr int64_t kRun = 144;
+
+// `rows` rows of `length` values of each pixel, from `offset` on.
+struct Run {
+  int64_t offset, rows, length;
+  bool is_first, is_last;
+};
+
 template <class E, int M, int V, class Sink, int... I>
-FUSED_PREACT_INLINE void correlate_block(const Operand<E>& a, int64_t p, const Window& w, const E* panel, Sink& sink,
-                                         std::integer_sequence<int, I...> each) {
+FUSED_PREACT_INLINE void correlate_block(const Operand<E>& a, int64_t p, const Run& run, const E* w,
+                                         Accumulate<E>* totals, Sink& sink, std::integer_sequence<int, I...> each) {
+  constexpr int64_t kStep = kLanes<Accumulate<E>>;
+  Accumulate<E>* total = totals + p * V * kStep;
   Vec<Accumulate<E>> acc[M * V] = {};
-  multiply<E, M, V>(acc, a.pixels + p, w.R, a.row_stride, w.S * w.C, panel);
-  sink.template block<M, V>(p, acc, each);
+  multiply<E, M, V>(acc, a.pixels + p, run.offset, run.rows, a.row_stride, run.length, w);
+  if (!run.is_first) ((acc[I] += load(total + I * kStep)), ...);
+  if (run.is_last)
+    sink.template block<M, V>(p, acc, each);
+  else
+    (store(total + I * kStep, acc[I]), ...);
 }
 
 // sink.block<M, V>(p, acc, each) for every block of the panel: acc[i], i in `each`, is the product for pixel p + i / V
-// and column i % V.
+// and column i % V. `totals` holds n x `columns` vectors.
 template <class E, class Sink>
 FUSED_PREACT_INLINE void correlate(const Operand<E>& a, int64_t n, const Window& w, const E* panel, int64_t columns,
-                                   Sink& sink) {
+                                   Accumulate<E>* totals, Sink& sink) {
+  const int64_t length = w.R > 0 ? w.S * w.C : 0, parts = maximum<int64_t>(ceil_div(length, kRun), 1);
+  const int64_t part = ceil_div(ceil_div(length, parts), kPair<E>) * kPair<E>;
+  const int64_t rows = parts == 1 ? maximum<int64_t>(minimum(w.R, kRun / maximum<int64_t>(length, 1)), 1) : 1;
   with_constant<kColumns>(columns, [&](auto V) __attribute__((always_inline)) {
-    for_each_block(n, [&](int64_t p, auto M) __attribute__((always_inline)) {
-      correlate_block<E, M, V>(a, p, w, panel, sink, std::make_integer_sequence<int, M * V>{});
-    });
+    int64_t r = 0, i = 0;
+    do {
+      const Run run{r * a.row_stride + i, minimum(rows, w.R - r), minimum(part, length - i), r == 0 && i == 0,
+                    r + rows >= w.R && i + part >= length};
+      const E* weights = panel + (r * length + i) * V * kLanes<Accumulate<E>>;
+      for_each_block(n, [&](int64_t p, auto M) __attribute__((always_inline)) {
+        correlate_block<E, M, V>(a, p, run, weights, totals, sink, std::make_integer_sequence<int, M * V>{});
+      });
+      i += part;
+      if (i >= length) i = 0, r += rows;
+    } while (r < w.R);
   });
 }
 

@@ -139,7 +139,7 @@ struct Pass {
 
     parallel(groups * splits, [&](int64_t job) {
       const int64_t g = job / splits, part = job % splits;
-      TileScratch<E> scratch(tiling, 0);
+      TileScratch<E> scratch(tiling, tiling.most_pixels() * kColumns * kLanes<T>);
       for (int64_t t = cut(tiles, groups, g); t < cut(tiles, groups, g + 1); ++t) {
         const Tile tile = tiling[t];
         gather(scratch.operand, scratch.strip, w, tile, source);
@@ -149,7 +149,8 @@ struct Pass {
           list_outputs(scratch.outputs, tile, conv.H, conv.W, phase_h, phase_w, conv.stride_h, conv.stride_w);
         for (int64_t p = cut(panels.count(), splits, part); p < cut(panels.count(), splits, part + 1); ++p) {
           Epilogue<S> epilogue(output, scratch.outputs, panels.first_channel(p), panels.columns(p));
-          correlate(scratch.operand, tile.pixels(), w, packed + panels.offset(p), panels.columns(p), epilogue);
+          correlate(scratch.operand, tile.pixels(), w, packed + panels.offset(p), panels.columns(p), scratch.block,
+                    epilogue);
           if (output.norm != nullptr) epilogue.add_to(sums + g * sums_size(), panels.columns(p));
         }
       }

@@ -46,8 +46,12 @@ struct Epilogue {
   FUSED_PREACT_INLINE void block(int64_t p, Vec<T> (&acc)[M * V], std::integer_sequence<int, I...>) {
     ((acc[I] = finished(first + p + I / V, k0 + I % V * kLanes<T>, acc[I])), ...);
     if (out.moments == nullptr) return;
-    if (p == 0) ((I < V ? void(sums[I % V] = RunSums<T>(acc[I % V])) : void()), ...);
     Vec<T> sum[V] = {}, squares[V] = {};
+    if (p == 0) {
+      ((sum[I % V] += acc[I]), ...);
+      ((I < V ? void(sums[I % V] = RunSums<T>(sum[I % V] * splat(T(1) / M))) : void()), ...);
+      ((I < V ? void(sum[I % V] = Vec<T>{}) : void()), ...);
+    }
     ((acc[I] -= sums[I % V].origin, sum[I % V] += acc[I], squares[I % V] += acc[I] * acc[I]), ...);
     ((I < V ? sums[I % V].add(sum[I % V], squares[I % V]) : void()), ...);
   }
@@ -103,7 +107,7 @@ void forward_of(const Conv& conv, const Activation& x, const Weight& weight, con
 
   parallel(groups * splits, [&](int64_t job) {
     const int64_t g = job / splits, part = job % splits;
-    TileScratch<E> scratch(tiling, 0);
+    TileScratch<E> scratch(tiling, tiling.most_pixels() * kColumns * kLanes<T>);
     int64_t count = 0;
     for (int64_t t = cut(tiles, groups, g); t < cut(tiles, groups, g + 1); ++t) {
       const Tile tile = tiling[t];
@@ -111,7 +115,7 @@ void forward_of(const Conv& conv, const Activation& x, const Weight& weight, con
       gather(scratch.operand, scratch.strip, w, tile, source);
       for (int64_t panel = cut(panels.count(), splits, part); panel < cut(panels.count(), splits, part + 1); ++panel) {
         Epilogue<S> epilogue(output, first, panels.first_channel(panel));
-        correlate(scratch.operand, n, w, packed + panels.offset(panel), panels.columns(panel), epilogue);
+        correlate(scratch.operand, n, w, packed + panels.offset(panel), panels.columns(panel), scratch.block, epilogue);
         if (output.moments != nullptr) epilogue.merge(g, count, n, panels.columns(panel));
       }
       count += n;

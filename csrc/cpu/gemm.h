@@ -64,32 +64,16 @@ FUSED_PREACT_INLINE void multiply_step(Vec<Accumulate<E>> (&acc)[M * V], const E
   ((acc[I] = multiply_add(acc[I], broadcast(a[I / V] + i), column[I % V])), ...);
 }
 
-// So many products are added up one after the other; longer sums are sums of such, which keeps their rounding error that
-// of a blocked library product.
-constexpr int64_t kRun = 128;
-
-template <class E, int M, int V, int... I, int... J>
-FUSED_PREACT_INLINE void multiply_run(Vec<Accumulate<E>> (&total)[M * V], const E* const (&a)[M], int64_t begin,
-                                      int64_t end, const E* w, std::integer_sequence<int, I...> blocks,
-                                      std::integer_sequence<int, J...> columns) {
-  Vec<Accumulate<E>> acc[M * V] = {};
-  for (int64_t i = begin; i < end; i += kPair<E>, w += V * kLanes<Accumulate<E>> * kPair<E>)
-    multiply_step<E, M, V>(acc, a, i, w, blocks, columns);
-  ((total[I] += acc[I]), ...);
-}
-
 // `length` is a multiple of kPair<E>.
 template <class E, int M, int V>
-FUSED_PREACT_INLINE void multiply(Vec<Accumulate<E>> (&acc)[M * V], const E* const* pixels, int64_t rows,
-                                  int64_t row_stride, int64_t length, const E* w) {
-  const auto blocks = std::make_integer_sequence<int, M * V>{};
-  const auto columns = std::make_integer_sequence<int, V>{};
+FUSED_PREACT_INLINE void multiply(Vec<Accumulate<E>> (&acc)[M * V], const E* const* pixels, int64_t offset,
+                                  int64_t rows, int64_t row_stride, int64_t length, const E* w) {
   const E* a[M];
-  for (int m = 0; m < M; ++m) a[m] = pixels[m];
+  for (int m = 0; m < M; ++m) a[m] = pixels[m] + offset;
   for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t i = 0; i < length; i += kRun)
-      multiply_run<E, M, V>(acc, a, i, minimum(i + kRun, length), w + i * V * kLanes<Accumulate<E>>, blocks, columns);
-    w += length * V * kLanes<Accumulate<E>>;
+    for (int64_t i = 0; i < length; i += kPair<E>, w += V * kLanes<Accumulate<E>> * kPair<E>)
+      multiply_step<E, M, V>(acc, a, i, w, std::make_integer_sequence<int, M * V>{},
+                             std::make_integer_sequence<int, V>{});
     for (int m = 0; m < M; ++m) a[m] += row_stride;
   }
 }

@@ -41,14 +41,14 @@ struct Moments {
   }
 };
 
-// Sums over a run of values of one vector of channels, about the first of them, which keeps the digits of channels with
-// a large mean. A few values are summed in T, then these sums in double.
+// Sums over a run of values of one vector of channels, about an origin near their mean, which keeps the digits of channels
+// with a large mean. A few values are summed in T, then these sums in double.
 template <class T>
 struct RunSums {
   Vec<T> origin;
   Wide<T> sum, squares;
 
-  explicit RunSums(Vec<T> first) : origin(first), sum{}, squares{} {}
+  explicit RunSums(Vec<T> near_mean) : origin(near_mean), sum{}, squares{} {}
   RunSums() = default;
 
   // Of a few values d = value - origin: their sum, and that of their squares.

@@ -22,7 +22,9 @@ void statistics_of(int64_t pixels, int64_t C, const void* x, const Affine& next,
       for_each_vector<T>(C, [&](int64_t c, int64_t n) __attribute__((always_inline)) {
         const S* value = values + p * C + c;
         const int64_t run = minimum(kTilePixels, pixels - p);
-        RunSums<T> sums(load_lanes(value, n));
+        Vec<T> total = {};
+        for (int64_t i = 0; i < run; ++i) total += load_lanes(value + i * C, n);
+        RunSums<T> sums(total * splat(T(1) / T(run)));
         for (int64_t first = 0; first < run; first += kFew) {
           // Four sums side by side, which hides the latency of an addition and keeps each sum short.
           Vec<T> sum[4] = {}, squares[4] = {};

@@ -152,17 +152,17 @@ struct TileScratch {
   Operand<E> operand{nullptr, 0};
   int64_t* outputs;
   E* strip;
-  E* block;
+  Accumulate<E>* block;
 
   TileScratch(const Tiling& tiling, int64_t block_values) {
     const auto aligned = [](int64_t bytes) { return (bytes + 63) / 64 * 64; };
     const int64_t pixels = aligned(tiling.most_pixels() * sizeof(int64_t));
     const int64_t strip_bytes = aligned(tiling.most_strip() * sizeof(E));
-    char* base = static_cast<char*>(thread_scratch(2 * pixels + strip_bytes + block_values * sizeof(E)));
+    char* base = static_cast<char*>(thread_scratch(2 * pixels + strip_bytes + block_values * sizeof(Accumulate<E>)));
     operand.pixels = reinterpret_cast<const E**>(base);
     outputs = reinterpret_cast<int64_t*>(base + pixels);
     strip = reinterpret_cast<E*>(base + 2 * pixels);
-    block = reinterpret_cast<E*>(base + 2 * pixels + strip_bytes);
+    block = reinterpret_cast<Accumulate<E>*>(base + 2 * pixels + strip_bytes);
   }
 };
 
