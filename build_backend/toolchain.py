@@ -17,7 +17,7 @@ from setuptools.errors import CompileError
 
 from torch_location import Torch
 
-HOST_SOURCES = ("ops", "schedule", "launch", "tensors", "cpu/dispatch", "cpu/parallel", "cpu/workspace")
+HOST_SOURCES = ("ops", "schedule", "launch", "tensors", "cpu/dispatch", "cpu/parallel", "cpu/pool", "cpu/workspace")
 KERNEL_SOURCES = ("forward", "dgrad", "wgrad", "statistics", "dx", "kernels")
 
 # No -ffast-math: NaN and infinity must come out as torch gives them. Kernels read neither errno nor exception flags.

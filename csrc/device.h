@@ -13,9 +13,19 @@ struct Scratch : Workspace {
   ~Scratch() = default;
 };
 
+// Memory of tensors that outlast a kernel call.
+struct Pool {
+  virtual void* take(size_t bytes) = 0;  // 64-byte aligned, uninitialised
+  virtual void give_back(void* data, size_t bytes) = 0;
+
+ protected:
+  ~Pool() = default;
+};
+
 struct Device {
   const Kernels& kernels;
   Scratch& scratch;
+  Pool* pool;  // null where torch's own allocator serves
   void (*copy)(void* to, const void* from, size_t bytes);
 };
 

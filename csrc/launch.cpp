@@ -38,7 +38,7 @@ std::pair<Tensor, std::optional<Tensor>> Launch::forward(const Conv& conv, const
                                                          const std::optional<Tensor>& bias,
                                                          const std::optional<Tensor>& residual,
                                                          const std::optional<Affine>& next) const {
-  const Tensor y = empty_nhwc(x.x, conv.N, conv.K, conv.P, conv.Q);
+  const Tensor y = empty_nhwc(x.x, type_, conv.N, conv.K, conv.P, conv.Q, device_.pool);
   std::optional<Tensor> rows;
   if (next) rows = empty_rows(x.x, kNormRows, conv.K);
   if (conv.N > 0)
@@ -50,7 +50,7 @@ std::pair<Tensor, std::optional<Tensor>> Launch::forward(const Conv& conv, const
 
 Launch::Gradient Launch::dgrad(const Conv& conv, const Gradient& dy, const Tensor& weight, const Activation& x,
                                const std::optional<Tensor>& add, bool batch) const {
-  const Tensor dz = empty_nhwc(x.x, conv.N, conv.C, conv.H, conv.W);
+  const Tensor dz = empty_nhwc(x.x, type_, conv.N, conv.C, conv.H, conv.W, device_.pool);
   Gradient result{dz, std::nullopt, std::nullopt, std::nullopt, false};
   if (x.norm) result = {dz, x.x, x.norm, empty_rows(x.x, kGradRows, conv.C), batch};
   if (conv.N > 0)

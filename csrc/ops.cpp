@@ -81,8 +81,8 @@ Shortcut parse_shortcut(int64_t code) {
 }
 
 Memory parse_memory(int64_t code) {
-  expect(code >= 0 && code <= static_cast<int64_t>(Memory::min), "memory: expected 0 (fast), 1 (lean) or 2 (min), got ",
-         code);
+  expect(code >= 0 && code <= static_cast<int64_t>(Memory::none),
+         "memory: expected 0 (fast), 1 (lean), 2 (min) or 3 (none), got ", code);
   return static_cast<Memory>(code);
 }
 
@@ -250,6 +250,7 @@ std::tuple<Tensor, Tensors, Tensors, Tensors, Tensors, Tensors> backward_cpu(
   const ScalarType stream = x.scalar_type(), row_type = accumulation_type(dtype);
   const Sizes output = output_sizes(last.conv[last.units - 1]);
   expect_tensor("dy", dy, stream, output);
+  expect(stage.memory != Memory::none, "memory: expected what forward kept for backward, got none");
   const bool needs_y = blocks > 1 && !stage.keeps_input(blocks - 1);
   expect(!needs_y || y, "y: expected a tensor where the last block does not keep its input, got none");
   if (needs_y) expect_tensor("y", *y, stream, output);

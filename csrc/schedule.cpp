@@ -218,11 +218,13 @@ class Backward {
 }  // namespace
 
 bool Stage::keeps_input(size_t block) const {
-  return memory == Memory::fast || blocks[block].shortcut != Shortcut::identity || blocks[block].units < 2;
+  const bool rebuilt = blocks[block].shortcut == Shortcut::identity && blocks[block].units > 1;
+  return memory == Memory::fast || (memory != Memory::none && !rebuilt);
 }
 
 bool Stage::keeps_hidden(const Chain& chain, size_t unit) const {
-  return memory != Memory::min || unit + 2 == chain.units;
+  const bool last = unit + 2 == chain.units;
+  return memory == Memory::fast || memory == Memory::lean || (memory == Memory::min && last);
 }
 
 ForwardResult forward(const Launch& kernels, const Stage& stage, const Norms& norms, const Tensor& x,

@@ -13,8 +13,8 @@ namespace fused_preact {
 enum class Shortcut { none, identity, activated, raw };
 
 // What forward keeps for backward: of every block its input and all hidden tensors; the hidden tensors alone where the
-// input can be rebuilt; or only the last hidden tensor.
-enum class Memory { fast, lean, min };
+// input can be rebuilt; only the last hidden tensor; or nothing, where there will be no backward.
+enum class Memory { fast, lean, min, none };
 
 // One block. n = units; of conv and weight there is one more where the shortcut is a convolution, the last.
 struct Chain {

@@ -12,7 +12,7 @@ from .layers import Layers, Pair, add
 from .modules import Fused
 
 
-class _Block(Fused):
+class Block(Fused):
     """Units bn1-conv1, bn2-conv2, ... and a shortcut, which has a 1x1 convolution only where the shape changes.
 
     Args:
@@ -58,6 +58,11 @@ class _Block(Fused):
         """(channels out, filter size, stride) of each convolution."""
         raise NotImplementedError
 
+    @property
+    def units(self) -> int:
+        """Number of convolutions of the branch."""
+        return len(self._names)
+
     def layers(self) -> Layers:
         """The units' layers, in order, and the shortcut."""
         children = self._modules
@@ -86,20 +91,20 @@ class _Block(Fused):
         return self.dispatch(layers, x, eager)
 
 
-class PreActBlock(_Block):
+class PreActBlock(Block):
     """Basic block: 3x3, 3x3. ``PreActBlock(in_planes, planes, stride=1, ...)``; the first 3x3 has the stride."""
 
-    __doc__ += _Block.__doc__.partition("\n")[2]
+    __doc__ += Block.__doc__.partition("\n")[2]
 
     @staticmethod
     def _layout(planes: int, stride: int, stride_on: str) -> list[tuple[int, int, int]]:
         return [(planes, 3, stride), (planes, 3, 1)]
 
 
-class PreActBottleneck(_Block):
+class PreActBottleneck(Block):
     """Bottleneck: 1x1, 3x3, 1x1, four times ``planes`` out. ``PreActBottleneck(in_planes, planes, stride=1, ...)``."""
 
-    __doc__ += _Block.__doc__.partition("\n")[2]
+    __doc__ += Block.__doc__.partition("\n")[2]
     expansion = 4
 
     @staticmethod

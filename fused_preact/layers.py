@@ -62,7 +62,8 @@ class Layers(NamedTuple):
         return all(overwritable(pair.bn) and overwritable(pair.conv) for pair in self.pairs)
 
 
-def _hooked(child: nn.Module) -> bool:
+def hooked(child: nn.Module) -> bool:
+    """Whether calling the module runs more than its forward."""
     s = child.__dict__
     return bool(s["_forward_hooks"] or s["_forward_pre_hooks"] or s["_backward_hooks"] or s["_backward_pre_hooks"])
 
@@ -70,7 +71,7 @@ def _hooked(child: nn.Module) -> bool:
 def _obstacle(name: str, child: nn.Module, kind: type[nn.Module]) -> str | None:
     if type(child) is not kind:
         return f"{name} is of type {type(child).__name__}, not a plain nn.{kind.__name__}"
-    if _hooked(child):
+    if hooked(child):
         return f"{name} has hooks, which run only when the layer itself is called"
     if kind is nn.Conv2d and child.padding_mode != "zeros":
         return f"{name} has padding_mode={child.padding_mode!r}, not 'zeros'"
@@ -81,7 +82,7 @@ def _obstacle(name: str, child: nn.Module, kind: type[nn.Module]) -> str | None:
 
 def overwritable(child: nn.Module) -> bool:
     """Whether what a layer returns may be overwritten: it makes a new tensor, and no hook has kept it."""
-    return type(child) in (nn.BatchNorm2d, nn.Conv2d) and not _hooked(child) and not nn_module._has_any_global_hook()
+    return type(child) in (nn.BatchNorm2d, nn.Conv2d) and not hooked(child) and not nn_module._has_any_global_hook()
 
 
 def add(y: Tensor, residual: Tensor, inplace: bool) -> Tensor:
@@ -112,10 +113,22 @@ def update(pairs: Iterable[Pair], rows: Sequence[Tensor]) -> None:
     if recomputing():
         return
     counts: list[Tensor] = []
-    kept: dict[float | None, tuple[list[Tensor], list[Tensor]]] = {}
+    kept: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
+    seen: set[nn.Module] = set()
+
+    def write() -> None:
+        if counts:
+            torch._foreach_add_(counts, 1)
+        for momentum, (running, batch) in kept.items():
+            update_running(running, batch, momentum)
+        counts.clear(), kept.clear(), seen.clear()
+
     for (_, bn, _, _), row in zip(pairs, rows, strict=True):
         if not (bn.training and bn.track_running_stats):
             continue
+        if bn in seen:  # a layer that is used twice: its second batch comes after its first
+            write()
+        seen.add(bn)
         buffers, momentum = bn._buffers, bn.momentum
         mean, var, count = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
         if count is not None:
@@ -128,7 +141,4 @@ def update(pairs: Iterable[Pair], rows: Sequence[Tensor]) -> None:
             running, batch = kept.setdefault(momentum, ([], []))
             running += (mean, var)
             batch += (row[MEAN], row[VARIANCE])
-    if counts:
-        torch._foreach_add_(counts, 1)
-    for momentum, (running, batch) in kept.items():
-        update_running(running, batch, momentum)
+    write()

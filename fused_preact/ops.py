@@ -231,9 +231,11 @@ def stage(
     shortcut_weight: Sequence[Tensor],
 ) -> tuple[Tensor, list[Tensor]]:
     """Run a stage whose arguments have been checked: (y, rows), of which y carries the gradient."""
+    flat = *weight, *bn_weight, *bn_bias, *shortcut_weight, *bias
+    if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, residual, *flat))):
+        facts.memory = schedule.MEMORY.index("none")
     if torch.compiler.is_compiling():
         y, _, rows = _call_forward(facts, x, residual, weight, bias, bn_weight, bn_bias, shortcut_weight)
         return y, [row.detach() for row in rows]
     # The generic autograd of an operator with lists of tensors costs ten times what this node does.
-    flat = *weight, *bn_weight, *bn_bias, *shortcut_weight, *bias
     return _Stage.apply(facts, x, residual, len(shortcut_weight), *flat), facts.rows

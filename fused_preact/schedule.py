@@ -18,7 +18,7 @@ MEAN, RSTD, VARIANCE, SCALE, SHIFT = range(5)
 DGAMMA, DBETA, SLOPE, OFFSET = range(4)
 GEOMETRY = 7  # integers a convolution
 SHORTCUTS = ("none", "identity", "activated", "raw")  # in the order of their codes
-MEMORY = ("fast", "lean", "min")  # likewise
+MEMORY = ("fast", "lean", "min", "none")  # likewise; "none" where there is no backward
 
 
 class Conv(NamedTuple):
@@ -146,11 +146,11 @@ class Stage:
     def keeps_input(self, block: int) -> bool:
         """Whether a later block's input is kept; else it is the block's output minus its branch."""
         chain = self.blocks[block]
-        return self.memory == "fast" or chain.shortcut != "identity" or chain.units < 2
+        return self.memory == "fast" or (self.memory != "none" and (chain.shortcut != "identity" or chain.units < 2))
 
     def keeps_hidden(self, chain: Chain, unit: int) -> bool:
         """Whether the output of a unit that is not its block's last is kept; else it is computed again."""
-        return self.memory != "min" or unit == chain.units - 2
+        return self.memory in ("fast", "lean") or (self.memory == "min" and unit == chain.units - 2)
 
     def needs_y(self) -> bool:
         """Whether backward reads what forward returned."""

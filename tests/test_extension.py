@@ -88,7 +88,7 @@ BAD_FOR_BOTH = {
     "weight is a matrix": (dict(weight=[F(K, C), F(4, K, 1, 1)]), r"weight\[0\]: expected 4 dimensions"),
     "no unit": (dict(weight=[], training=[], units=[], shortcut=[]), "units: expected one value for each"),
     "shortcut is unknown": (dict(shortcut=[4]), "shortcut: expected 0 .*got 4"),
-    "memory is unknown": (dict(memory=3), "memory: expected 0 .*got 3"),
+    "memory is unknown": (dict(memory=4), "memory: expected 0 .*got 4"),
     "a block has no unit": (dict(units=[0]), "units: expected from 1 to 2 units, got 0"),
     "a block has too many units": (dict(units=[3]), "units: expected from 1 to 2 units, got 3"),
     "units are left over": (dict(units=[1], shortcut=[NONE]), "geometry: expected weights.* of 1, 0 and 7 values"),
@@ -133,6 +133,7 @@ BAD_BACKWARD = {
     "rows are missing": (dict(rows=[F(5, C)]), "rows: expected 2 tensors"),
     "rows have other channels": (dict(rows=[F(5, C), F(5, K - 1)]), r"rows\[1\]: expected .*\[5, 7\]"),
     "rows are of another type": (dict(rows=[F(5, C).double(), F(5, K)]), r"rows\[0\]: expected Float .*got Double"),
+    "nothing was kept": (dict(memory=3), "memory: expected what forward kept for backward, got none"),
     "needs is short": (dict(needs=[True] * 7), "needs: expected 8 values, got 7"),
 }  # fmt: skip
 

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <stdexcept>
 
+#include "pool.h"
 #include "workspace.h"
 
 namespace fused_preact::cpu {
@@ -72,7 +73,7 @@ void set_isa(const std::string& name) {
 }
 
 Device device() {
-  return {chosen().load()->kernels(), scratch(),
+  return {chosen().load()->kernels(), scratch(), &ActivationPool::instance(),
           [](void* to, const void* from, size_t bytes) { std::memcpy(to, from, bytes); }};
 }
 
