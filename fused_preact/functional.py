@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -66,7 +66,7 @@ def bn_relu_conv2d(
         z = F.batch_norm(x, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps)
         y = F.conv2d(F.relu(z, inplace=True), weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
         return y if residual is None else y.add_(residual)
-    y, rows = execute(plan, x, blocks, residual)
+    y, rows = execute(plan, x, Arguments.of(blocks), residual)
     if training and running_mean is not None and not recomputing():
         update_running([running_mean, running_var], [rows[0][MEAN], rows[0][VARIANCE]], momentum)
     return y
@@ -80,6 +80,7 @@ class Plan(NamedTuple):
     backend: str
     cast: torch.dtype | None  # autocast's, where it is on
     stream: torch.dtype  # of what runs from block to block
+    channels: list[int]  # that each unit reads
     training: list[bool]
     eps: list[float]
     geometry: list[int]
@@ -96,6 +97,14 @@ class Plan(NamedTuple):
 _plans: dict[tuple[Any, ...], Plan] = {}
 
 
+def call_key(x: Tensor) -> tuple[Any, ...]:
+    """What a plan depends on beside the layers: x, and the dtype of autocast where it is on."""
+    checks.tensor("x", x)
+    device = x.device.type
+    cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return x.shape, x.dtype, x.device, x.layout, cast
+
+
 def make_plan(
     x: Tensor, blocks: Sequence[Block], residual: Tensor | None = None, backend: str = "auto", memory: str = "fast"
 ) -> Plan:
@@ -104,9 +113,7 @@ def make_plan(
     Raises:
         TypeError, ValueError: an argument does not fit.
     """
-    checks.tensor("x", x)
-    device = x.device.type
-    cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    *_, cast = call_key(x)
     if torch.compiler.is_compiling():
         return _make_plan(x, blocks, residual, backend, memory, cast)
     key, tensors = [backend, memory, cast], [x, residual]
@@ -144,6 +151,7 @@ def _make_plan(x, blocks, residual, backend, memory, cast) -> Plan:
         backends.choose(backend, problem),
         cast,
         x.dtype if memory == "fast" else torch.float32 if half else given.dtype,
+        [unit.weight.size(1) * unit.conv.groups for unit in units],
         [unit.batch for unit in units],
         [float(unit.eps) for unit in units],
         [number for conv, _ in convolutions for number in conv],
@@ -153,44 +161,57 @@ def _make_plan(x, blocks, residual, backend, memory, cast) -> Plan:
     )
 
 
-def execute(
-    plan: Plan, x: Tensor, blocks: Sequence[Block], residual: Tensor | None = None
-) -> tuple[Tensor, list[Tensor]]:
+class Arguments(NamedTuple):
+    """The tensors of a stage as the operators take them: lists by unit, and the weights of projections."""
+
+    weight: list[Tensor]
+    bias: list[Tensor | None]
+    bn_weight: list[Tensor | None]
+    bn_bias: list[Tensor | None]
+    running_mean: list[Tensor | None]
+    running_var: list[Tensor | None]
+    shortcut_weight: list[Tensor]
+
+    @classmethod
+    def of(cls, blocks: Sequence[Block]) -> Arguments:
+        """Those of blocks."""
+        columns = zip(*(unit[:6] for block in blocks for unit in block.units), strict=True)
+        return cls(*map(list, columns), [b.shortcut.weight for b in blocks if b.shortcut.weight is not None])
+
+
+def execute(plan: Plan, x: Tensor, given: Arguments, residual: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
     """Run a stage by its plan: (y, rows), with rows[i] the [5, C] rows of batch norm i.
 
     y has the dtype that the plain layers would give it, but under autocast that of a stream kept in float32.
     """
     if plan.cast is None:
-        y, rows = _execute(plan, x, blocks, residual)
+        y, rows = _execute(plan, x, given, residual)
         return (y, rows) if y.dtype == x.dtype else (y.to(x.dtype), rows)
     with torch.autocast(x.device.type, enabled=False):
-        return _execute(plan, x, blocks, _cast(residual, plan.cast))
+        return _execute(plan, x, given, _cast(residual, plan.cast))
 
 
-def _execute(plan: Plan, x, blocks, residual) -> tuple[Tensor, list[Tensor]]:
+def _execute(plan: Plan, x, given, residual) -> tuple[Tensor, list[Tensor]]:
     if x.dtype != plan.stream:
         x = x.to(plan.stream)
-    units = [unit for block in blocks for unit in block.units]
-    weight, bias, bn_weight, bn_bias, running_mean, running_var, *_ = map(list, zip(*units, strict=True))
-    for tensors, make in (bn_weight, x.new_ones), (bn_bias, x.new_zeros):
-        for i, t in enumerate(tensors):
-            if t is None:
-                tensors[i] = make(weight[i].size(1) * units[i].conv.groups)
-    if all(t is None for t in bias):
-        bias = []
-    else:
-        bias = [x.new_zeros(w.size(0)) if t is None else t for t, w in zip(bias, weight, strict=True)]
+    weight, bias, bn_weight, bn_bias, running_mean, running_var, shortcut_weight = given
+    bn_weight = _filled(bn_weight, lambda i: x.new_ones(plan.channels[i]))
+    bn_bias = _filled(bn_bias, lambda i: x.new_zeros(plan.channels[i]))
+    bias = [] if all(b is None for b in bias) else _filled(bias, lambda i: x.new_zeros(weight[i].size(0)))
     if all(plan.training):
         running_mean = running_var = []
     else:  # Those of training units are not read.
-        running_mean = [g if t is None else t for t, g in zip(running_mean, bn_weight, strict=True)]
-        running_var = [g if t is None else t for t, g in zip(running_var, bn_weight, strict=True)]
-    projections = [block.shortcut.weight for block in blocks if block.shortcut.weight is not None]
+        running_mean, running_var = (_filled(t, bn_weight.__getitem__) for t in (running_mean, running_var))
     facts = ops.Facts(
         plan.backend, plan.training, plan.eps, plan.geometry, plan.units, plan.shortcut, plan.problem.dtype,
         plan.memory, running_mean, running_var,
     )  # fmt: skip
-    return ops.stage(facts, x, residual, weight, bias, bn_weight, bn_bias, projections)
+    return ops.stage(facts, x, residual, weight, bias, bn_weight, bn_bias, shortcut_weight)
+
+
+def _filled(tensors: list[Tensor | None], make: Callable[[int], Tensor]) -> list[Tensor]:
+    """With a tensor from ``make`` for each None."""
+    return [make(i) if t is None else t for i, t in enumerate(tensors)]
 
 
 def _cast(t: Any, dtype: torch.dtype) -> Any:

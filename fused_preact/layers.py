@@ -62,6 +62,36 @@ class Layers(NamedTuple):
         return all(overwritable(pair.bn) and overwritable(pair.conv) for pair in self.pairs)
 
 
+def fingerprint(module: nn.Module) -> list[object]:
+    """All that a fused call reads of a module and those inside of it, but the numbers: equal lists, equal calls.
+
+    It is made for every call, so the dictionaries are read directly. What it names by its address must be kept alive
+    for as long as it is compared.
+    """
+    facts: list[object] = [nn_module._has_any_global_hook()]
+    waiting = [module]
+    while waiting:
+        s = waiting.pop().__dict__
+        facts += (
+            s["training"],
+            s.get("backend"),
+            s.get("shortcut_input"),
+            s.get("eps"),
+            s.get("momentum"),
+            s.get("track_running_stats"),
+        )
+        facts += (s.get("stride"), s.get("padding"), s.get("dilation"), s.get("groups"), s.get("padding_mode"))
+        facts += (len(s["_forward_hooks"]), len(s["_forward_pre_hooks"]))
+        facts += (len(s["_backward_hooks"]), len(s["_backward_pre_hooks"]), s.get("_compiled_call_impl") is None)
+        for child in s["_modules"].values():
+            facts.append(id(child))
+            waiting.append(child)
+        for t in s["_parameters"].values():
+            facts += (id(t), t is None or t.dtype)
+        facts += map(id, s["_buffers"].values())
+    return facts
+
+
 def hooked(child: nn.Module) -> bool:
     """Whether calling the module runs more than its forward."""
     s = child.__dict__

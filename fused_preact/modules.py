@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from . import backends
-from .functional import execute, make_plan
+from .functional import Arguments, execute, make_plan
 from .layers import Layers, Pair, add, update
 
 
@@ -51,7 +51,7 @@ class Fused(nn.Module):
         plan.record(self)
         if plan.backend == "eager":
             return eager(True)
-        y, rows = execute(plan, x, blocks, residual)
+        y, rows = execute(plan, x, Arguments.of(blocks), residual)
         update(layers.pairs, rows)
         return y
 

@@ -180,7 +180,7 @@ def fused(sample: Sample, backend: str) -> Results:
     """y, all gradients, and the batch statistics of the units that use them, from a fused backend."""
     sample.leaves()
     plan = functional.make_plan(sample.x, sample.blocks, sample.residual, backend)
-    y, rows = functional.execute(plan, sample.x, sample.blocks, sample.residual)
+    y, rows = functional.execute(plan, sample.x, functional.Arguments.of(sample.blocks), sample.residual)
     results = {"y": y.detach()}
     for i, (unit, row) in enumerate(zip(sample.units, rows, strict=True), start=1):
         if unit.batch:
