@@ -31,11 +31,22 @@ void expect(bool condition, const Parts&... parts) {
   throw std::runtime_error(message.str());
 }
 
+// Sizes as they are printed. Messages are put together only where they are needed: a net passes here a thousand times.
 template <class Range>
-std::string text(const Range& sizes) {
-  std::ostringstream out;
-  for (size_t i = 0; i < sizes.size(); ++i) out << (i == 0 ? "[" : ", ") << sizes[i];
-  return sizes.size() == 0 ? "[]" : out.str() + "]";
+struct Text {
+  const Range& sizes;
+};
+
+template <class Range>
+std::ostream& operator<<(std::ostream& out, const Text<Range>& text) {
+  out << '[';
+  for (size_t i = 0; i < text.sizes.size(); ++i) out << (i == 0 ? "" : ", ") << text.sizes[i];
+  return out << ']';
+}
+
+template <class Range>
+Text<Range> text(const Range& sizes) {
+  return {sizes};
 }
 
 template <class Name>
@@ -47,7 +58,15 @@ void expect_tensor(const Name& name, const Tensor& x, ScalarType type, const Siz
          torch::headeronly::toString(x.scalar_type()), " of shape ", text(got), x.is_cpu() ? "" : " on another device");
 }
 
-std::string item(const char* name, size_t i) { return name + ("[" + std::to_string(i)) + "]"; }
+// The name of one tensor of a list, as it is printed.
+struct Item {
+  const char* name;
+  size_t index;
+};
+
+Item item(const char* name, size_t index) { return {name, index}; }
+
+std::ostream& operator<<(std::ostream& out, const Item& i) { return out << i.name << '[' << i.index << ']'; }
 
 void expect_tensors(const char* name, const Tensors& tensors, size_t n) {
   expect(tensors.size() == n, name, ": expected ", n, " tensors, got ", tensors.size());
@@ -87,7 +106,7 @@ Memory parse_memory(int64_t code) {
 }
 
 // The convolution of an input of N, C, H, W by `weight`, from its seven integers of geometry.
-Conv convolution(const std::string& name, const Sizes& x, const Tensor& weight, const int64_t* geometry) {
+Conv convolution(const Item& name, const Sizes& x, const Tensor& weight, const int64_t* geometry) {
   expect(weight.dim() == 4, name, ": expected 4 dimensions, got ", weight.dim());
   const auto w = weight.sizes();
   expect_parameter(name, weight, {w[0], x[1], w[2], w[3]});
@@ -155,7 +174,7 @@ class StageParser {
       sizes_ = output_sizes(chain.conv.back());
     }
     if (shortcut == Shortcut::activated || shortcut == Shortcut::raw) {
-      const std::string name = item("shortcut_weight", projection_);
+      const Item name = item("shortcut_weight", projection_);
       expect(projection_ < shortcut_weight_.size(), name, ": expected a tensor, got none");
       add(chain, name, input, shortcut_weight_[projection_++]);
       const Sizes output = output_sizes(chain.conv.back());
@@ -167,7 +186,7 @@ class StageParser {
     stage_.blocks.push_back(std::move(chain));
   }
 
-  void add(Chain& chain, const std::string& name, const Sizes& input, const Tensor& weight) {
+  void add(Chain& chain, const Item& name, const Sizes& input, const Tensor& weight) {
     expect(read_ + kGeometry <= geometry_.size(), "geometry: expected ", kGeometry,
            " integers for each convolution, got ", geometry_.size());
     chain.conv.push_back(convolution(name, input, weight, &geometry_[read_]));
