@@ -86,13 +86,15 @@ Tensor Launch::statistics(const Tensor& x, const Affine& next) const {
 Tensor Launch::running(const Tensor& mean, const Tensor& variance, const Affine& next) const {
   const Tensor rows = empty_rows(mean, kNormRows, mean.size(0));
   device_.kernels.running(dtype_, mean.size(0), mean.const_data_ptr(), variance.const_data_ptr(), raw(next),
-                          rows.mutable_data_ptr());
+                          rows.mutable_data_ptr(), Scope(device_.scratch));
   return rows;
 }
 
 Tensor Launch::dx(const Gradient& dy, const std::optional<Tensor>& add) const {
   const Tensor& dx = dy.g;
-  if (dx.numel() > 0) device_.kernels.dx(dtype_, pixels(dx), dx.size(1), raw(dy), pointer(add), dx.mutable_data_ptr());
+  if (dx.numel() > 0)
+    device_.kernels.dx(dtype_, pixels(dx), dx.size(1), raw(dy), pointer(add), dx.mutable_data_ptr(),
+                       Scope(device_.scratch));
   return dx;
 }
 
