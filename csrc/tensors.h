@@ -24,6 +24,12 @@ Tensor empty_gradient(const Tensor& weight);
 // x itself where it is what is asked for, else a copy.
 Tensor dense_nhwc(const Tensor& x);
 Tensor contiguous(const Tensor& x, ScalarType);
+Tensor convert(const Tensor& x, ScalarType);
+
+// a + b and a - b in the wider type of the two, and -x.
+Tensor sum(const Tensor& a, const Tensor& b);
+Tensor difference(const Tensor& a, const Tensor& b);
+Tensor negative(const Tensor& x);
 
 // y in the layout that results have for an input x: channels_last where x is, else contiguous.
 Tensor laid_out_like(const Tensor& x, const Tensor& y);

@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .modules import Fused, Pair, add
+from .layers import Layers, Pair, add
+from .modules import Fused
 
 
 class _Block(Fused):
@@ -57,10 +58,13 @@ class _Block(Fused):
         """(channels out, filter size, stride) of each convolution."""
         raise NotImplementedError
 
-    def pairs(self) -> list[Pair]:
-        """The units' layers, in order."""
+    def layers(self) -> Layers:
+        """The units' layers, in order, and the shortcut."""
         children = self._modules
-        return [Pair(bn, children[bn], conv, children[conv]) for bn, conv in self._names]
+        pairs = [Pair(bn, children[bn], conv, children[conv]) for bn, conv in self._names]
+        container = children.get(self.shortcut_name)
+        kind = "identity" if container is None else self.shortcut_input
+        return Layers(pairs, kind, self.shortcut_name, container)
 
     def forward(self, x: Tensor) -> Tensor:
         """y [N, planes*expansion, P, Q] of x [N, in_planes, H, W].
@@ -68,20 +72,18 @@ class _Block(Fused):
         Raises:
             TypeError, ValueError: x does not fit.
         """
-        pairs, container = self.pairs(), self._modules.get(self.shortcut_name)
+        layers = self.layers()
 
         def eager(inplace: bool) -> Tensor:
             across = out = x
-            for i, (_, bn, _, conv) in enumerate(pairs):
+            for i, (_, bn, _, conv) in enumerate(layers.pairs):
                 out = F.relu(bn(out), inplace)
-                if i == 0 and container is not None:
-                    across = container(out if self.shortcut_input == "activated" else x)
+                if i == 0 and layers.container is not None:
+                    across = layers.container(out if layers.shortcut == "activated" else x)
                 out = conv(out)
             return add(out, across, inplace)
 
-        if container is None:
-            return self.dispatch(pairs, x, eager, "identity")
-        return self.dispatch(pairs, x, eager, self.shortcut_input, (self.shortcut_name, container))
+        return self.dispatch(layers, x, eager)
 
 
 class PreActBlock(_Block):

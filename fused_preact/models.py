@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .blocks import PreActBlock, PreActBottleneck
-from .modules import add, overwritable
+from .layers import Layers, add, overwritable
 
 
 class FirstPreActBlock(PreActBlock):
@@ -34,7 +34,7 @@ class FirstPreActBlock(PreActBlock):
         def eager(inplace: bool) -> Tensor:
             return add(self.conv2(F.relu(self.bn2(h), inplace)), a, inplace)
 
-        return self.dispatch(self.pairs()[1:], h, eager, residual=a)
+        return self.dispatch(Layers(self.layers().pairs[1:]), h, eager, a)
 
 
 class PreActResNet(nn.Module):

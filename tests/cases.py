@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_preact import _extension, functional, ops
-from fused_preact.checks import Shortcut, Unit
+from fused_preact.checks import Block, Shortcut, Unit
 from fused_preact.schedule import Conv, accumulation_type
 
 Results = dict[str, Tensor]
@@ -87,7 +87,7 @@ class Case:
             strides = (1 + (h.size(i) < self.shape[i]) for i in (2, 3))
             shortcut = Shortcut(self.shortcut, filters(C, self.shape[1], (1, 1)), Conv(*strides, 0, 0, 1, 1, 1))
         residual = uniform(*h.shape).to(dtype) if self.residual else None
-        return Sample(laid_out(x, layout), units, shortcut, residual, uniform(*h.shape).to(dtype))
+        return Sample(laid_out(x, layout), [Block(units, shortcut)], residual, uniform(*h.shape).to(dtype))
 
 
 def separate(x: Tensor, mean: Tensor, var: Tensor, gamma: Tensor) -> Tensor:
@@ -110,13 +110,25 @@ def convolve(a: Tensor, unit: Unit) -> Tensor:
 
 @dataclass
 class Sample:
-    """Tensors of a chain, and the gradient dy of its output."""
+    """Tensors of a run of blocks, most often of one, and the gradient dy of its output."""
 
     x: Tensor
-    units: list[Unit]
-    shortcut: Shortcut
+    blocks: list[Block]
     residual: Tensor | None
     dy: Tensor
+
+    @property
+    def units(self) -> list[Unit]:
+        return [unit for block in self.blocks for unit in block.units]
+
+    @property
+    def shortcut(self) -> Shortcut:
+        (block,) = self.blocks
+        return block.shortcut
+
+    def replace(self, units: list[Unit], shortcut: Shortcut | None = None, **tensors: Tensor | None) -> Sample:
+        """The same with other units, by the one block that there is."""
+        return replace(self, blocks=[Block(units, shortcut or self.shortcut)], **tensors)
 
     def to(self, dtype: torch.dtype) -> Sample:
         """The same values in dtype; batch norm in its accumulation type."""
@@ -135,7 +147,7 @@ class Sample:
             for unit in self.units
         ]
         shortcut = self.shortcut._replace(weight=cast(self.shortcut.weight))
-        return Sample(cast(self.x), units, shortcut, cast(self.residual), cast(self.dy))
+        return Sample(cast(self.x), [Block(units, shortcut)], cast(self.residual), cast(self.dy))
 
     def leaves(self) -> Results:
         """The tensors that have a gradient, by the name that their gradient has; they require it from here on."""
@@ -167,8 +179,8 @@ def _gradients(sample: Sample, y: Tensor, dy: Tensor) -> Results:
 def fused(sample: Sample, backend: str) -> Results:
     """y, all gradients, and the batch statistics of the units that use them, from a fused backend."""
     sample.leaves()
-    plan = functional.make_plan(sample.x, sample.units, sample.shortcut, sample.residual, backend)
-    y, rows = functional.execute(plan, sample.x, sample.units, sample.shortcut, sample.residual)
+    plan = functional.make_plan(sample.x, sample.blocks, sample.residual, backend)
+    y, rows = functional.execute(plan, sample.x, sample.blocks, sample.residual)
     results = {"y": y.detach()}
     for i, (unit, row) in enumerate(zip(sample.units, rows, strict=True), start=1):
         if unit.batch:
@@ -196,25 +208,25 @@ def eager(sample: Sample) -> Results:
     return {"y": y.detach()} | results | _gradients(sample, y, sample.dy)
 
 
-def forward_arguments(sample: Sample, backend: str) -> tuple:
+def forward_arguments(sample: Sample, backend: str, memory: str = "fast") -> tuple:
     """What a backend's forward operator is called with."""
-    plan = functional.make_plan(sample.x, sample.units, sample.shortcut, sample.residual, backend)
-    units = sample.units
-    weight, bias, gamma, beta, mean, var, *_ = (list(column) for column in zip(*units, strict=True))
+    plan = functional.make_plan(sample.x, sample.blocks, sample.residual, backend, memory)
+    weight, bias, gamma, beta, mean, var, *_ = (list(column) for column in zip(*sample.units, strict=True))
     bias = [] if bias[0] is None else bias
-    tensors = sample.x, sample.residual, weight, bias, gamma, beta, mean, var, sample.shortcut.weight
-    return *tensors, plan.training, plan.eps, plan.geometry, sample.shortcut.kind, backend
+    projections = [block.shortcut.weight for block in sample.blocks if block.shortcut.weight is not None]
+    tensors = sample.x, sample.residual, weight, bias, gamma, beta, mean, var, projections
+    return *tensors, plan.training, plan.eps, plan.geometry, plan.units, plan.shortcut, sample.x.dtype, plan.memory
 
 
-def backward_arguments(sample: Sample, backend: str, needs: list[bool] | None = None) -> tuple:
+def backward_arguments(sample: Sample, backend: str, needs: list[bool] | None = None, memory: str = "fast") -> tuple:
     """What a backend's backward operator is called with after its forward; by default every gradient is needed."""
-    arguments = forward_arguments(sample, backend)
-    _, hidden, rows = ops._operators(backend)[0](*arguments)
-    n, training, geometry = len(sample.units), arguments[9], arguments[11]
-    biased, projection = len(arguments[3]) > 0, sample.shortcut.weight is not None
-    needs = needs or [True] * (n + 1) + [biased] * n + [True] * n + [projection]
-    tensors = sample.dy, sample.x, list(hidden), list(rows), arguments[2], sample.shortcut.weight
-    return *tensors, training, geometry, sample.shortcut.kind, needs, backend
+    arguments = forward_arguments(sample, backend, memory)
+    y, kept, rows = ops._operators(backend)[0](*arguments)
+    x, _, weight, bias, *_, projections, training, _, geometry, units, shortcut, dtype, code = arguments
+    n = len(weight)
+    needs = needs or [True] * (n + 1) + [len(bias) > 0] * n + [True] * n + [kind > 1 for kind in shortcut]
+    lists = list(kept), list(rows), weight, bias, projections
+    return sample.dy, x, y if code else None, *lists, training, geometry, units, shortcut, dtype, code, needs
 
 
 def error(result: Tensor, exact: Tensor) -> float:
