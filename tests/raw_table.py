@@ -1,4 +1,4 @@
-"""The table of kernels in csrc/kernels.h as a table like `fused_preact.reference`, wherever its functions and memory are."""
+"""The table of csrc/kernels.h as a table like `fused_preact.reference`, wherever its functions and their memory are."""
 
 from __future__ import annotations
 

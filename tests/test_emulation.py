@@ -1,4 +1,4 @@
-"""The emulation of CUDA itself: a sound kernel passes in every schedule, and each known bug, planted in it, is caught."""
+"""The emulation of CUDA: a sound kernel passes in every schedule, and each known bug, planted in it, is caught."""
 
 from __future__ import annotations
 
@@ -93,8 +93,10 @@ def test_sanitizers_follow_the_fibers(sanitizer, bug):
 
     folder = build.build("planted", sanitizer)
     program = (
-        f"import sys; sys.path[:0] = {[str(folder), str(Path(__file__).parent)]!r}; import planted, test_emulation as t\n"
-        f"for threads, copies in t.schedules(planted): assert t.is_right(planted, {bug!r}, threads, copies), (threads, copies)"
+        f"import sys; sys.path[:0] = {[str(folder), str(Path(__file__).parent)]!r}\n"
+        "import planted, test_emulation as t\n"
+        "for threads, copies in t.schedules(planted):\n"
+        f"    assert t.is_right(planted, {bug!r}, threads, copies), (threads, copies)"
     )
     expected = SANITIZED[sanitizer, bug]
     result = subprocess.run(

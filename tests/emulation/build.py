@@ -1,4 +1,4 @@
-"""Compiles the Python modules of this folder: `kernels`, over the unchanged csrc/cuda/*.cu, and `planted`, over gemm.cu.
+"""Compiles the Python modules here: `kernels`, over the unchanged csrc/cuda/*.cu, and `planted`, over gemm.cu.
 
 Objects stay in build/emulation, and ninja compiles again what has changed alone. The headers of the CUDA toolkit are
 needed, nothing else of it.
