@@ -1,27 +1,26 @@
-"""Where the CUDA toolkit is, for tests that compile with it."""
+"""The CUDA toolkit that tests compile with, and the tools that read what it makes."""
 
 from __future__ import annotations
 
 import functools
-import re
-import shutil
-import subprocess
+import importlib
+import importlib.metadata
+import sys
 from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+NO_NVCC = "no CUDA toolkit: the extension is built without one (no nvcc on PATH, or FUSED_PREACT_CUDA=0)"
 
 
 @functools.cache
 def home() -> Path | None:
-    """Folder of the toolkit whose nvcc is on PATH, which may be a link or a script; None without one."""
-    nvcc = shutil.which("nvcc")
-    if nvcc is None:
-        return None
-    result = subprocess.run([nvcc, "--dryrun", "-c", "none.cu"], capture_output=True, text=True, check=False)
-    return Path(re.search(r"^#\$ _HERE_=(.+)$", result.stderr, re.MULTILINE)[1]).parent
+    """Folder of the toolkit that the extension is built with; None without one."""
+    sys.path.append(str(ROOT / "build_backend"))
+    toolkit = importlib.import_module("nvcc").find()
+    return None if toolkit is None else toolkit.home
 
 
-def include() -> Path:
-    """Folder of the CUDA headers."""
-    return home() / "include"
-
-
-NO_NVCC = "there is no nvcc on PATH: the CUDA toolkit is needed for its headers and its compiler"
+def tool(name: str) -> Path:
+    """Program of the package nvidia-cuda-<name>, which brings it alone."""
+    files = importlib.metadata.files(f"nvidia-cuda-{name}")
+    return Path(next(file for file in files if file.name == name).locate())
