@@ -1,5 +1,7 @@
 // What the schedule needs of a device besides its kernels.
 #pragma once
+#include <memory>
+
 #include "kernels.h"
 
 namespace fused_preact {
@@ -15,8 +17,8 @@ struct Scratch : Workspace {
 
 struct Device {
   const Kernels& kernels;
-  Scratch& scratch;
-  void (*copy)(void* to, const void* from, size_t bytes);
+  std::shared_ptr<Scratch> scratch;
+  void (*copy)(void* to, const void* from, size_t bytes, void* stream);
 };
 
 }  // namespace fused_preact

@@ -188,7 +188,7 @@ def _execute(plan: Plan, x, blocks, residual) -> tuple[Tensor, list[Tensor]]:
     projections = [block.shortcut.weight for block in blocks if block.shortcut.weight is not None]
     facts = ops.Facts(
         plan.backend, plan.training, plan.eps, plan.geometry, plan.units, plan.shortcut, plan.problem.dtype,
-        plan.memory, running_mean, running_var,
+        plan.memory, plan.backend == "cuda" and backends.allows_tf32(), running_mean, running_var,
     )  # fmt: skip
     return ops.stage(facts, x, residual, weight, bias, bn_weight, bn_bias, projections)
 

@@ -19,7 +19,7 @@ constexpr int kMostShared = 99 * 1024;  // of a block, on every architecture
 constexpr int kWantShared = 72 * 1024;  // lets three blocks share a multiprocessor of 228 KiB
 
 // Blocks that share a multiprocessor, by their registers.
-constexpr int resident_blocks(int columns) { return columns == 64 ? 3 : columns == 32 ? 4 : 5; }
+constexpr int resident_blocks(int columns) { return columns == 16 ? 4 : 3; }
 
 // filter(n, d, r, s), n of N output channels, d of D summed ones.
 template <class S>
@@ -36,7 +36,7 @@ struct Correlation {
   FilterView<S> filter;
   Window windows[kMostWindows];
   int window_count, columns;  // Columns of blocks
-  int64_t tiles;
+  Runs runs;
   StripLayout strip;
   int chunk, chunks, slab_bytes;  // channels of a chunk
   bool resident;                  // every chunk's slab has a place
@@ -53,7 +53,7 @@ struct Staging {
   static constexpr int kBytes = kWarps * kRows * kLd * static_cast<int>(sizeof(float));
   static constexpr int kPieces = Columns / kLanes<S>;  // of a pixel
   static constexpr int kPasses = kRows * kPieces / 32;
-  static constexpr int kBatch = kPasses < 4 ? kPasses : 4;  // pieces a lane reads ahead
+  static constexpr int kBatch = kPasses < 2 ? kPasses : 2;  // pieces a lane reads ahead
   static_assert(kPieces <= 32 && 32 % kPieces == 0 && kPasses >= 1);
 };
 
@@ -93,25 +93,23 @@ void plan_shared(Correlation<Op, Source>& c) {
   }
   c.resident = c.window_count == 1;
   if (shared_bytes<Columns>(c) > kWantShared) c.resident = false;
-  c.tiles = 0;
+  int64_t tiles = 0;
   for (int i = 0; i < c.window_count; ++i) {
-    c.windows[i].first_tile = c.tiles;
-    c.tiles += c.windows[i].tiles();
+    c.windows[i].first_tile = static_cast<int>(minimum<int64_t>(tiles, INT32_MAX));
+    tiles += c.windows[i].tiles();
   }
   c.columns = ceil_div(c.filter.N, Columns);
-  const int64_t at_once = static_cast<int64_t>(multiprocessors()) * resident_blocks(Columns);
-  c.teams = Teams(ceil_div(c.tiles, ceil_div(c.tiles * c.columns, at_once)));
+  c.runs = Runs(tiles, c.columns, static_cast<int64_t>(multiprocessors()) * resident_blocks(Columns));
+  c.teams = Teams(c.runs.count());
 }
 
-// body(integral_constant of Columns): as few as hold all channels, and fewer where there would be too few blocks.
+// body(integral_constant of Columns): all channels or 64, and 16 where there would be too few blocks.
 template <class Op, class Source, class Body>
 void with_columns(const Correlation<Op, Source>& c, const Body& body) {
   int64_t tiles = 0;
   for (int i = 0; i < c.window_count; ++i) tiles += c.windows[i].tiles();
-  int columns = c.filter.N <= 16 ? 16 : c.filter.N <= 32 ? 32 : 64;
-  while (columns > 16 && tiles * ceil_div(c.filter.N, columns) < multiprocessors()) columns /= 2;
-  if (columns == 16) return body(std::integral_constant<int, 16>());
-  if (columns == 32) return body(std::integral_constant<int, 32>());
+  if (c.filter.N <= 16 || tiles * ceil_div(c.filter.N, 64) < multiprocessors())
+    return body(std::integral_constant<int, 16>());
   return body(std::integral_constant<int, 64>());
 }
 
@@ -121,7 +119,9 @@ __device__ __forceinline__ void load_slab(const Correlation<Op, Source>& p, cons
                                           std::byte* slab) {
   using S = typename Op::Storage;
   const int width = p.chunk, log_width = p.strip.log_pieces + (sizeof(S) == 4 ? 2 : 3);
+#pragma unroll 1
   for (int r = 0; r < w.h.taps; ++r)
+#pragma unroll 1
     for (int s = 0; s < w.w.taps; ++s) {
       const S* tap = p.filter.data + (w.h.tap0 + r * w.h.tap_step) * p.filter.stride_r +
                      (w.w.tap0 + s * w.w.tap_step) * p.filter.stride_s;
@@ -135,10 +135,10 @@ __device__ __forceinline__ void load_slab(const Correlation<Op, Source>& p, cons
     }
 }
 
-// acc += the strip's pixels of this warp times the slab, over `bytes` of each pixel.
+// acc += the strip's pixels of this warp times the slab, over `bytes` of each pixel, for blocks of 16 of the first `columns` channels.
 template <int Columns, class Op>
 __device__ __forceinline__ void multiply_strip(Block (&acc)[2][Columns / 16], const Window& w, const std::byte* strip,
-                                               const std::byte* slab, int pixel_bytes, int bytes) {
+                                               const std::byte* slab, int pixel_bytes, int bytes, int columns) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   int at[2][Op::kAddresses];
 #pragma unroll
@@ -146,9 +146,12 @@ __device__ __forceinline__ void multiply_strip(Block (&acc)[2][Columns / 16], co
 #pragma unroll
     for (int i = 0; i < Op::kAddresses; ++i)
       at[m][i] = w.strip_pixel(warp * kWarpPixels + m * 16 + Op::row(lane, i)) * pixel_bytes + Op::byte(lane);
+#pragma unroll 1
   for (int r = 0; r < w.h.taps; ++r)
+#pragma unroll 1
     for (int s = 0; s < w.w.taps; ++s, slab += Columns * pixel_bytes) {
       const std::byte* tap = strip + (r * w.cols + s) * pixel_bytes;
+#pragma unroll 1
       for (int k = 0; k < bytes; k += Op::kStepBytes) {
         typename Op::A a[2];
 #pragma unroll
@@ -160,6 +163,7 @@ __device__ __forceinline__ void multiply_strip(Block (&acc)[2][Columns / 16], co
         }
 #pragma unroll
         for (int n = 0; n < Columns / 16; ++n) {
+          if (n * 16 >= columns) break;
           typename Op::B b;
           Op::load_b(b, slab + n * 16 * pixel_bytes + k, pixel_bytes, lane);
 #pragma unroll
@@ -229,13 +233,13 @@ __global__ __launch_bounds__(kThreads,
   float4* const sums = reinterpret_cast<float4*>(staging + Rows::kBytes / sizeof(float));
 
   const int group = blockIdx.x / p.columns, n0 = static_cast<int>(blockIdx.x % p.columns) * Columns;
-  const int64_t begin = p.tiles * group / p.teams.groups, end = p.tiles * (group + 1) / p.teams.groups;
-  const auto window_of = [&](int64_t t) {
+  const int begin = p.runs.begin(group), end = p.runs.end(group);
+  const auto window_of = [&](int t) {
     int i = 0;
     while (i + 1 < p.window_count && t >= p.windows[i + 1].first_tile) ++i;
     return i;
   };
-  const auto copy = [&](int64_t t, int chunk, int which) {
+  const auto copy = [&](int t, int chunk, int which) {
     if (t < end) {
       const Window& w = p.windows[window_of(t)];
       const Tile tile = w.tile(t);
@@ -247,16 +251,17 @@ __global__ __launch_bounds__(kThreads,
   };
 
   Epilogue epilogue(output);
-  int loaded_window = -1, loaded_chunk = -1, which = 0;
-  copy(begin, 0, 0);
-  for (int64_t t = begin; t < end; ++t) {
-    const int window = window_of(t);
-    const Window& w = p.windows[window];
-    const Tile tile = w.tile(t);
-    Block acc[2][Columns / 16] = {};
-    for (int chunk = 0; chunk < p.chunks; ++chunk, which ^= 1) {
-      const bool last = chunk == p.chunks - 1;
-      copy(last ? t + 1 : t, last ? 0 : chunk + 1, which ^ 1);
+  Block acc[2][Columns / 16];
+  int loaded_window = -1, loaded_chunk = -1;
+  // Each step queues the copies of the next chunk, or tile, and multiplies those that the step before it queued.
+  for (int t = begin - 1, chunk = p.chunks - 1, which = 1; t < end; which ^= 1) {
+    const bool last = chunk == p.chunks - 1;
+    const int next_t = last ? t + 1 : t, next_chunk = last ? 0 : chunk + 1;
+    copy(next_t, next_chunk, which ^ 1);
+    if (t >= begin) {
+      const int window = window_of(t);
+      const Window& w = p.windows[window];
+      const Tile tile = w.tile(t);
       if (window != loaded_window || (!p.resident && chunk != loaded_chunk)) {
         for (int i = 0; i < p.slabs(); ++i)
           load_slab<Columns>(p, w, n0, p.resident ? i : chunk, slabs + i * p.slab_bytes);
@@ -267,18 +272,23 @@ __global__ __launch_bounds__(kThreads,
       if (w.taps() > 0)
         form_strip<kThreads>(p.source, chunk * p.chunk, p.strip, strip, w.strip_pixels(),
                              [&](int q) { return w.source_pixel(tile, q); });
+      if (chunk == 0) clear(acc[0]), clear(acc[1]);
       __syncthreads();
       const int depth = minimum(p.filter.D - chunk * p.chunk, p.chunk) * static_cast<int>(sizeof(S));
       multiply_strip<Columns, Op>(acc, w, strip, slabs + (p.resident ? chunk : 0) * p.slab_bytes, p.strip.pixel_bytes(),
-                                  depth);
+                                  depth, p.filter.N - n0);
       __syncthreads();
+      if (last) {
+        finish_tile<Columns, S>(acc, w, tile, n0, staging, epilogue);
+        if (output.has_sums()) {
+          epilogue.store_sums(sums + threadIdx.x / 32 * Columns, threadIdx.x % 32, Rows::kPieces);
+          __syncthreads();
+          if (threadIdx.x < Columns)
+            for (int warp = 0; warp < kWarps; ++warp) epilogue.merge_sums(sums[warp * Columns + threadIdx.x]);
+        }
+      }
     }
-    finish_tile<Columns, S>(acc, w, tile, n0, staging, epilogue);
-    if (!output.has_sums()) continue;
-    epilogue.store_sums(sums + threadIdx.x / 32 * Columns, threadIdx.x % 32, Rows::kPieces);
-    __syncthreads();
-    if (threadIdx.x < Columns)
-      for (int warp = 0; warp < kWarps; ++warp) epilogue.merge_sums(sums[warp * Columns + threadIdx.x]);
+    t = next_t, chunk = next_chunk;
   }
   if (!output.has_sums()) return;
   const int n = n0 + threadIdx.x;

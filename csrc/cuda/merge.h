@@ -22,6 +22,22 @@ struct Teams {
   __host__ __device__ int counters() const { return groups > 1 ? 1 + count() : 0; }
 };
 
+// Tiles in equal runs, one for each group of pixels, of which `columns` blocks take a part each: as many as `blocks` at once
+// have, or tiles.
+struct Runs {
+  int tiles = 0, length = 1;
+
+  Runs() = default;
+  Runs(int64_t tile_count, int64_t columns, int64_t blocks) {
+    if (tile_count > INT32_MAX) throw std::runtime_error("too many pixels for the CUDA kernels");
+    tiles = static_cast<int>(tile_count);
+    length = static_cast<int>(ceil_div(tile_count * columns, blocks));
+  }
+  int count() const { return ceil_div(tiles, length); }
+  __device__ int begin(int group) const { return group * length; }
+  __device__ int end(int group) const { return minimum(begin(group) + length, tiles); }
+};
+
 // The counters of `columns` independent sums over the groups.
 inline uint32_t* take_counters(const Workspace& workspace, const Teams& teams, int64_t columns) {
   if (teams.counters() * columns > kCounters) throw std::runtime_error("too many channels for the CUDA kernels");

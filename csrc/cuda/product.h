@@ -12,6 +12,12 @@ namespace fused_preact::cuda {
 
 using Block = float[2][4];
 
+template <int Count>
+__device__ __forceinline__ void clear(Block (&blocks)[Count]) {
+#pragma unroll
+  for (int i = 0; i < Count * 8; ++i) blocks[i / 8][i / 4 % 2][i % 4] = 0;
+}
+
 // Tensor cores, 16-bit values.
 template <class T>
 struct MmaHalf {

@@ -15,7 +15,9 @@ __device__ __forceinline__ void copy_piece(std::byte* shared, const S* x, int64_
     const bool valid = pixel >= 0 && c < C;
     cp_async<kPieceBytes>(shared, valid ? x + pixel * C + c : x, valid);
   } else {
-    *reinterpret_cast<uint4*>(shared) = pixel >= 0 ? load_piece(x + pixel * C, c, C, false) : uint4{0, 0, 0, 0};
+#pragma unroll 1
+    for (int i = 0; i < kLanes<S>; ++i)
+      reinterpret_cast<S*>(shared)[i] = pixel >= 0 && c + i < C ? x[pixel * C + c + i] : narrow<S>(0.0f);
   }
 }
 
@@ -136,6 +138,7 @@ struct StripLayout {
 template <int Threads, class Body>
 __device__ __forceinline__ void for_own_pieces(const StripLayout& layout, int pixels, const Body& body) {
   const int piece = threadIdx.x & ((1 << layout.log_pieces) - 1);
+#pragma unroll 1
   for (int q = threadIdx.x >> layout.log_pieces; q < pixels; q += Threads >> layout.log_pieces)
     body(q, q * layout.pixel_bytes() + piece * kPieceBytes);
 }

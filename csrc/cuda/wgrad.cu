@@ -34,7 +34,7 @@ struct WgradParams {
   ActivationSource<Op> x;
   Window window;
   StripLayout dy_strip, x_strip;
-  int64_t tiles;
+  Runs runs;
   int k_groups, c_groups, splits;  // of warps
   int k_tiles, c_tiles;
   int slot_pixels;  // of dy in shared memory, whole steps
@@ -71,6 +71,7 @@ __device__ __forceinline__ void multiply_tile(Block (&acc)[Units<Taps>::kCount],
   const int lane = threadIdx.x % 32, dy_bytes = p.dy_strip.pixel_bytes(), x_bytes = p.x_strip.pixel_bytes();
   dy += k_group * U::kK * kUnitBytes;
   x += c_group * U::kC * kUnitBytes;
+#pragma unroll 1
   for (int first = split * Op::kStepRows; first < p.slot_pixels; first += p.splits * Op::kStepRows) {
     typename Op::A a[U::kK];
 #pragma unroll
@@ -173,7 +174,7 @@ __global__ __launch_bounds__(kThreads, kBlocks) void wgrad_kernel(const __grid_c
   const int k0 = column / p.c_tiles * k_tile, c0 = column % p.c_tiles * c_tile;
   const int warp = threadIdx.x / 32, unit_warps = p.k_groups * p.c_groups;
   const int unit_warp = warp % unit_warps, split = warp / unit_warps;
-  const int64_t begin = p.tiles * group / p.teams.groups, end = p.tiles * (group + 1) / p.teams.groups;
+  const int begin = p.runs.begin(group), end = p.runs.end(group);
   const Window& w = p.window;
 
   // use(source, first channel, layout, its place in a stage, pixels, pixel_of) for both operands.
@@ -181,20 +182,18 @@ __global__ __launch_bounds__(kThreads, kBlocks) void wgrad_kernel(const __grid_c
     use(p.dy, k0, p.dy_strip, stage, p.slot_pixels, [&](int q) { return w.target_pixel(tile, q); });
     use(p.x, c0, p.x_strip, stage + p.dy_strip.bytes, w.strip_pixels(), [&](int q) { return w.source_pixel(tile, q); });
   };
-  const auto copy = [&](int64_t t, int which) {
-    if (t < end)
-      for_both(w.tile(t), stages + which * p.stage_bytes(), [](const auto&... what) { copy_strip<kThreads>(what...); });
-    cp_async_commit();
-  };
-
-  Block acc[U::kCount] = {};
+  Block acc[U::kCount];
+  clear(acc);
   double bias = 0;
   const bool with_bias = p.bias_slots != nullptr && c0 == 0;
-  copy(begin, 0);
-  for (int64_t t = begin; t < end; ++t) {
-    const int which = static_cast<int>((t - begin) % 2);
+  // Each step queues the copies of the next tile, and multiplies the one that the step before it queued.
+  for (int t = begin - 1, which = 1; t < end; ++t, which ^= 1) {
+    if (t + 1 < end)
+      for_both(w.tile(t + 1), stages + (which ^ 1) * p.stage_bytes(),
+               [](const auto&... what) { copy_strip<kThreads>(what...); });
+    cp_async_commit();
+    if (t < begin) continue;
     std::byte* const stage = stages + which * p.stage_bytes();
-    copy(t + 1, which ^ 1);
     cp_async_wait<1>();
     for_both(w.tile(t), stage, [](const auto&... what) { form_strip<kThreads>(what...); });
     __syncthreads();
@@ -251,10 +250,10 @@ void launch_wgrad(WgradParams<Op>& p, bool need_bias, Workspace& workspace) {
   while (2 * p.stage_bytes() > kWantShared && shrink(p.window)) lay_out();
   if (shared_bytes<Op, Taps>(p) > kMostShared)
     throw std::runtime_error("the CUDA kernels have no room for a filter of this size");
-  p.tiles = p.window.tiles();
   const int64_t columns = static_cast<int64_t>(p.k_tiles) * p.c_tiles;
-  const int64_t at_once = static_cast<int64_t>(multiprocessors()) * kBlocks;
-  p.teams = Teams(ceil_div(p.tiles, ceil_div(p.tiles * columns, at_once)));
+  p.window.first_tile = 0;
+  p.runs = Runs(p.window.tiles(), columns, static_cast<int64_t>(multiprocessors()) * kBlocks);
+  p.teams = Teams(p.runs.count());
   p.counters = take_counters(workspace, p.teams, columns);
   p.slots = static_cast<float4*>(workspace.take(p.teams.groups * columns * slot_vectors<Op, Taps>(p) * sizeof(float4)));
   p.bias_slots = need_bias ? static_cast<double*>(workspace.take(p.teams.groups * K * sizeof(double))) : nullptr;

@@ -62,17 +62,17 @@ struct Window {
   int log_n, log_h, log_w;  // of the box
   int rows, cols;           // of the strip of one image
   Divisor by_image, by_row;
-  int64_t down, across, first_tile;
+  int down, across, first_tile;
 
   int64_t tiles() const { return ceil_div<int64_t>(images, 1 << log_n) * down * across; }
   __host__ __device__ int taps() const { return h.taps * w.taps; }
   __host__ __device__ int box_pixels() const { return 1 << (log_n + log_h + log_w); }
   __host__ __device__ int strip_pixels() const { return (rows * cols) << log_n; }
 
-  __device__ Tile tile(int64_t t) const {
+  __device__ Tile tile(int t) const {
     t -= first_tile;
-    const int64_t column = t % across, row = t / across % down, image = t / across / down;
-    return {image << log_n, row << log_h, column << log_w};
+    const int line = t / across, image = line / down;
+    return {int64_t{image} << log_n, (line - image * down) << log_h, int64_t{t - line * across} << log_w};
   }
 
   // The strip pixel that pixel p of the box reads with its first tap.
@@ -104,7 +104,8 @@ struct Window {
   void measure() {
     rows = h.extent(1 << log_h), cols = w.extent(1 << log_w);
     by_image = Divisor(rows * cols), by_row = Divisor(cols);
-    down = ceil_div<int64_t>(h.count, 1 << log_h), across = ceil_div<int64_t>(w.count, 1 << log_w);
+    down = static_cast<int>(ceil_div<int64_t>(h.count, 1 << log_h));
+    across = static_cast<int>(ceil_div<int64_t>(w.count, 1 << log_w));
   }
 };
 
