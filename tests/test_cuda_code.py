@@ -5,7 +5,6 @@ The built extension holds its kernels' PTX; ptxas makes the code of each archite
 
 from __future__ import annotations
 
-import itertools
 import re
 import subprocess
 from pathlib import Path
@@ -45,11 +44,8 @@ def run(*command: object, cwd: Path | None = None) -> str:
     return result.stdout + result.stderr
 
 
-@pytest.fixture(scope="module", params=list(itertools.product(SOURCES, ARCHITECTURES)), ids="-".join)
-def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Kernel]:
-    """Those of one source for one architecture."""
-    source, architecture = request.param
-    folder = tmp_path_factory.mktemp(source)
+def disassemble(source: str, architecture: str, folder: Path) -> list[Kernel]:
+    """The kernels of a source for an architecture; files are left in the folder."""
     built = ROOT / "build" / "objects" / "cuda" / f"{source}.o"
     run(cuda_toolkit.tool("cuobjdump"), "-xptx", "all", built, cwd=folder)
     (ptx,) = folder.glob("*.ptx")
@@ -77,24 +73,32 @@ def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     ]
 
 
-def test_registers_are_enough(kernels: list[Kernel]) -> None:
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("source", SOURCES)
+def test_machine_code(source: str, architecture: str, tmp_path: Path) -> None:
+    """No spills, room for the blocks that the design counts on, and the matrix instructions that are meant."""
+    for kernel in disassemble(source, architecture, tmp_path):
+        assert_registers_are_enough(kernel)
+        assert_blocks_fit(kernel)
+        assert_instructions(kernel)
+
+
+def assert_registers_are_enough(kernel: Kernel) -> None:
     """Nothing is kept in local memory, which costs the bandwidth that the kernels are about."""
-    assert [(k.name, k.memory) for k in kernels if any(k.memory) or re.search(r"\b(LDL|STL)\b", k.code)] == []
+    assert not any(kernel.memory), f"{kernel.name}: stack, spill stores and loads of {kernel.memory} bytes"
+    assert not re.search(r"\b(LDL|STL)\b", kernel.code), kernel.name
 
 
-def test_as_many_blocks_fit_as_the_design_counts_on(kernels: list[Kernel]) -> None:
+def assert_blocks_fit(kernel: Kernel) -> None:
     """Registers leave room for the blocks that __launch_bounds__ names."""
-    for k in kernels:
-        warps, a_warp = k.threads // WARP, -(-k.registers * WARP // GRANULE) * GRANULE
-        assert k.blocks * warps * a_warp <= REGISTERS, (k.name, k.registers)
+    warps, a_warp = kernel.threads // WARP, -(-kernel.registers * WARP // GRANULE) * GRANULE
+    assert kernel.blocks * warps * a_warp <= REGISTERS, f"{kernel.name}: {kernel.registers} registers"
 
 
-def test_the_instructions_meant_are_there(kernels: list[Kernel]) -> None:
+def assert_instructions(kernel: Kernel) -> None:
     """Tensor cores multiply in the type that was asked for, and only there; copies bypass the registers."""
-    for k in kernels:
-        for name, instruction in PRODUCTS.items():
-            if name not in k.name:
-                continue
-            assert instruction in k.code, (k.name, instruction)
-            assert ("HMMA" in k.code) == (name != "3Fma"), k.name
-            assert "LDGSTS" in k.code, k.name
+    for name, instruction in PRODUCTS.items():
+        if name in kernel.name:
+            assert instruction in kernel.code, f"{kernel.name}: no {instruction}"
+            assert ("HMMA" in kernel.code) == (name != "3Fma"), kernel.name
+            assert "LDGSTS" in kernel.code, kernel.name
