@@ -1,5 +1,7 @@
 // What the schedule needs of a device besides its kernels.
 #pragma once
+#include <memory>
+
 #include "kernels.h"
 
 namespace fused_preact {
@@ -24,9 +26,9 @@ struct Pool {
 
 struct Device {
   const Kernels& kernels;
-  Scratch& scratch;
+  std::shared_ptr<Scratch> scratch;
   Pool* pool;  // null where torch's own allocator serves
-  void (*copy)(void* to, const void* from, size_t bytes);
+  void (*copy)(void* to, const void* from, size_t bytes, void* stream);
 };
 
 }  // namespace fused_preact

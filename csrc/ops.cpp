@@ -1,4 +1,5 @@
-// The operators of docs/design.md: their schemas, what they expect of their arguments, and the CPU's implementation.
+// The operators of docs/design.md: their schemas, what they expect of their arguments, and their implementation
+// on every device that has a table of kernels.
 //
 // Anyone can reach them through torch.ops, so the facts that keep a kernel inside its memory are checked here again;
 // messages for people come from fused_preact/checks.py.
@@ -11,6 +12,9 @@
 #include <tuple>
 
 #include "cpu/dispatch.h"
+#if defined(FUSED_PREACT_CUDA)
+#include "cuda/device.h"
+#endif
 #include "schedule.h"
 
 namespace fused_preact {
@@ -52,10 +56,9 @@ Text<Range> text(const Range& sizes) {
 template <class Name>
 void expect_tensor(const Name& name, const Tensor& x, ScalarType type, const Sizes& sizes) {
   const auto got = x.sizes();
-  const bool fits =
-      x.is_cpu() && x.scalar_type() == type && std::equal(got.begin(), got.end(), sizes.begin(), sizes.end());
-  expect(fits, name, ": expected ", torch::headeronly::toString(type), " of shape ", text(sizes), " on the CPU, got ",
-         torch::headeronly::toString(x.scalar_type()), " of shape ", text(got), x.is_cpu() ? "" : " on another device");
+  const bool fits = x.scalar_type() == type && std::equal(got.begin(), got.end(), sizes.begin(), sizes.end());
+  expect(fits, name, ": expected ", torch::headeronly::toString(type), " of shape ", text(sizes), ", got ",
+         torch::headeronly::toString(x.scalar_type()), " of shape ", text(got));
 }
 
 // The name of one tensor of a list, as it is printed.
@@ -70,6 +73,36 @@ std::ostream& operator<<(std::ostream& out, const Item& i) { return out << i.nam
 
 void expect_tensors(const char* name, const Tensors& tensors, size_t n) {
   expect(tensors.size() == n, name, ": expected ", n, " tensors, got ", tensors.size());
+}
+
+// Every tensor of a call is on the device of x.
+class SameDevice {
+ public:
+  explicit SameDevice(const Tensor& x) : cuda_(x.is_cuda()), index_(x.get_device_index()) {}
+
+  const SameDevice& operator()(const char* name, const Tensor& tensor) const {
+    expect(tensor.is_cpu() != cuda_ && tensor.is_cuda() == cuda_ && tensor.get_device_index() == index_, name,
+           ": expected on the device of x, got another");
+    return *this;
+  }
+  const SameDevice& operator()(const char* name, const std::optional<Tensor>& tensor) const {
+    return tensor ? (*this)(name, *tensor) : *this;
+  }
+  const SameDevice& operator()(const char* name, const Tensors& tensors) const {
+    for (const Tensor& tensor : tensors) (*this)(name, tensor);
+    return *this;
+  }
+
+ private:
+  bool cuda_;  // else the CPU
+  int32_t index_;
+};
+
+Device device_of(const Tensor& x) {
+#if defined(FUSED_PREACT_CUDA)
+  if (x.is_cuda()) return cuda::device(x);
+#endif
+  return cpu::device();
 }
 
 // A parameter of any floating-point type, which is converted to that of the stage.
@@ -133,8 +166,10 @@ class StageParser {
               const std::vector<bool>& training, const Sizes& geometry, const Sizes& units, const Sizes& shortcut,
               ScalarType dtype, int64_t memory)
       : weight_(weight), shortcut_weight_(shortcut_weight), geometry_(geometry) {
-    expect(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Double,
-           "dtype: expected float32, bfloat16 or float64, got ", torch::headeronly::toString(dtype));
+    expect(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 ||
+               dtype == (x.is_cuda() ? ScalarType::Half : ScalarType::Double),
+           "dtype: expected float32, bfloat16 or ", x.is_cuda() ? "float16" : "float64", ", got ",
+           torch::headeronly::toString(dtype));
     stage_.type = dtype;
     stage_.memory = parse_memory(memory);
     stage_.training = training;
@@ -205,13 +240,15 @@ bool contains(const std::vector<bool>& values, bool value) {
   return std::find(values.begin(), values.end(), value) != values.end();
 }
 
-std::tuple<Tensor, Tensors, Tensors> forward_cpu(const Tensor& x, const std::optional<Tensor>& residual,
+std::tuple<Tensor, Tensors, Tensors> run_forward(const Tensor& x, const std::optional<Tensor>& residual,
                                                  const Tensors& weight, const Tensors& bias, const Tensors& bn_weight,
                                                  const Tensors& bn_bias, const Tensors& running_mean,
                                                  const Tensors& running_var, const Tensors& shortcut_weight,
                                                  const std::vector<bool>& training, const std::vector<double>& eps,
                                                  const Sizes& geometry, const Sizes& units, const Sizes& shortcut,
-                                                 ScalarType dtype, int64_t memory) {
+                                                 ScalarType dtype, int64_t memory, bool tf32) {
+  SameDevice{x}("residual", residual)("weight", weight)("bias", bias)("bn_weight", bn_weight)("bn_bias", bn_bias)(
+      "running_mean", running_mean)("running_var", running_var)("shortcut_weight", shortcut_weight);
   const Stage stage =
       StageParser(x, weight, bias, shortcut_weight, training, geometry, units, shortcut, dtype, memory).take();
   const size_t n = stage.units();
@@ -227,7 +264,7 @@ std::tuple<Tensor, Tensors, Tensors> forward_cpu(const Tensor& x, const std::opt
   expect(eps.size() == n, "eps: expected ", n, " numbers, got ", eps.size());
 
   const Norms norms{bn_weight, bn_bias, running_mean, running_var, eps};
-  auto [y, kept, rows] = forward(Launch(cpu::device(), dtype), stage, norms, dense_nhwc(x),
+  auto [y, kept, rows] = forward(Launch(device_of(x), dtype, tf32), stage, norms, dense_nhwc(x),
                                  residual ? std::optional(dense_nhwc(*residual)) : residual);
   return {laid_out_like(x, y), kept, rows};
 }
@@ -257,11 +294,13 @@ void convert_like(Tensors& gradients, const Tensors& like) {
   for (size_t i = 0; i < gradients.size(); ++i) gradients[i] = convert(gradients[i], like[i].scalar_type());
 }
 
-std::tuple<Tensor, Tensors, Tensors, Tensors, Tensors, Tensors> backward_cpu(
+std::tuple<Tensor, Tensors, Tensors, Tensors, Tensors, Tensors> run_backward(
     const Tensor& dy, const Tensor& x, const std::optional<Tensor>& y, const Tensors& kept, const Tensors& rows,
     const Tensors& weight, const Tensors& bias, const Tensors& shortcut_weight, const std::vector<bool>& training,
-    const Sizes& geometry, const Sizes& units, const Sizes& shortcut, ScalarType dtype, int64_t memory,
+    const Sizes& geometry, const Sizes& units, const Sizes& shortcut, ScalarType dtype, int64_t memory, bool tf32,
     const std::vector<bool>& needs) {
+  SameDevice{x}("dy", dy)("y", y)("kept", kept)("rows", rows)("weight", weight)("bias", bias)("shortcut_weight",
+                                                                                              shortcut_weight);
   const Stage stage =
       StageParser(x, weight, bias, shortcut_weight, training, geometry, units, shortcut, dtype, memory).take();
   const size_t n = stage.units(), blocks = stage.blocks.size();
@@ -286,7 +325,7 @@ std::tuple<Tensor, Tensors, Tensors, Tensors, Tensors, Tensors> backward_cpu(
     return std::vector<bool>(needs.begin() + begin, needs.begin() + begin + size);
   };
   auto [dx, dweight, dbias, dbn_weight, dbn_bias, dshortcut_weight] =
-      backward(Launch(cpu::device(), dtype), stage, dense_nhwc(dy), dense_nhwc(x),
+      backward(Launch(device_of(x), dtype, tf32), stage, dense_nhwc(dy), dense_nhwc(x),
                needs_y ? std::optional(dense_nhwc(*y)) : std::nullopt, expect_kept(kept, stage, stream), dense_rows,
                {needs.front(), part(1, n), part(1 + n, n), part(1 + 2 * n, n), part(1 + 3 * n, blocks)});
   convert_like(dweight, weight);
@@ -296,6 +335,17 @@ std::tuple<Tensor, Tensors, Tensors, Tensors, Tensors, Tensors> backward_cpu(
     if (stage.blocks[k].conv.size() > stage.blocks[k].units)
       dshortcut_weight[k] = convert(dshortcut_weight[k], shortcut_weight[projection++].scalar_type());
   return {needs.front() ? laid_out_like(x, dx) : dx, dweight, dbias, dbn_weight, dbn_bias, dshortcut_weight};
+}
+
+// Compute capabilities that the CUDA kernels were compiled for; none where they were left out.
+std::vector<std::string> cuda_architectures() {
+#if defined(FUSED_PREACT_CUDA)
+#define ARCHITECTURE(name) #name,
+  return {FUSED_PREACT_CUDA};
+#undef ARCHITECTURE
+#else
+  return {};
+#endif
 }
 
 // The one in use, all that are built, and those of them that this machine supports.
@@ -323,23 +373,32 @@ STABLE_TORCH_LIBRARY(fused_preact, m) {
   m.def(
       "forward(Tensor x, Tensor? residual, Tensor[] weight, Tensor[] bias, Tensor[] bn_weight, Tensor[] bn_bias, "
       "Tensor[] running_mean, Tensor[] running_var, Tensor[] shortcut_weight, bool[] training, float[] eps, "
-      "int[] geometry, int[] units, int[] shortcut, ScalarType dtype, int memory) -> "
+      "int[] geometry, int[] units, int[] shortcut, ScalarType dtype, int memory, bool tf32) -> "
       "(Tensor y, Tensor[] kept, Tensor[] rows)");
   m.def(
       "backward(Tensor dy, Tensor x, Tensor? y, Tensor[] kept, Tensor[] rows, Tensor[] weight, Tensor[] bias, "
       "Tensor[] shortcut_weight, bool[] training, int[] geometry, int[] units, int[] shortcut, ScalarType dtype, "
-      "int memory, bool[] needs) -> (Tensor dx, Tensor[] dweight, Tensor[] dbias, Tensor[] dbn_weight, "
+      "int memory, bool tf32, bool[] needs) -> (Tensor dx, Tensor[] dweight, Tensor[] dbias, Tensor[] dbn_weight, "
       "Tensor[] dbn_bias, Tensor[] dshortcut_weight)");
+  m.def("_cuda_architectures() -> str[]");
   m.def("_cpu_isas() -> (str chosen, str[] built, str[] supported)");
   m.def("_set_cpu_isa(str isa) -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_preact, CPU, m) {
-  m.impl("forward", TORCH_BOX(&fused_preact::forward_cpu));
-  m.impl("backward", TORCH_BOX(&fused_preact::backward_cpu));
+  m.impl("forward", TORCH_BOX(&fused_preact::run_forward));
+  m.impl("backward", TORCH_BOX(&fused_preact::run_backward));
 }
 
+#if defined(FUSED_PREACT_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(fused_preact, CUDA, m) {
+  m.impl("forward", TORCH_BOX(&fused_preact::run_forward));
+  m.impl("backward", TORCH_BOX(&fused_preact::run_backward));
+}
+#endif
+
 STABLE_TORCH_LIBRARY_IMPL(fused_preact, CompositeExplicitAutograd, m) {
+  m.impl("_cuda_architectures", TORCH_BOX(&fused_preact::cuda_architectures));
   m.impl("_cpu_isas", TORCH_BOX(&fused_preact::cpu_isas));
   m.impl("_set_cpu_isa", TORCH_BOX(&fused_preact::set_cpu_isa));
 }

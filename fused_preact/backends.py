@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map_only
 from . import _extension
 from .schedule import Conv
 
-FUSED = ("cpu", "library", "reference")
+FUSED = ("cpu", "cuda", "library", "reference")
 NAMES = ("auto", *FUSED, "eager")
 
 
@@ -27,6 +27,11 @@ class Problem(NamedTuple):
     convolutions: tuple[tuple[Conv, tuple[int, ...]], ...]  # geometry, weight shape
 
 
+# What "auto" gives to the CUDA kernels: beyond that a convolution is bound by arithmetic more than by memory, which is
+# what they save. A rule, not a measurement.
+_MOST_CUDA_CHANNELS = 256
+
+
 def _no_cpu(problem: Problem) -> str | None:
     if _extension.unavailable is not None:
         return _extension.unavailable
@@ -34,6 +39,45 @@ def _no_cpu(problem: Problem) -> str | None:
         return f"it runs on the CPU, not on {problem.device}"
     if problem.dtype not in (torch.float32, torch.bfloat16, torch.float64):
         return f"it computes in float32, bfloat16 and float64, not in {problem.dtype}"
+    return _no_convolution(problem)
+
+
+def _no_cuda(problem: Problem) -> str | None:
+    if problem.device != "cuda":
+        return f"it runs on CUDA devices, not on {problem.device}"
+    reason = _cuda_unavailable()
+    if reason is not None:
+        return reason
+    if problem.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"it computes in float32, bfloat16 and float16, not in {problem.dtype}"
+    return _no_convolution(problem)
+
+
+def _auto_no_cuda(problem: Problem) -> str | None:
+    most = max(max(shape[0], shape[1]) for _, shape in problem.convolutions)
+    if most > _MOST_CUDA_CHANNELS:
+        return f"it is meant for up to {_MOST_CUDA_CHANNELS} channels, not {most}; ask for it by name"
+    return None
+
+
+def _cuda_unavailable() -> str | None:
+    if _extension.unavailable is not None:
+        return _extension.unavailable
+    if not _extension.cuda_architectures():
+        return "the CUDA kernels were left out: install again where nvcc is, or with FUSED_PREACT_CUDA=1"
+    if not torch.cuda.is_available():
+        return f"torch {torch.__version__} has no CUDA device on this machine"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return "it needs a GPU of compute capability 8.0 or more, as from 2020 on"
+    return None
+
+
+def allows_tf32() -> bool:
+    """Whether torch's own switches let convolutions of float32 multiply in TF32."""
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"
+
+
+def _no_convolution(problem: Problem) -> str | None:
     for conv, (_, _, *size) in problem.convolutions:
         if conv.groups != 1 or conv.dilation != (1, 1):
             return f"it has no groups and no dilation (groups={conv.groups}, dilation={conv.dilation})"
@@ -54,10 +98,13 @@ def _nothing(_problem: Problem) -> str | None:
     return None
 
 
+# What keeps "auto" from a backend besides.
+_AUTO_OBSTACLES: dict[str, Callable[[Problem], str | None]] = {"cuda": _auto_no_cuda}
 # What keeps a backend from a problem, in the order in which "auto" tries them. "auto" promises never to be slower than
 # eager, and library pays for the activations that it does not keep by computing them again: it must be asked for.
 _OBSTACLES: dict[str, Callable[[Problem], str | None]] = {
     "cpu": _no_cpu,
+    "cuda": _no_cuda,
     "eager": _nothing,
     "library": _no_library,
     "reference": _nothing,
@@ -66,7 +113,14 @@ _OBSTACLES: dict[str, Callable[[Problem], str | None]] = {
 
 def status() -> dict[str, str | None]:
     """Name of each backend -> None where it can be used on this machine, else the reason why not."""
-    return {"cpu": _extension.unavailable, "library": None, "reference": None}
+    return {"cpu": _extension.unavailable, "cuda": _cuda_unavailable(), "library": None, "reference": None}
+
+
+def _obstacle(asked: str, name: str, problem: Problem) -> str | None:
+    reason = _OBSTACLES[name](problem)
+    if reason is None and asked == "auto" and name in _AUTO_OBSTACLES:
+        reason = _AUTO_OBSTACLES[name](problem)
+    return reason
 
 
 def check_name(backend: str) -> None:
@@ -83,7 +137,7 @@ def choose(backend: str, problem: Problem) -> str:
     """
     check_name(backend)
     if backend == "auto":
-        return next(name for name, obstacle in _OBSTACLES.items() if obstacle(problem) is None)
+        return next(name for name in _OBSTACLES if _obstacle("auto", name, problem) is None)
     reason = _OBSTACLES[backend](problem)
     if reason is not None:
         raise ValueError(f"backend={backend!r} cannot serve this call: {reason}; use backend='auto'")
@@ -125,7 +179,7 @@ def describe(where: str, backend: str, problem: Problem) -> Choice:
     """The choice for a problem, with its reasons."""
     chosen = choose(backend, problem)
     preferred = f"{chosen} comes first" if backend == "auto" else f"backend={backend!r} was asked for"
-    others = {name: obstacle(problem) or preferred for name, obstacle in _OBSTACLES.items() if name != chosen}
+    others = {name: _obstacle(backend, name, problem) or preferred for name in _OBSTACLES if name != chosen}
     return Choice(where, chosen, others)
 
 

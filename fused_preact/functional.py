@@ -204,7 +204,7 @@ def _execute(plan: Plan, x, given, residual) -> tuple[Tensor, list[Tensor]]:
         running_mean, running_var = (_filled(t, bn_weight.__getitem__) for t in (running_mean, running_var))
     facts = ops.Facts(
         plan.backend, plan.training, plan.eps, plan.geometry, plan.units, plan.shortcut, plan.problem.dtype,
-        plan.memory, running_mean, running_var,
+        plan.memory, plan.backend == "cuda" and backends.allows_tf32(), running_mean, running_var,
     )  # fmt: skip
     return ops.stage(facts, x, residual, weight, bias, bn_weight, bn_bias, shortcut_weight)
 

@@ -21,12 +21,13 @@ from .schedule import Needs
 FORWARD = (
     "(Tensor x, Tensor? residual, Tensor[] weight, Tensor[] bias, Tensor[] bn_weight, Tensor[] bn_bias, "
     "Tensor[] running_mean, Tensor[] running_var, Tensor[] shortcut_weight, bool[] training, float[] eps, "
-    "int[] geometry, int[] units, int[] shortcut, ScalarType dtype, int memory) -> (Tensor, Tensor[], Tensor[])"
+    "int[] geometry, int[] units, int[] shortcut, ScalarType dtype, int memory, bool tf32) "
+    "-> (Tensor, Tensor[], Tensor[])"
 )
 BACKWARD = (
     "(Tensor dy, Tensor x, Tensor? y, Tensor[] kept, Tensor[] rows, Tensor[] weight, Tensor[] bias, "
     "Tensor[] shortcut_weight, bool[] training, int[] geometry, int[] units, int[] shortcut, ScalarType dtype, "
-    "int memory, bool[] needs) -> (Tensor, Tensor[], Tensor[], Tensor[], Tensor[], Tensor[])"
+    "int memory, bool tf32, bool[] needs) -> (Tensor, Tensor[], Tensor[], Tensor[], Tensor[], Tensor[])"
 )
 TABLES = {"reference": reference, "library": library}
 
@@ -45,6 +46,7 @@ class Facts:
     shortcut: list[int]  # of each block, its index in schedule.SHORTCUTS
     dtype: torch.dtype
     memory: int  # index in schedule.MEMORY
+    tf32: bool  # multiply float32 as TF32; heard by `cuda` alone, for torch's own convolutions hear torch's switch
     running_mean: list[Tensor] = field(default_factory=list)
     running_var: list[Tensor] = field(default_factory=list)
     rows: list[Tensor] = field(default_factory=list)  # left here by the eager node
@@ -58,8 +60,7 @@ class Facts:
 
 
 def _fake_forward(x, residual, weight, bias, bn_weight, bn_bias, running_mean, running_var, shortcut_weight, *facts):
-    training, eps, geometry, units, shortcut, dtype, memory = facts
-    stage = Facts("", training, eps, geometry, units, shortcut, dtype, memory).stage(weight, shortcut_weight)
+    stage = Facts("", *facts).stage(weight, shortcut_weight)
     shape, kept, rows = x.shape, [], []
 
     def activation(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -69,15 +70,15 @@ def _fake_forward(x, residual, weight, bias, bn_weight, bn_bias, running_mean, r
         if k > 0 and stage.keeps_input(k):
             kept.append(activation(shape, x.dtype))
         for i in range(block.units):
-            rows.append(x.new_empty((5, shape[1]), dtype=schedule.accumulation_type(dtype)))
+            rows.append(x.new_empty((5, shape[1]), dtype=schedule.accumulation_type(stage.dtype)))
             shape = block.conv[i].output_shape(shape, block.weight[i].shape)
             if i < block.units - 1 and stage.keeps_hidden(block, i):
-                kept.append(activation(shape, dtype))
+                kept.append(activation(shape, stage.dtype))
     return x.new_empty(shape).to(memory_format=schedule.memory_format(x)), kept, rows
 
 
 def _fake_backward(dy, x, y, kept, rows, weight, bias, shortcut_weight, *facts):
-    _, _, units, shortcut, dtype, _, needs = facts
+    _, _, units, shortcut, dtype, _, _, needs = facts
     needs = Needs.parse(needs, units)
 
     def like(tensors: Sequence[Tensor], need: Sequence[bool]) -> list[Tensor]:
@@ -104,7 +105,7 @@ def _call_forward(facts: Facts, x, residual, weight, bias, bn_weight, bn_bias, s
     operator, _ = _operators(facts.backend)
     tensors = x, residual, weight, bias, bn_weight, bn_bias, facts.running_mean, facts.running_var, shortcut_weight
     rest = facts.training, facts.eps, facts.geometry, facts.units, facts.shortcut, facts.dtype, facts.memory
-    return operator(*tensors, *rest)
+    return operator(*tensors, *rest, facts.tf32)
 
 
 def _save(ctx, facts: Facts, x, y, kept, rows, weight, bias, shortcut_weight, bn_weight, bn_bias) -> None:
@@ -112,7 +113,7 @@ def _save(ctx, facts: Facts, x, y, kept, rows, weight, bias, shortcut_weight, bn
     y = y if facts.memory > 0 and facts.stage(weight, shortcut_weight).needs_y() else None
     ctx.save_for_backward(x, y, *kept, *rows, *weight, *bias, *shortcut_weight)
     ctx.counts = len(kept), len(rows), len(weight), len(bias), len(shortcut_weight)
-    ctx.facts = facts.training, facts.geometry, facts.units, facts.shortcut, facts.dtype, facts.memory
+    ctx.facts = facts.training, facts.geometry, facts.units, facts.shortcut, facts.dtype, facts.memory, facts.tf32
     ctx.backend = facts.backend
     ctx.bn_dtypes = [t.dtype for t in bn_weight], [t.dtype for t in bn_bias]
 
@@ -191,7 +192,7 @@ def _formula(ctx, dy: Tensor, _kept, _rows):
     needs = Needs(True, [True] * n, [biases > 0] * n, [True] * n, across)
     dx, dweight, dbias, dgamma, dbeta, dshortcut = _call_backward(ctx, dy, needs)
     tensors = dx, dy.clone() if residual else None, dweight, dbias[:biases], dgamma, dbeta
-    return *tensors, [None] * running, [None] * running, dshortcut, *[None] * 7
+    return *tensors, [None] * running, [None] * running, dshortcut, *[None] * 8
 
 
 def _twice(ctx, *_grads) -> None:

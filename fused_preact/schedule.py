@@ -239,6 +239,7 @@ def forward(
     shortcut: Sequence[int],
     dtype: torch.dtype,
     memory: int,
+    _tf32: bool,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """(y, kept, rows) of the stage; see docs/design.md for the arguments."""
     stage = Stage.parse(weight, bias, shortcut_weight, training, geometry, units, shortcut, dtype, memory)
@@ -373,6 +374,7 @@ def backward(
     shortcut: Sequence[int],
     dtype: torch.dtype,
     memory: int,
+    _tf32: bool,
     needs: Sequence[bool],
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
     """(dx, dweight, dbias, dbn_weight, dbn_bias, dshortcut_weight) of the stage; empty where ``needs`` says no."""

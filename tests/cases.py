@@ -9,14 +9,15 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_preact import _extension, functional, ops
+from fused_preact import _extension, functional, ops, reference
 from fused_preact.checks import Block, Shortcut, Unit
-from fused_preact.schedule import Conv, accumulation_type
+from fused_preact.schedule import Activation, Conv, Gradient, accumulation_type
 
 Results = dict[str, Tensor]
 # For what does not depend on the instruction set; the fixture `backend` adds each of those.
@@ -215,18 +216,28 @@ def forward_arguments(sample: Sample, backend: str, memory: str = "fast") -> tup
     bias = [] if bias[0] is None else bias
     projections = [block.shortcut.weight for block in sample.blocks if block.shortcut.weight is not None]
     tensors = sample.x, sample.residual, weight, bias, gamma, beta, mean, var, projections
-    return *tensors, plan.training, plan.eps, plan.geometry, plan.units, plan.shortcut, sample.x.dtype, plan.memory
+    return (
+        *tensors,
+        plan.training,
+        plan.eps,
+        plan.geometry,
+        plan.units,
+        plan.shortcut,
+        sample.x.dtype,
+        plan.memory,
+        False,
+    )
 
 
 def backward_arguments(sample: Sample, backend: str, needs: list[bool] | None = None, memory: str = "fast") -> tuple:
     """What a backend's backward operator is called with after its forward; by default every gradient is needed."""
     arguments = forward_arguments(sample, backend, memory)
     y, kept, rows = ops._operators(backend)[0](*arguments)
-    x, _, weight, bias, *_, projections, training, _, geometry, units, shortcut, dtype, code = arguments
+    x, _, weight, bias, *_, projections, training, _, geometry, units, shortcut, dtype, code, tf32 = arguments
     n = len(weight)
     needs = needs or [True] * (n + 1) + [len(bias) > 0] * n + [True] * n + [kind > 1 for kind in shortcut]
     lists = list(kept), list(rows), weight, bias, projections
-    return sample.dy, x, y if code else None, *lists, training, geometry, units, shortcut, dtype, code, needs
+    return sample.dy, x, y if code else None, *lists, training, geometry, units, shortcut, dtype, code, tf32, needs
 
 
 def error(result: Tensor, exact: Tensor) -> float:
@@ -263,11 +274,38 @@ def vanishes(case: Case, name: str) -> bool:
 
 def assert_as_close_as_eager(case: Case, backend: str, dtype: torch.dtype) -> None:
     """Each result has at most twice the error that plain layers have in the same dtype, or that of one rounding."""
+    assert_no_worse(errors(case, dtype, lambda sample: fused(sample, backend)), eager_errors(case, dtype), dtype)
+
+
+def assert_no_worse(ours: dict[str, float], theirs: dict[str, float], dtype: torch.dtype) -> None:
+    """The rule of `assert_as_close_as_eager` for errors that have been measured."""
     rounding = torch.finfo(dtype).eps / 2
-    ours, theirs = errors(case, dtype, lambda sample: fused(sample, backend)), eager_errors(case, dtype)
     assert ours.keys() == theirs.keys()
     worse = {name: (ours[name], theirs[name]) for name in ours if not ours[name] <= max(2 * theirs[name], rounding)}
-    assert not worse, f"relative error of {backend} and of eager: {worse}"
+    assert not worse, f"relative error and that of eager: {worse}"
+
+
+def assert_exact_on_integers(case: Case, kernels: Any, dtype: torch.dtype) -> None:
+    """A table of kernels gives the integers that the sums of one unit are: y, dx, dW and dbias, without batch norm."""
+    generator = torch.Generator().manual_seed(0)
+
+    def integers(*shape: int) -> Tensor:
+        values = torch.randint(-1, 2, shape, generator=generator).to(dtype)
+        return values.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else values
+
+    layer, x = case.layers[0], integers(*case.shape)
+    weight, bias = integers(layer.K, case.shape[1], *layer.size), integers(layer.K)
+    dy = integers(*layer.conv.output_shape(case.shape, weight.shape))
+
+    def results(table: Any, to: torch.dtype) -> list[Tensor]:
+        a, g, w = Activation(x.to(to), None), Gradient(dy.to(to)), weight.to(to)
+        y, _ = table.forward(layer.conv, a, w, bias.to(to), g.g, None)
+        dx = table.dgrad(layer.conv, g, w, a, a.x, False).g
+        return [y, dx, *table.wgrad(layer.conv, g, a, w, True)]
+
+    for actual, expected in zip(results(kernels, dtype), results(reference, torch.float64), strict=True):
+        # A sum may be an integer that dtype does not hold.
+        assert torch.equal(actual, expected.to(dtype))
 
 
 _POINT = Layer(0, (1, 1), padding=(0, 0))

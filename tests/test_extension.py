@@ -54,14 +54,14 @@ def make(N: int = 2, *, training: bool = True, dtype: torch.dtype = torch.float3
 def forward(a: SimpleNamespace):
     return torch.ops.fused_preact.forward(
         a.x, a.residual, a.weight, a.bias, a.bn_weight, a.bn_bias, a.running_mean, a.running_var, a.shortcut_weight,
-        a.training, a.eps, a.geometry, a.units, a.shortcut, a.dtype, a.memory,
+        a.training, a.eps, a.geometry, a.units, a.shortcut, a.dtype, a.memory, False,
     )  # fmt: skip
 
 
 def backward(a: SimpleNamespace):
     return torch.ops.fused_preact.backward(
         a.dy, a.x, a.y, a.kept, a.rows, a.weight, a.bias, a.shortcut_weight, a.training, a.geometry, a.units,
-        a.shortcut, a.dtype, a.memory, a.needs,
+        a.shortcut, a.dtype, a.memory, False, a.needs,
     )  # fmt: skip
 
 
@@ -221,7 +221,7 @@ def test_any_geometry_stays_inside(size, stride, pad, isa):
 
     x, *norms = a.x.double(), a.weight, a.bias, a.bn_weight, a.bn_bias, a.running_mean, a.running_var
     norms = [[t.double() for t in tensors] for tensors in norms]
-    facts = a.units, a.shortcut, torch.float64, a.memory
+    facts = a.units, a.shortcut, torch.float64, a.memory, False
     expected, kept, rows = schedule.forward(reference, x, None, *norms, [], a.training, a.eps, a.geometry, *facts)
     saved = a.dy.double(), x, None, kept, rows, norms[0], norms[1], []
     gradients = schedule.backward(reference, *saved, a.training, a.geometry, *facts, a.needs)
