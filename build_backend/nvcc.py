@@ -9,7 +9,7 @@ from pathlib import Path
 
 from setuptools.errors import CompileError
 
-# Compute capabilities whose machine code goes into the binary. It also runs on later ones of the same major version; the
+# Compute capabilities whose machine code goes into the binary; it runs on later ones of the same major version too. The
 # driver compiles the PTX that is there too for all others.
 ARCHITECTURES = ("8.0", "9.0")
 OLDEST = "8.0"
@@ -38,7 +38,7 @@ class Cuda:
 
 
 def find(architectures: tuple[str, ...] = ARCHITECTURES) -> Cuda | None:
-    """The toolkit of CUDA_HOME, of the nvcc on PATH, or in /usr/local/cuda; None without one or with FUSED_PREACT_CUDA=0.
+    """The toolkit of CUDA_HOME, of PATH, or in /usr/local/cuda; None without one, or with FUSED_PREACT_CUDA=0.
 
     Raises:
         CompileError: FUSED_PREACT_CUDA=1 and there is none, or its value is another.

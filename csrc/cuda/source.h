@@ -42,7 +42,7 @@ struct ActivationSource {
   __device__ void copy(std::byte* to, int, int64_t pixel, int c) const { copy_piece(to, x, pixel, c, C, aligned); }
 
   struct Rows {
-    float mean[L], scale[L], shift[L];
+    float mean[4], scale[4], shift[4];
   };
   __device__ Rows rows(int c) const {
     Rows rows{};
@@ -53,12 +53,12 @@ struct ActivationSource {
     return rows;
   }
   __device__ void form(std::byte* at, int, const Rows& rows) const {
-    float v[L];
-    unpack<S>(v, *reinterpret_cast<const uint4*>(at));
+    float v[4];
+    unpack_four(v, *reinterpret_cast<const Four<S>*>(at), S{});
     if (norm != nullptr)
 #pragma unroll
-      for (int i = 0; i < L; ++i) v[i] = relu(fmaf(v[i] - rows.mean[i], rows.scale[i], rows.shift[i]));
-    *reinterpret_cast<uint4*>(at) = Op::operand(v);
+      for (int i = 0; i < 4; ++i) v[i] = relu(fmaf(v[i] - rows.mean[i], rows.scale[i], rows.shift[i]));
+    *reinterpret_cast<Four<S>*>(at) = Op::operand(v);
   }
 };
 
@@ -92,7 +92,7 @@ struct GradientSource {
   }
 
   struct Rows {
-    float mean[L], scale[L], slope[L], offset[L];
+    float mean[4], scale[4], slope[4], offset[4];
   };
   __device__ Rows rows(int c) const {
     Rows rows{};
@@ -103,24 +103,19 @@ struct GradientSource {
     load_row(rows.offset, grad != nullptr ? grad + kOffset * C : nullptr, c, C, aligned);
     return rows;
   }
-  __device__ void form(float (&v)[L], uint4 beside, const Rows& rows) const {
+  // dy of four channels from g, of which it takes the place, and x.
+  __device__ void form(float* v, const float* input, const Rows& rows) const {
     if (norm == nullptr) return;
-    if (grad == nullptr) {
 #pragma unroll
-      for (int i = 0; i < L; ++i) v[i] *= rows.scale[i];
-      return;
-    }
-    float input[L];
-    unpack<S>(input, beside);
-#pragma unroll
-    for (int i = 0; i < L; ++i)
+    for (int i = 0; i < 4; ++i)
       v[i] = fmaf(input[i] - rows.mean[i], rows.slope[i], fmaf(v[i], rows.scale[i], rows.offset[i]));
   }
   __device__ void form(std::byte* at, int second, const Rows& rows) const {
-    float v[L];
-    unpack<S>(v, *reinterpret_cast<const uint4*>(at));
-    form(v, grad != nullptr ? *reinterpret_cast<const uint4*>(at + second) : uint4{0, 0, 0, 0}, rows);
-    *reinterpret_cast<uint4*>(at) = Op::operand(v);
+    float v[4], input[4] = {};
+    unpack_four(v, *reinterpret_cast<const Four<S>*>(at), S{});
+    if (grad != nullptr) unpack_four(input, *reinterpret_cast<const Four<S>*>(at + second), S{});
+    form(v, input, rows);
+    *reinterpret_cast<Four<S>*>(at) = Op::operand(v);
   }
 };
 
@@ -158,15 +153,19 @@ __device__ __forceinline__ void copy_strip(const Source& source, int first, cons
                           [&](int q, int at) { source.copy(strip + at, layout.tensor_bytes, pixel_of(q), c); });
 }
 
-// Forms the strip when its copies have come.
+// Forms the strip when its copies have come: four channels at a time, whose rows stay in registers.
 template <int Threads, class Source, class PixelOf>
 __device__ __forceinline__ void form_strip(const Source& source, int first, const StripLayout& layout, std::byte* strip,
                                            int pixels, const PixelOf& pixel_of) {
   if (!source.forms()) return;
-  const auto rows = source.rows(own_channel<Source>(layout, first));
-  for_own_pieces<Threads>(layout, pixels, [&](int q, int at) {
-    if (pixel_of(q) >= 0) source.form(strip + at, layout.tensor_bytes, rows);
-  });
+#pragma unroll 1
+  for (int i = 0; i < Source::L; i += 4) {
+    const auto rows = source.rows(own_channel<Source>(layout, first) + i);
+    std::byte* const four = strip + i * sizeof(typename Source::S);
+    for_own_pieces<Threads>(layout, pixels, [&](int q, int at) {
+      if (pixel_of(q) >= 0) source.form(four + at, layout.tensor_bytes, rows);
+    });
+  }
 }
 
 }  // namespace fused_preact::cuda

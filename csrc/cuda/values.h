@@ -76,6 +76,17 @@ __device__ __forceinline__ void unpack(float (&v)[kLanes<S>], uint4 piece) {
   }
 }
 
+// The same for four values at a time, which is half a piece of a 16-bit type.
+template <class S>
+using Four = std::conditional_t<sizeof(S) == 4, uint4, uint2>;
+
+__device__ __forceinline__ void unpack_four(float (&v)[4], uint4 four, float) { unpack<float>(v, four); }
+template <class S>
+__device__ __forceinline__ void unpack_four(float (&v)[4], uint2 four, S type) {
+  const float2 low = widen(four.x, type), high = widen(four.y, type);
+  v[0] = low.x, v[1] = low.y, v[2] = high.x, v[3] = high.y;
+}
+
 template <class S>
 __device__ __forceinline__ uint4 pack(const float (&v)[kLanes<S>]) {
   if constexpr (sizeof(S) == 4)

@@ -15,7 +15,7 @@ namespace fused_preact::cuda {
 
 namespace {
 
-constexpr int kWarps = 8, kThreads = 32 * kWarps, kBlocks = 2, kLogPixels = 7;
+constexpr int kWarps = 4, kThreads = 32 * kWarps, kBlocks = 3, kLogPixels = 7;
 constexpr int kMostShared = 99 * 1024, kWantShared = 72 * 1024;
 constexpr int kLogMostPieces = 4;  // of a pixel in a tile, as a power of two
 
@@ -90,6 +90,21 @@ __device__ __forceinline__ void multiply_tile(Block (&acc)[Units<Taps>::kCount],
       }
     }
   }
+}
+
+// Adds a tile's dy to the group's slot of dbias, of which each thread has one channel: it is rarely wanted, and so takes no
+// register from the rest.
+template <class Op>
+__device__ __forceinline__ void add_bias(const WgradParams<Op>& p, int group, int k0, int k_tile, bool first,
+                                         const std::byte* dy) {
+  const int k = k0 + static_cast<int>(threadIdx.x);
+  if (static_cast<int>(threadIdx.x) >= k_tile || k >= p.dy.C) return;
+  double* const slot = p.bias_slots + static_cast<int64_t>(group) * p.dy.C + k;
+  double sum = first ? 0 : *slot;
+#pragma unroll 1
+  for (int q = 0; q < p.slot_pixels; ++q)
+    sum += widen(reinterpret_cast<const typename Op::Storage*>(dy + q * p.dy_strip.pixel_bytes())[threadIdx.x]);
+  *slot = sum;
 }
 
 // Adds the accumulators of the warps that share units, in order, into those of the first of them.
@@ -184,7 +199,6 @@ __global__ __launch_bounds__(kThreads, kBlocks) void wgrad_kernel(const __grid_c
   };
   Block acc[U::kCount];
   clear(acc);
-  double bias = 0;
   const bool with_bias = p.bias_slots != nullptr && c0 == 0;
   // Each step queues the copies of the next tile, and multiplies the one that the step before it queued.
   for (int t = begin - 1, which = 1; t < end; ++t, which ^= 1) {
@@ -199,9 +213,7 @@ __global__ __launch_bounds__(kThreads, kBlocks) void wgrad_kernel(const __grid_c
     __syncthreads();
     multiply_tile<Op, Taps>(acc, p, stage, stage + p.dy_strip.bytes, unit_warp / p.c_groups, unit_warp % p.c_groups,
                             split);
-    if (with_bias && static_cast<int>(threadIdx.x) < k_tile)
-      for (int q = 0; q < p.slot_pixels; ++q)
-        bias += widen(reinterpret_cast<const S*>(stage + q * p.dy_strip.pixel_bytes())[threadIdx.x]);
+    if (with_bias) add_bias(p, group, k0, k_tile, t == begin, stage);
     __syncthreads();
   }
 
@@ -215,9 +227,6 @@ __global__ __launch_bounds__(kThreads, kBlocks) void wgrad_kernel(const __grid_c
       to[i * 32] = {d[0], d[1], d[2], d[3]};
     }
   }
-  const int k = k0 + static_cast<int>(threadIdx.x);
-  if (with_bias && static_cast<int>(threadIdx.x) < k_tile && k < p.dy.C)
-    p.bias_slots[static_cast<int64_t>(group) * p.dy.C + k] = bias;
   merge_groups(p.counters + column * p.teams.counters(), p.teams, group,
                [&](int first, int count, int step, bool finish) {
                  merge_slots<Taps>(p, column, k0, c0, with_bias, first, count, step, finish);
