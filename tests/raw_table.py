@@ -4,15 +4,32 @@ from __future__ import annotations
 
 import struct
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
+from fused_preact import reference
 from fused_preact.schedule import OFFSET, SLOPE, Activation, Affine, Conv, Gradient, accumulation_type
 
 NAMES = ("forward", "dgrad", "wgrad", "statistics", "running", "dx")  # struct Kernels
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # enum Dtype
 NORM_ROWS, GRAD_ROWS = 5, 4
+
+
+def stand_in(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The name of a backend that a table of kernels serves until the test is over; it must then have been called."""
+    called = []
+
+    def function(name: str) -> Any:
+        return lambda *arguments: called.append(name) or getattr(kernels, name)(*arguments)
+
+    for name in NAMES:
+        monkeypatch.setattr(reference, name, function(name))
+    yield "reference"
+    assert "forward" in called
 
 
 class RawTable(ABC):

@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from cases import CHAINS, UNITS, Case, assert_as_close_as_eager, assert_exact_on_integers, errors, fused
-from fused_preact import _extension, ops
+from fused_preact import _extension
 from fused_preact.schedule import Gradient
+from raw_table import stand_in
 
 pytestmark = pytest.mark.skipif(
     platform.machine() not in ("x86_64", "AMD64"), reason="AVX-512 kernels are built for x86-64 only"
@@ -37,10 +38,9 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[Any]:
 
 
 @pytest.fixture
-def backend(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> str:
+def backend(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The name of a backend, which the emulated kernels serve."""
-    monkeypatch.setitem(ops.TABLES, "reference", kernels)
-    return "reference"
+    yield from stand_in(kernels, monkeypatch)
 
 
 each_case = pytest.mark.parametrize("case", [*UNITS, *CHAINS], ids=lambda case: case.id)

@@ -31,7 +31,7 @@ from cases import (
     fused,
     point,
 )
-from fused_preact import ops
+from raw_table import stand_in
 from test_ops import (  # noqa: F401  (with the fixture `backend` of this file)
     poisoned,
     test_integers_are_exact,
@@ -72,10 +72,9 @@ def kernels(emulated: Any) -> Iterator[Any]:
 
 
 @pytest.fixture
-def backend(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> str:
+def backend(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The name of a backend, which the emulated kernels serve."""
-    monkeypatch.setitem(ops.TABLES, "reference", kernels)
-    return "reference"
+    yield from stand_in(kernels, monkeypatch)
 
 
 @pytest.fixture(params=PRODUCTS)
