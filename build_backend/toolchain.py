@@ -19,7 +19,7 @@ from nvcc import Cuda
 from torch_location import Torch
 
 HOST_SOURCES = ("ops", "schedule", "launch", "tensors", "cpu/dispatch", "cpu/parallel", "cpu/pool", "cpu/workspace")
-KERNEL_SOURCES = ("forward", "dgrad", "wgrad", "statistics", "dx", "kernels")  # of cpu/ and of cuda/
+KERNEL_SOURCES = ("forward", "dgrad", "wgrad", "statistics", "dx")  # of cpu/ and of cuda/, beside the table kernels.cpp
 
 # No -ffast-math: NaN and infinity must come out as torch gives them. Kernels read neither errno nor exception flags.
 COMMON_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror=vla")
@@ -133,14 +133,15 @@ class Toolchain:
         if self.cuda is not None:
             names = " ".join(f"ARCHITECTURE({name})" for name in self.cuda.architectures)
             host += (f"-DFUSED_PREACT_CUDA={names}", "-DUSE_CUDA", "-isystem", str(self.cuda.home / "include"))
-            yield "host/cuda/device", self.sources / "cuda/device.cpp", host
+            for name in "device", "kernels":
+                yield f"host/cuda/{name}", self.sources / "cuda" / f"{name}.cpp", host
             for name in KERNEL_SOURCES:
                 yield f"cuda/{name}", self.sources / "cuda" / f"{name}.cu", self.cuda.flags()
         for name in HOST_SOURCES:
             yield f"host/{name}", self.sources / f"{name}.cpp", host
         for isa in self.isas:
             own = (*common, *KERNEL_FLAGS, *X86_FLAGS[isa], f"-DFUSED_PREACT_ISA={isa}")
-            for name in KERNEL_SOURCES:
+            for name in (*KERNEL_SOURCES, "kernels"):
                 yield f"{isa}/{name}", self.sources / "cpu" / f"{name}.cpp", own
 
     def _nvcc_rule(self) -> list[str]:

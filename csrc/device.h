@@ -28,7 +28,6 @@ struct Device {
   const Kernels& kernels;
   std::shared_ptr<Scratch> scratch;
   Pool* pool;  // null where torch's own allocator serves
-  void (*copy)(void* to, const void* from, size_t bytes, void* stream);
 };
 
 }  // namespace fused_preact

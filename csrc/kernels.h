@@ -35,10 +35,9 @@ using WeightGrad = Filter<void*>;
 // Subtracting the mean first keeps the digits of channels whose mean is large against their deviation.
 enum NormRow { kMean, kRstd, kVariance, kScale, kShift, kNormRows };
 
-// The rows that backward makes of one batch norm, consecutive in one [4][C] array:
-//   dgamma = sum dz*xhat,  dbeta = sum dz,
+// The rows by which backward forms dx behind one batch norm of batch statistics, consecutive in one [2][C] array:
 //   dx = scale*dz + slope*(x - mean) + offset,  slope = -scale*rstd*dgamma/m,  offset = -scale*dbeta/m.
-enum GradRow { kDgamma, kDbeta, kSlope, kOffset, kGradRows };
+enum GradRow { kSlope, kOffset, kGradRows };
 
 // a = max(z, 0) of x; a = x where norm is null.
 struct Activation {
@@ -53,6 +52,13 @@ struct Gradient {
   const void* x;
   const void* norm;  // [kNormRows][K] or null
   const void* grad;  // [kGradRows][K] or null
+};
+
+// What backward makes of one batch norm: dgamma = sum dz*xhat and dbeta = sum dz, [C] each, and the rows above.
+struct NormGrad {
+  void* dgamma;
+  void* dbeta;
+  void* rows;  // [kGradRows][C], or null where the batch norm used running statistics
 };
 
 // What turns the moments of a tensor into the rows of the batch norm that reads it.
@@ -82,11 +88,10 @@ struct Kernels {
   void (*forward)(const Conv&, Dtype, const Activation& x, const Weight&, const void* bias, const void* residual,
                   void* y, const Affine& next, void* next_rows, Workspace&);
 
-  // dz = (conv_transpose(dy, weight) + add) * [z > 0] with z of x, and its grad rows [kGradRows][C] (batch: fill
-  // slope and offset, else they are left alone). Where x.norm is null: plain, no mask, rows unused.
-  // add may be null, and may be dz itself.
+  // dz = (conv_transpose(dy, weight) + add) * [z > 0] with z of x, and the gradients of its batch norm. Where x.norm is
+  // null: plain, no mask, grad unused. add may be null, and may be dz itself.
   void (*dgrad)(const Conv&, Dtype, const Gradient& dy, const Weight&, const Activation& x, const void* add, void* dz,
-                void* grad_rows, bool batch, Workspace&);
+                const NormGrad& grad, Workspace&);
 
   // dweight[k,c,r,s] = sum over pixels of a * dy; dbias[k] = sum of dy where not null (storage type, both).
   void (*wgrad)(const Conv&, Dtype, const Gradient& dy, const Activation& x, const WeightGrad& dweight, void* dbias,

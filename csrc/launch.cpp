@@ -11,8 +11,10 @@ const void* pointer(const std::optional<Tensor>& x) { return x ? x->const_data_p
 Activation raw(const Launch::Activation& x) { return {x.x.const_data_ptr(), pointer(x.norm)}; }
 
 Gradient raw(const Launch::Gradient& dy) {
-  return {dy.g.const_data_ptr(), pointer(dy.x), pointer(dy.norm), dy.batch ? pointer(dy.grad) : nullptr};
+  return {dy.g.const_data_ptr(), pointer(dy.x), pointer(dy.norm), pointer(dy.grad)};
 }
+
+void* mutable_pointer(const std::optional<Tensor>& x) { return x ? x->mutable_data_ptr() : nullptr; }
 
 Affine raw(const Launch::Affine& affine) {
   return {affine.gamma.const_data_ptr(), affine.beta.const_data_ptr(), affine.eps};
@@ -51,13 +53,20 @@ std::pair<Tensor, std::optional<Tensor>> Launch::forward(const Conv& conv, const
 Launch::Gradient Launch::dgrad(const Conv& conv, const Gradient& dy, const Tensor& weight, const Activation& x,
                                const std::optional<Tensor>& add, bool batch) const {
   const Tensor dz = empty_nhwc(x.x, type_, conv.N, conv.C, conv.H, conv.W, device_.pool);
-  Gradient result{dz, std::nullopt, std::nullopt, std::nullopt, false};
-  if (x.norm) result = {dz, x.x, x.norm, empty_rows(x.x, kGradRows, conv.C), batch};
-  if (conv.N > 0)
-    device_.kernels.dgrad(conv, dtype_, raw(dy), filter(weight), raw(x), pointer(add), dz.mutable_data_ptr(),
-                          x.norm ? result.grad->mutable_data_ptr() : nullptr, batch, Scope(*device_.scratch));
-  else if (x.norm)
-    torch::stable::zero_(*result.grad);
+  Gradient result{dz, std::nullopt, std::nullopt, std::nullopt, std::nullopt, std::nullopt};
+  if (x.norm) {
+    const ScalarType type = accumulation_type(type_);
+    result = {dz, x.x, x.norm, std::nullopt, empty(x.x, type, {conv.C}), empty(x.x, type, {conv.C})};
+    if (batch) result.grad = empty_rows(x.x, kGradRows, conv.C);
+  }
+  if (conv.N > 0) {
+    const NormGrad grad{mutable_pointer(result.dgamma), mutable_pointer(result.dbeta), mutable_pointer(result.grad)};
+    device_.kernels.dgrad(conv, dtype_, raw(dy), filter(weight), raw(x), pointer(add), dz.mutable_data_ptr(), grad,
+                          Scope(*device_.scratch));
+  } else {
+    for (std::optional<Tensor> sum : {result.dgamma, result.dbeta, result.grad})
+      if (sum) torch::stable::zero_(*sum);
+  }
   return result;
 }
 
@@ -96,15 +105,6 @@ Tensor Launch::dx(const Gradient& dy, const std::optional<Tensor>& add) const {
     device_.kernels.dx(dtype_, pixels(dx), dx.size(1), raw(dy), pointer(add), dx.mutable_data_ptr(),
                        Scope(*device_.scratch));
   return dx;
-}
-
-Tensor Launch::row(const Tensor& rows, int64_t row) const {
-  const int64_t C = rows.size(1);
-  const Tensor result = empty(rows, rows.scalar_type(), {C});
-  const size_t bytes = C * rows.element_size();
-  device_.copy(result.mutable_data_ptr(), static_cast<const char*>(rows.const_data_ptr()) + row * bytes, bytes,
-               device_.scratch->stream);
-  return result;
 }
 
 Tensor Launch::empty_rows(const Tensor& like, int64_t rows, int64_t C) const {

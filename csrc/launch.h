@@ -19,7 +19,7 @@ class Launch {
   struct Gradient {
     Tensor g;
     std::optional<Tensor> x, norm, grad;
-    bool batch = false;  // whether grad has slope and offset
+    std::optional<Tensor> dgamma, dbeta;  // of the batch norm, in the accumulation type
   };
   struct Affine {
     Tensor gamma, beta;
@@ -45,9 +45,6 @@ class Launch {
   Tensor running(const Tensor& mean, const Tensor& variance, const Affine& next) const;
   // Overwrites dy.g.
   Tensor dx(const Gradient& dy, const std::optional<Tensor>& add) const;
-
-  // A tensor of its own with the same values as row `row` of rows [..., C].
-  Tensor row(const Tensor& rows, int64_t row) const;
 
  private:
   Tensor empty_rows(const Tensor& like, int64_t rows, int64_t C) const;

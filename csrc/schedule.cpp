@@ -18,7 +18,9 @@ std::vector<Tensor> nothing(size_t n, const Tensor& like, ScalarType type) {
   return result;
 }
 
-Launch::Gradient plain(const Tensor& dy) { return {dy, std::nullopt, std::nullopt, std::nullopt}; }
+Launch::Gradient plain(const Tensor& dy) {
+  return {dy, std::nullopt, std::nullopt, std::nullopt, std::nullopt, std::nullopt};
+}
 
 class Forward {
  public:
@@ -192,8 +194,8 @@ class Backward {
       if (!wanted) continue;
       g = kernels_.dgrad(chain.conv[i], g, chain.weight[i], a, add, stage_.training[unit]);
       if (needs_.norm[unit]) {
-        result_.dbn_weight[unit] = kernels_.row(*g.grad, kDgamma);
-        result_.dbn_bias[unit] = kernels_.row(*g.grad, kDbeta);
+        result_.dbn_weight[unit] = *g.dgamma;
+        result_.dbn_bias[unit] = *g.dbeta;
       }
     }
     if (chain.shortcut == Shortcut::raw) shortcut_wgrad(std::nullopt);

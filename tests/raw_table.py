@@ -16,7 +16,7 @@ from fused_preact.schedule import OFFSET, SLOPE, Activation, Affine, Conv, Gradi
 
 NAMES = ("forward", "dgrad", "wgrad", "statistics", "running", "dx")  # struct Kernels
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # enum Dtype
-NORM_ROWS, GRAD_ROWS = 5, 4
+NORM_ROWS, GRAD_ROWS = 5, 2
 
 
 def stand_in(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
@@ -85,7 +85,8 @@ class RawTable(ABC):
         if dy.norm is None:
             return self.place_words(self._place(dy.g), 0, 0, 0)
         # With running statistics slope and offset are 0, and the kernels get no rows of them.
-        grad = dy.grad if dy.grad[SLOPE].any() or dy.grad[OFFSET].any() else None
+        rows = torch.stack([dy.grad[SLOPE], dy.grad[OFFSET]])
+        grad = rows if rows.any() else None
         return self.place_words(*(self._place(t) for t in (dy.g, dy.x, dy.norm, grad)))
 
     def _filter(self, placed: Tensor) -> int:
@@ -132,9 +133,10 @@ class RawTable(ABC):
     ) -> Gradient:
         self.clear()
         dz = self._result(x.x.contiguous(memory_format=torch.channels_last))
+        dgamma, dbeta = (self._rows(1, dz, dz.size(1)) for _ in range(2))
         rows = self._rows(GRAD_ROWS, dz, dz.size(1))
         if not batch:
-            rows[[SLOPE, OFFSET]] = 0
+            rows.zero_()
         self.call(
             "dgrad",
             self._conv(conv, x.x, weight),
@@ -144,10 +146,11 @@ class RawTable(ABC):
             self._activation(x),
             self._place(add),
             self.address(dz),
-            self.address(rows) if x.norm is not None else 0,
-            batch,
+            self.place_words(self.address(dgamma), self.address(dbeta), self.address(rows if batch else None)),
         )
-        return Gradient(dz.clone()) if x.norm is None else Gradient(dz.clone(), x.x, x.norm, rows.clone())
+        if x.norm is None:
+            return Gradient(dz.clone())
+        return Gradient(dz.clone(), x.x, x.norm, [row.clone() for row in (*dgamma, *dbeta, *rows)])
 
     def wgrad(
         self, conv: Conv, dy: Gradient, x: Activation, weight: Tensor, bias: bool

@@ -18,7 +18,7 @@ from cuda_toolkit import ROOT
 pytestmark = pytest.mark.skipif(cuda_toolkit.home() is None, reason=cuda_toolkit.NO_NVCC)
 
 ARCHITECTURES = ["8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]
-SOURCES = sorted(path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu") if path.stem != "kernels")  # the table
+SOURCES = sorted(path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
 REGISTERS, GRANULE, WARP = 65536, 256, 32  # of a multiprocessor; a warp takes them by so many
 # Matrix products by the type in a kernel's name: the shape, and the types, as the disassembler writes them.
 PRODUCTS = {

@@ -172,21 +172,21 @@ void merge_groups(double* sums, int64_t size) {
 }
 
 template <class T>
-void gradient_rows(const double* dbeta, const double* centered, int64_t C, const T* norm, T* rows, bool batch,
-                   double count) {
+void finish(const double* dz, const double* centered, int64_t C, const T* norm, const NormGrad& grad, double count) {
+  T* rows = static_cast<T*>(grad.rows);
   for (int64_t c = 0; c < C; ++c) {
     const double rstd = norm[kRstd * C + c], scale = norm[kScale * C + c], dgamma = centered[c] * rstd;
-    rows[kDgamma * C + c] = T(dgamma);
-    rows[kDbeta * C + c] = T(dbeta[c]);
-    if (!batch) continue;
+    static_cast<T*>(grad.dgamma)[c] = T(dgamma);
+    static_cast<T*>(grad.dbeta)[c] = T(dz[c]);
+    if (rows == nullptr) continue;
     rows[kSlope * C + c] = T(-scale * rstd * dgamma / count);
-    rows[kOffset * C + c] = T(-scale * dbeta[c] / count);
+    rows[kOffset * C + c] = T(-scale * dz[c] / count);
   }
 }
 
 template <class S, class E>
 void dgrad_of(const Conv& conv, const Gradient& dy, const Weight& weight, const Activation& x, const void* add,
-              void* dz, void* grad_rows, bool batch, Workspace& workspace) {
+              void* dz, const NormGrad& grad, Workspace& workspace) {
   using T = Accumulate<S>;
   const T* norm = static_cast<const T*>(x.norm);
   const Pass<S, E> pass{conv,
@@ -200,18 +200,16 @@ void dgrad_of(const Conv& conv, const Gradient& dy, const Weight& weight, const 
     for (int64_t w = 0; w < conv.stride_w; ++w) pass.run(h, w, sums);
   if (norm == nullptr) return;
   merge_groups(sums, pass.sums_size());
-  gradient_rows(sums, sums + pass.sums_size() / 2, conv.C, norm, static_cast<T*>(grad_rows), batch,
-                double(conv.N) * conv.H * conv.W);
+  finish(sums, sums + pass.sums_size() / 2, conv.C, norm, grad, double(conv.N) * conv.H * conv.W);
 }
 
 }  // namespace
 
 void dgrad(const Conv& conv, Dtype dtype, const Gradient& dy, const Weight& weight, const Activation& x,
-           const void* add, void* dz, void* grad_rows, bool batch, Workspace& workspace) {
+           const void* add, void* dz, const NormGrad& grad, Workspace& workspace) {
   with_storage(dtype, [&](auto s) {
     using S = decltype(s);
-    with_operand<S>(
-        conv.K, [&](auto e) { dgrad_of<S, decltype(e)>(conv, dy, weight, x, add, dz, grad_rows, batch, workspace); });
+    with_operand<S>(conv.K, [&](auto e) { dgrad_of<S, decltype(e)>(conv, dy, weight, x, add, dz, grad, workspace); });
   });
 }
 

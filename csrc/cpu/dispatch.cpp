@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstring>
 #include <stdexcept>
 
 #include "pool.h"
@@ -74,10 +73,7 @@ void set_isa(const std::string& name) {
 
 Device device() {
   const std::shared_ptr<void> not_owned;
-  return {chosen().load()->kernels(),
-          {not_owned, &scratch()},
-          &ActivationPool::instance(),
-          [](void* to, const void* from, size_t bytes, void*) { std::memcpy(to, from, bytes); }};
+  return {chosen().load()->kernels(), {not_owned, &scratch()}, &ActivationPool::instance()};
 }
 
 }  // namespace fused_preact::cpu

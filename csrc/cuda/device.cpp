@@ -1,12 +1,9 @@
 #include "device.h"
 
-#include <cuda_runtime_api.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <stdexcept>
-#include <string>
 #include <utility>
 #include <vector>
 
@@ -55,14 +52,8 @@ class TensorScratch final : public Scratch {
   size_t bytes_ = 0, used_ = 0;  // of the block
 };
 
-void copy(void* to, const void* from, size_t bytes, void* stream) {
-  const cudaError_t error =
-      cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, static_cast<cudaStream_t>(stream));
-  if (error != cudaSuccess) throw std::runtime_error(std::string("copy of a row: ") + cudaGetErrorString(error));
-}
-
 }  // namespace
 
-Device device(const Tensor& like) { return {kernels(), std::make_shared<TensorScratch>(like), nullptr, copy}; }
+Device device(const Tensor& like) { return {kernels(), std::make_shared<TensorScratch>(like), nullptr}; }
 
 }  // namespace fused_preact::cuda

@@ -14,10 +14,10 @@ namespace {
 // The two sums of every group and channel in global memory, and the rows that come of them.
 struct GradSlots {
   double* data;       // [groups][2][C]
-  float* rows;        // [kGradRows][C], or null: then there are no sums
-  const float* norm;  // [kNormRows][C]
+  const float* norm;  // [kNormRows][C], or null: then there are no sums
+  NormGrad grad;
   int64_t C;
-  double count;  // values of a channel; 0 where the batch norm used running statistics
+  double count;  // values of a channel
 
   static size_t bytes(int64_t groups, int64_t C) { return groups * 2 * C * sizeof(double); }
 
@@ -34,17 +34,18 @@ struct GradSlots {
         dz += from[0], dz_x += from[C];
       }
       if (finish)
-        write_rows(c, dz, dz_x);
+        write_grad(c, dz, dz_x);
       else
         write(first, c, dz, dz_x);
     }
   }
 
-  __device__ void write_rows(int64_t c, double dbeta, double dz_x) const {
+  __device__ void write_grad(int64_t c, double dbeta, double dz_x) const {
     const double rstd = norm[kRstd * C + c], scale = norm[kScale * C + c], dgamma = dz_x * rstd;
-    rows[kDgamma * C + c] = static_cast<float>(dgamma);
-    rows[kDbeta * C + c] = static_cast<float>(dbeta);
-    if (count == 0) return;
+    static_cast<float*>(grad.dgamma)[c] = static_cast<float>(dgamma);
+    static_cast<float*>(grad.dbeta)[c] = static_cast<float>(dbeta);
+    float* const rows = static_cast<float*>(grad.rows);
+    if (rows == nullptr) return;
     rows[kSlope * C + c] = static_cast<float>(-scale * rstd * dgamma / count);
     rows[kOffset * C + c] = static_cast<float>(-scale * dbeta / count);
   }
@@ -63,7 +64,7 @@ struct DgradEpilogue {
     bool aligned;
     GradSlots slots;
 
-    __device__ bool has_sums() const { return slots.rows != nullptr; }
+    __device__ bool has_sums() const { return slots.norm != nullptr; }
     __device__ void merge(int begin, int end, int first, int count, int step, bool finish) const {
       slots.merge(begin, end, first, count, step, finish);
     }
@@ -146,7 +147,7 @@ void add_windows(Correlation<Op, GradientSource<Op>>& c, const Conv& conv) {
 }  // namespace
 
 void dgrad(const Conv& conv, Dtype dtype, const Gradient& dy, const Weight& weight, const Activation& x,
-           const void* add, void* dz, void* grad_rows, bool batch, Workspace& workspace) {
+           const void* add, void* dz, const NormGrad& grad, Workspace& workspace) {
   with_product(dtype, [&](auto op) {
     using Op = decltype(op);
     using S = typename Op::Storage;
@@ -159,7 +160,6 @@ void dgrad(const Conv& conv, Dtype dtype, const Gradient& dy, const Weight& weig
     const bool sums = x.norm != nullptr;
     const bool aligned =
         conv.C % kLanes<S> == 0 && is_aligned(dz) && is_aligned(x.x) && is_aligned(add) && is_aligned(x.norm);
-    const double count = batch ? static_cast<double>(conv.N * conv.H * conv.W) : 0;
     launch_correlate<DgradEpilogue<Op>>(c, workspace, [&](const Teams& teams) {
       double* slots = nullptr;
       if (sums) slots = static_cast<double*>(workspace.take(GradSlots::bytes(teams.groups, conv.C)));
@@ -169,7 +169,7 @@ void dgrad(const Conv& conv, Dtype dtype, const Gradient& dy, const Weight& weig
           static_cast<S*>(dz),
           C,
           aligned,
-          {slots, sums ? static_cast<float*>(grad_rows) : nullptr, static_cast<const float*>(x.norm), conv.C, count}};
+          {slots, static_cast<const float*>(x.norm), grad, conv.C, static_cast<double>(conv.N * conv.H * conv.W)}};
     });
   });
 }

@@ -148,13 +148,17 @@ struct Fma {
       }
   }
 
+  // Four products are added up first: the long sum is then rounded a quarter as often.
   __device__ static void multiply(Block& d, const A& a, const B& b) {
 #pragma unroll
-    for (int j = 0; j < 4; ++j)
+    for (int half = 0; half < 2; ++half)
 #pragma unroll
-      for (int half = 0; half < 2; ++half)
+      for (int i = 0; i < 4; ++i) {
+        float sum = a.r[i / 2][0] * b.r[half][i % 2][0];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) d[half][i] = fmaf(a.r[i / 2][j], b.r[half][i % 2][j], d[half][i]);
+        for (int j = 1; j < 4; ++j) sum = fmaf(a.r[i / 2][j], b.r[half][i % 2][j], sum);
+        d[half][i] += sum;
+      }
   }
 };
 

@@ -103,6 +103,14 @@ struct GradientSource {
     load_row(rows.offset, grad != nullptr ? grad + kOffset * C : nullptr, c, C, aligned);
     return rows;
   }
+  // dy of one channel of a pixel, in float.
+  __device__ float value(int64_t pixel, int c) const {
+    const float dz = widen(g[pixel * C + c]);
+    if (norm == nullptr) return dz;
+    const float scaled = dz * norm[kScale * C + c];
+    if (grad == nullptr) return scaled;
+    return fmaf(widen(x[pixel * C + c]) - norm[kMean * C + c], grad[kSlope * C + c], scaled + grad[kOffset * C + c]);
+  }
   // dy of four channels from g, of which it takes the place, and x.
   __device__ void form(float* v, const float* input, const Rows& rows) const {
     if (norm == nullptr) return;

@@ -92,18 +92,20 @@ __device__ __forceinline__ void multiply_tile(Block (&acc)[Units<Taps>::kCount],
   }
 }
 
-// Adds a tile's dy to the group's slot of dbias, of which each thread has one channel: it is rarely wanted, and so takes no
-// register from the rest.
+// Adds a tile's dy to the group's slot of dbias, of which each thread has one channel. It is rarely wanted: so it takes no
+// register from the rest, and reads dy again, for what is in shared memory may be rounded for the product.
 template <class Op>
 __device__ __forceinline__ void add_bias(const WgradParams<Op>& p, int group, int k0, int k_tile, bool first,
-                                         const std::byte* dy) {
+                                         const Tile& tile) {
   const int k = k0 + static_cast<int>(threadIdx.x);
   if (static_cast<int>(threadIdx.x) >= k_tile || k >= p.dy.C) return;
   double* const slot = p.bias_slots + static_cast<int64_t>(group) * p.dy.C + k;
   double sum = first ? 0 : *slot;
 #pragma unroll 1
-  for (int q = 0; q < p.slot_pixels; ++q)
-    sum += widen(reinterpret_cast<const typename Op::Storage*>(dy + q * p.dy_strip.pixel_bytes())[threadIdx.x]);
+  for (int q = 0; q < p.window.box_pixels(); ++q) {
+    const int64_t pixel = p.window.target_pixel(tile, q);
+    if (pixel >= 0) sum += p.dy.value(pixel, k);
+  }
   *slot = sum;
 }
 
@@ -213,7 +215,7 @@ __global__ __launch_bounds__(kThreads, kBlocks) void wgrad_kernel(const __grid_c
     __syncthreads();
     multiply_tile<Op, Taps>(acc, p, stage, stage + p.dy_strip.bytes, unit_warp / p.c_groups, unit_warp % p.c_groups,
                             split);
-    if (with_bias) add_bias(p, group, k0, k_tile, t == begin, stage);
+    if (with_bias) add_bias(p, group, k0, k_tile, t == begin, w.tile(t));
     __syncthreads();
   }
 

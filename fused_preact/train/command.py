@@ -56,6 +56,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--amp", choices=["none", "bf16"], help="automatic mixed precision")
     how.add_argument("--backend", choices=backends.NAMES)
     how.add_argument("--memory", choices=MEMORY, help="what is kept for backward: the less, the slower; default: fast")
+    how.add_argument(
+        "--cuda-graph",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="record the step in a CUDA graph and replay it: the host launches once a step",
+    )
     how.add_argument("--device", help="default: cuda where there is one, else cpu")
     how.add_argument("--threads", type=int, help="default: as torch chooses")
 

@@ -16,6 +16,7 @@ from .. import backends, models
 from ..errors import UserError
 from . import checkpoint
 from .data import Batches, Dataset
+from .graph import CudaGraph, Recorded
 from .record import Recorder
 from .settings import Settings
 
@@ -31,16 +32,22 @@ class Trainer:
     def __init__(self, settings: Settings, dataset: Dataset) -> None:
         self.settings, self.dataset = settings, dataset
         self.device = _device(settings.device)
+        if settings.cuda_graph and self.device.type != "cuda":
+            raise UserError(f"--cuda-graph: expected --device cuda with it, got --device {settings.device}")
         torch.set_num_threads(settings.threads)
         torch.manual_seed(settings.seed)
         self.model = _model(settings, dataset.classes, self.device)
+        # On the device, where a step that is replayed reads it.
+        self.lr = torch.tensor(settings.lr, device=self.device)
         self.optimizer = torch.optim.SGD(
             self.model.parameters(),
-            lr=settings.lr,
+            lr=self.lr,
             momentum=settings.momentum,
             weight_decay=settings.weight_decay,
             nesterov=settings.nesterov,
+            fused=True,
         )
+        self.recorded = self._recorded()
         self.batches = Batches(
             dataset, settings.batch_size, settings.seed, settings.padding, settings.flip, self.device
         )
@@ -49,8 +56,14 @@ class Trainer:
     def step(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Train on the next batch. Returns its mean loss and its accuracy before the update, as tensors."""
         images, labels = self.batches.at(self.iteration)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.lr_at(self.iteration)
+        self.lr.fill_(self.settings.lr_at(self.iteration))
+        update = self.recorded or self._update
+        loss, accuracy = update(images, labels)
+        self.iteration += 1
+        return loss, accuracy
+
+    def _update(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Train on a batch, without the host: see `Recorded`."""
         self.model.train()
         with self._precision():
             logits = self.model(images)
@@ -58,8 +71,10 @@ class Trainer:
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
-        self.iteration += 1
         return loss.detach(), (logits.detach().argmax(1) == labels).float().mean()
+
+    def _recorded(self) -> Recorded | None:
+        return Recorded(self._update, CudaGraph()) if self.settings.cuda_graph else None
 
     @torch.no_grad()
     def evaluate(self) -> tuple[float, float]:
@@ -94,12 +109,15 @@ class Trainer:
         try:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.lr
         except (RuntimeError, ValueError, KeyError) as error:
             raise UserError(f"{where}: of another net than {self.settings.model}: names or shapes differ") from error
         torch.set_rng_state(state["rng"]["cpu"])
         if "cuda" in state["rng"] and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
         self.iteration = state["iteration"]
+        self.recorded = self._recorded()  # what was recorded before knows other momenta
 
     def _precision(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.amp == "bf16")

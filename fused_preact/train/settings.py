@@ -48,7 +48,8 @@ class Settings:
     """Everything that decides what a run computes. Raises UserError for a value out of range.
 
     `milestones`: iterations after which `lr` is divided by 10. `warmup`: iterations at `warmup_lr` before that.
-    `amp`: "none" or "bf16". `memory`: a mode of `PreActStage`. `eval_every` and `save_every` are in iterations.
+    `amp`: "none" or "bf16". `memory`: a mode of `PreActStage`. `cuda_graph`: steps are replayed from one. `eval_every`
+    and `save_every` are in iterations.
     """
 
     model: str
@@ -69,6 +70,7 @@ class Settings:
     amp: str
     backend: str
     memory: str
+    cuda_graph: bool
     device: str
     threads: int
     eval_every: int
@@ -104,7 +106,7 @@ class Settings:
 
 
 # What may differ when a run is resumed: none of it decides what one iteration should compute, rounding apart.
-FREE = ("data", "backend", "memory", "device", "threads", "eval_every", "save_every", "iterations")
+FREE = ("data", "backend", "memory", "cuda_graph", "device", "threads", "eval_every", "save_every", "iterations")
 
 
 def flag(name: str) -> str:
@@ -143,6 +145,7 @@ def resolve(given: dict[str, Any], images: int, flip: bool) -> Settings:
         "amp": "none",
         "backend": "auto",
         "memory": "fast",
+        "cuda_graph": False,
         "device": "cuda" if torch.cuda.is_available() else "cpu",
         "threads": torch.get_num_threads(),
         "eval_every": images // batch_size,

@@ -34,8 +34,10 @@ OWN_FLAGS = {"none": ["-O3"], "address": ["-O3", "-DEMULATION_ASAN"], "thread": 
 
 def sources(module: str) -> list[Path]:
     """What a module is made of, without the emulation itself."""
-    kernels = sorted((ROOT / "csrc" / "cuda").glob("*.cu")) if module == "kernels" else [HERE / "gemm.cu"]
-    return [HERE / f"{module}.cpp", *kernels]
+    if module == "planted":
+        return [HERE / "planted.cpp", HERE / "gemm.cu"]
+    cuda = ROOT / "csrc" / "cuda"
+    return [HERE / "kernels.cpp", cuda / "kernels.cpp", *sorted(cuda.glob("*.cu"))]
 
 
 def ninja_file(folder: Path, sanitizer: str) -> str:
@@ -55,7 +57,7 @@ def ninja_file(folder: Path, sanitizer: str) -> str:
             escape_path(str(target)), "compile", escape_path(str(HERE / f"{target.stem}.cpp")), variables=variables
         )
     for module in ("kernels", "planted"):
-        objects = [folder / module / f"{source.name}.o" for source in sources(module)]
+        objects = [folder / module / f"{source.parent.name}-{source.name}.o" for source in sources(module)]
         for source, target in zip(sources(module), objects, strict=True):
             variables = {"flags": [*flags, *SANITIZERS[sanitizer]]}
             out.build(escape_path(str(target)), "compile", escape_path(str(source)), variables=variables)

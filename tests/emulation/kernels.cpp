@@ -75,7 +75,7 @@ void call(const std::string& name, const std::vector<uintptr_t>& values) {
                   a.pointer(5), a.pointer(6), a.object<Affine>(7), a.pointer(8), workspace);
   else if (name == "dgrad")
     table.dgrad(a.object<Conv>(0), a.dtype(1), a.object<Gradient>(2), a.object<Weight>(3), a.object<Activation>(4),
-                a.pointer(5), a.pointer(6), a.pointer(7), a.number(8) != 0, workspace);
+                a.pointer(5), a.pointer(6), a.object<NormGrad>(7), workspace);
   else if (name == "wgrad")
     table.wgrad(a.object<Conv>(0), a.dtype(1), a.object<Gradient>(2), a.object<Activation>(3), a.object<WeightGrad>(4),
                 a.pointer(5), workspace);

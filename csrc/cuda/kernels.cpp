@@ -5,7 +5,7 @@ namespace fused_preact::cuda {
 
 void forward(const Conv&, Dtype, const Activation&, const Weight&, const void*, const void*, void*, const Affine&,
              void*, Workspace&);
-void dgrad(const Conv&, Dtype, const Gradient&, const Weight&, const Activation&, const void*, void*, void*, bool,
+void dgrad(const Conv&, Dtype, const Gradient&, const Weight&, const Activation&, const void*, void*, const NormGrad&,
            Workspace&);
 void wgrad(const Conv&, Dtype, const Gradient&, const Activation&, const WeightGrad&, void*, Workspace&);
 void statistics(Dtype, int64_t, int64_t, const void*, const Affine&, void*, Workspace&);
