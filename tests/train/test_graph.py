@@ -6,7 +6,8 @@ import torch
 from fused_preact.errors import UserError
 from fused_preact.train.graph import WARM_UP, Recorded
 from fused_preact.train.loop import Trainer
-from test_loop import same, trainer
+
+from .trainers import same, trainer
 
 STEPS = WARM_UP + 4
 
@@ -57,7 +58,7 @@ def test_the_first_calls_and_the_replays_each_happen_once():
     ids=["default", "bf16-nesterov-lean", "eager"],
 )
 def test_recorded_steps_are_the_steps(given, dataset):
-    """Losses, weights, momenta and batch statistics are those of the ordinary loop to the bit, over a drop of the rate."""
+    """Losses, weights, momenta and batch statistics are those of the ordinary loop, to the bit."""
     given = {"milestones": [2, STEPS - 2], "iterations": STEPS, **given}
     plain, other = trainer(dataset, **given), recorded(trainer(dataset, **given))
     assert same(run(plain, STEPS), run(other, STEPS))

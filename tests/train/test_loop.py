@@ -7,38 +7,17 @@ import pytest
 import torch
 
 from fused_preact.errors import UserError
-from fused_preact.train import checkpoint, settings
-from fused_preact.train.data import Dataset, Images, digits
-from fused_preact.train.loop import Run, Trainer
+from fused_preact.train import checkpoint
+from fused_preact.train.data import Images
+from fused_preact.train.loop import Run
 from fused_preact.train.record import Recorder
 
-
-@pytest.fixture(scope="module")
-def dataset():
-    """The digits, fewer of them held out, to evaluate quickly."""
-    whole = digits()
-    return Dataset("digits", 10, whole.train, Images(whole.test.images[:20], whole.test.labels[:20]), flip=False)
-
-
-def trainer(dataset, **given):
-    given = {"model": "resnet20", "data": "digits", "batch_size": 8, "iterations": 6, "threads": 1, **given}
-    return Trainer(settings.resolve(given, len(dataset.train), dataset.flip), dataset)
+from .trainers import same, trainer
 
 
 def run(one, folder, start=0):
     folder.mkdir(exist_ok=True)
     return Run(one, folder, Recorder(folder, start, tensorboard=False))
-
-
-def same(a, b):
-    """Whether two nested states hold the same tensors, bit for bit, and the same values."""
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 @pytest.mark.parametrize(
