@@ -167,7 +167,7 @@ __device__ __forceinline__ void multiply_strip(Block (&acc)[2][Columns / 16], co
           typename Op::B b;
           Op::load_b(b, slab + n * 16 * pixel_bytes + k, pixel_bytes, lane);
 #pragma unroll
-          for (int m = 0; m < 2; ++m) Op::multiply(acc[m][n], a[m], b);
+          for (int m = 0; m < 2; ++m) Op::multiply_long(acc[m][n], a[m], b);
         }
       }
     }

@@ -61,18 +61,19 @@ __device__ __forceinline__ bool last_to_arrive(uint32_t* counter, int members) {
 // into the first of them or, where finish, into the result. Every block calls this when its slot is written.
 template <class Merge>
 __device__ __forceinline__ void merge_groups(uint32_t* counters, const Teams& teams, int group, const Merge& merge) {
-  const int team = group / teams.size;
-  int first = team * teams.size, count = minimum(teams.size, teams.groups - first), step = 1;
-  if (teams.groups == 1)
+  if (teams.groups == 1) {
     __syncthreads();
-  else if (!last_to_arrive(counters + 1 + team, count))
-    return;
-  // A loop, so that the code of merge is there once.
-#pragma unroll 1
-  for (bool finish = teams.count() == 1;; finish = true) {
-    merge(first, count, step, finish);
-    if (finish || !last_to_arrive(counters, teams.count())) return;
-    first = 0, count = teams.count(), step = teams.size;
+    return merge(0, 1, 1, true);
+  }
+  const int team = group / teams.size, first = team * teams.size;
+  const int members = minimum(teams.size, teams.groups - first);
+  if (!last_to_arrive(counters + 1 + team, members)) return;
+  if (teams.count() > 1) {
+    merge(first, members, 1, false);
+    if (!last_to_arrive(counters, teams.count())) return;
+    merge(0, teams.count(), teams.size, true);
+  } else {
+    merge(first, members, 1, true);
   }
 }
 

@@ -4,7 +4,8 @@
 //   d[half][0..1] = D[g][8*half + 2t ..],  d[half][2..3] = D[g + 8][8*half + 2t ..].
 // Operands come from shared memory in rows of 16 bytes and more. `load_a` and `load_b` read operands whose depth runs
 // along a row (correlation: channels of a pixel, channels of a filter); `load_a_across` and `load_b_across` those whose depth
-// runs from row to row (weight gradient: pixels).
+// runs from row to row (weight gradient: pixels). `multiply_long` is `multiply` for the sums of correlation, over all
+// channels and taps in one chain, of which float32 must not lose more digits than a blocked sum.
 #pragma once
 #include "values.h"
 
@@ -58,6 +59,7 @@ struct MmaHalf {
     mma_m16n8k16<T>(d[0], a.r, {b.r[0], b.r[1]});
     mma_m16n8k16<T>(d[1], a.r, {b.r[2], b.r[3]});
   }
+  __device__ static void multiply_long(Block& d, const A& a, const B& b) { multiply(d, a, b); }
 };
 
 // Tensor cores, float32 values rounded to ten bits of mantissa.
@@ -96,6 +98,7 @@ struct MmaTf32 {
     mma_m16n8k8_tf32(d[0], a.r, {b.r[0], b.r[1]});
     mma_m16n8k8_tf32(d[1], a.r, {b.r[2], b.r[3]});
   }
+  __device__ static void multiply_long(Block& d, const A& a, const B& b) { multiply(d, a, b); }
 
  private:
   __device__ static uint32_t word(const std::byte* row, int i) { return reinterpret_cast<const uint32_t*>(row)[i]; }
@@ -148,17 +151,20 @@ struct Fma {
       }
   }
 
-  // Four products are added up first: the long sum is then rounded a quarter as often.
   __device__ static void multiply(Block& d, const A& a, const B& b) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
+    for (int j = 0; j < 4; ++j)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        float sum = a.r[i / 2][0] * b.r[half][i % 2][0];
+      for (int half = 0; half < 2; ++half)
 #pragma unroll
-        for (int j = 1; j < 4; ++j) sum = fmaf(a.r[i / 2][j], b.r[half][i % 2][j], sum);
-        d[half][i] += sum;
-      }
+        for (int i = 0; i < 4; ++i) d[half][i] = fmaf(a.r[i / 2][j], b.r[half][i % 2][j], d[half][i]);
+  }
+  // Four products are added up first, so the long sum is rounded a quarter as often.
+  __device__ static void multiply_long(Block& d, const A& a, const B& b) {
+    Block four = {};
+    multiply(four, a, b);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) d[i / 4][i % 4] += four[i / 4][i % 4];
   }
 };
 

@@ -41,7 +41,7 @@ class Problem:
 
 def contenders(case: Case, compiled: bool = False, device: str = "cpu") -> list[Contender]:
     """The contenders of a case; `compiled` adds torch.compile of the eager module, a block at a time."""
-    modes = [(backend, mode) for backend in case.backends for mode in (case.memory if backend == "auto" else ("fast",))]
+    modes = [(b, mode) for b in case.backends for mode in (("fast",) if b == "eager" else case.memory)]
     if compiled:
         modes.append(("compiled", "fast"))
     return [Contender(backend, layout, mode, device) for layout in case.layouts for backend, mode in modes]
@@ -92,12 +92,12 @@ def _block_step(contender: Contender, problem: Problem, module: nn.Module) -> St
 
 
 def _net_step(contender: Contender, problem: Problem, module: nn.Module) -> Step:
-    x = place(problem.x, contender)
+    x, target = place(problem.x, contender), problem.target.to(contender.device)
     optimizer = torch.optim.SGD(module.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4, fused=True)
 
     def forward() -> Tensor:
         with autocast(problem.case, contender.device):
-            return F.cross_entropy(module(x), problem.target)
+            return F.cross_entropy(module(x), target)
 
     def backward(loss: Tensor) -> None:
         loss.backward()

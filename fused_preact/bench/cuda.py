@@ -1,6 +1,7 @@
-"""Blocks and kernels on a CUDA device: times from device events, in and out of a CUDA graph; bandwidth against a copy.
+"""Blocks, nets and kernels on a CUDA device: times from its events, in and out of a CUDA graph; bytes against a copy.
 
-{schema, date, device, versions, platform, commit, malloc, gpu, copy, blocks: [block], kernels: [kernel]}
+{schema, date, device, versions, platform, commit, malloc, gpu, copy, blocks: [block], kernels: [kernel], nets: [net],
+ capacity: [capacity]}, the last two as cuda_net.py says
 gpu:    name, compute capability, torch's CUDA version
 copy:   bytes a second of a large device-to-device copy, read and write counted
 block:  {case, errors, seconds: {contender: {median, low, high}}, ratios: {eager, graph: {median, low, high}}}
@@ -9,7 +10,7 @@ kernel: {case, kernel, bytes, seconds, of_copy}: bytes are those it must read an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -21,10 +22,11 @@ from torch import nn
 
 from fused_preact.errors import UserError
 
-from . import environment
+from . import cuda_net, environment
 from .cases import Case, bottlenecks, make_unit
 from .check import pose, verify
-from .contenders import Contender, Problem, build, step
+from .contenders import Contender, build
+from .device import call_of, captured, seconds
 from .measure import ratio, spread
 from .report import SCHEMA
 
@@ -42,8 +44,8 @@ TRAFFIC = {
 }
 
 
-def run(console: Console) -> dict[str, Any]:
-    """Measures everything, prints it, and returns the document.
+def run(console: Console, save: Callable[[dict[str, Any]], None]) -> None:
+    """Measures everything and prints it; `save` is given the document whenever there is more in it.
 
     Raises:
         UserError: there is no CUDA device.
@@ -55,8 +57,13 @@ def run(console: Console) -> dict[str, Any]:
     cases = [case for dtype in ("bf16", "fp32") for case in bottlenecks(BATCH, dtype)]
     document["blocks"] = [_block(_only(case)) for case in cases]
     document["kernels"] = [row for case in units() for row in _kernels(case, document["copy"])]
+    document |= {"nets": [], "capacity": []}
     show(document, console)
-    return document
+    save(document)
+    for kind, found in cuda_net.run():
+        document[kind].append(found)
+        save(document)
+    cuda_net.show(document, console)
 
 
 def _only(case: Case) -> Case:
@@ -77,58 +84,19 @@ def _gpu() -> dict[str, Any]:
     return {"name": torch.cuda.get_device_name(), "capability": f"{major}.{minor}", "cuda": torch.version.cuda}
 
 
-def seconds(runs: Sequence[Callable[[], object]]) -> list[list[float]]:
-    """Seconds of each run, in alternation: REPEATS calls between two events of the device, ROUNDS times."""
-    for call in runs:
-        call()
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2 * ROUNDS)] for _ in runs]
-    for i in range(ROUNDS):
-        for call, marks in zip(runs, events, strict=True):
-            marks[2 * i].record()
-            for _ in range(REPEATS):
-                call()
-            marks[2 * i + 1].record()
-    torch.cuda.synchronize()
-    return [[a.elapsed_time(b) / 1e3 / REPEATS for a, b in zip(m[::2], m[1::2], strict=True)] for m in events]
-
-
 def copy_bandwidth() -> float:
     """Bytes a second that a copy reads and writes."""
     source, target = (torch.ones(COPIED, dtype=torch.uint8, device="cuda") for _ in range(2))
-    (times,) = seconds([lambda: target.copy_(source)])
+    (times,) = seconds([lambda: target.copy_(source)], ROUNDS, REPEATS)
     return 2 * COPIED / spread(times).median
-
-
-def _step(contender: Contender, problem: Problem) -> Callable[[], None]:
-    trial = step(contender, problem, build(contender, problem))
-
-    def call() -> None:
-        trial.prepare()
-        trial.backward(trial.forward())
-
-    return call
-
-
-def captured(call: Callable[[], None]) -> Callable[[], None]:
-    """A function that replays what `call` launches."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
 
 
 def _block(case: Case) -> dict[str, Any]:
     problem = pose(case)
     errors = verify(problem, "cuda")
-    calls = {c.backend: _step(c, problem) for c in (EAGER, FUSED)}
+    calls = {c.backend: call_of(c, problem, build(c, problem)) for c in (EAGER, FUSED)}
     runs = {**calls, **{f"{name} in a graph": captured(call) for name, call in calls.items()}}
-    samples = dict(zip(runs, seconds(list(runs.values())), strict=True))
+    samples = dict(zip(runs, seconds(list(runs.values()), ROUNDS, REPEATS), strict=True))
     return {
         "case": case.name,
         "errors": errors,

@@ -1,0 +1,152 @@
+"""ResNet-1001 on a CUDA device: the time of a step, its peak memory, and the largest batch that a memory holds.
+
+net:      {case, errors, seconds: {run: {median, low, high}}, ratios: {run: {"eager", "eager in a graph": {median, low,
+          high}}}, peak_bytes: {contender: bytes}, left_out: [str]}
+capacity: {gigabytes, batch: {contender: images}}
+
+A run is a contender, or that in a CUDA graph. Peaks are of torch's statistics of the memory it has given out, in a step
+of a net that is there alone; the largest batch is one that ran with torch held to so many gigabytes (10^9 bytes).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from . import device
+from .cases import resnet1001
+from .check import NET_BATCH, pose, verify, widen
+from .contenders import Contender, Problem, build
+from .measure import ratio, spread
+
+BATCHES = (64, 128)
+GIGABYTES = (16, 24, 80)
+ROUNDS, REPEATS = 5, 2
+BASELINES = ("eager", "eager in a graph")
+TRIALS, LESS = 8, 0.04  # of a batch that might fit: so often, by so much less each time
+
+
+def entrants() -> list[Contender]:
+    """Eager, and the fused net in each memory mode."""
+    eager = Contender("eager", "channels_last", device="cuda")
+    modes = resnet1001(BATCHES[0], "bf16").memory
+    return [eager, *(replace(eager, backend="cuda", memory=mode) for mode in modes)]
+
+
+def name(contender: Contender) -> str:
+    """As the document calls it."""
+    return contender.backend if contender.backend in ("eager", "compiled") else f"fused {contender.memory}"
+
+
+def run() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Measures, and yields ("nets", net) and ("capacity", capacity) as they come.
+
+    Raises:
+        CheckError: a contender is wrong.
+    """
+    eager, fused, *_ = entrants()
+    cases = [replace(resnet1001(batch, "bf16"), backends=(fused.backend, eager.backend)) for batch in BATCHES]
+    small = pose(replace(cases[0], shape=(NET_BATCH, *cases[0].shape[1:])))
+    errors = verify(small, eager.device)
+    problems = [widen(small, case) for case in cases]
+    peaks = [{name(c): _peak_bytes(c, problem) for c in entrants()} for problem in problems]
+    for problem, peak in zip(problems, peaks, strict=True):
+        yield "nets", {**_times(problem), "errors": errors, "peak_bytes": peak}
+        device.release()
+    for gigabytes in GIGABYTES:
+        yield "capacity", {"gigabytes": gigabytes, "batch": _capacity(small, peaks, gigabytes * 10**9)}
+
+
+def _call(contender: Contender, problem: Problem) -> Callable[[], tuple]:
+    return device.call_of(contender, problem, build(contender, problem))
+
+
+def _times(problem: Problem) -> dict[str, Any]:
+    """Case, seconds, ratios, and what was left out."""
+    runs = {name(c): _call(c, problem) for c in entrants()}
+    runs |= {f"{label} in a graph": device.captured(call) for label, call in runs.items()}
+    compiled, left_out = replace(entrants()[0], backend="compiled"), []
+    try:
+        call = _call(compiled, problem)
+        call()
+    except (torch._dynamo.exc.TorchDynamoException, RuntimeError) as error:
+        left_out.append(f"torch.compile: {str(error).strip().splitlines()[0]}")
+    else:
+        runs[name(compiled)] = call
+    samples = dict(zip(runs, device.seconds(list(runs.values()), ROUNDS, REPEATS), strict=True))
+    return {
+        "case": problem.case.name,
+        "seconds": {label: asdict(spread(sample)) for label, sample in samples.items()},
+        "ratios": ratios(samples),
+        "left_out": left_out,
+    }
+
+
+def ratios(samples: dict[str, Sequence[float]]) -> dict[str, dict[str, Any]]:
+    """How many times faster each run is than each baseline, pair by pair."""
+    return {
+        label: {baseline: asdict(ratio(samples[baseline], sample)) for baseline in BASELINES}
+        for label, sample in samples.items()
+        if label not in BASELINES
+    }
+
+
+def _peak_bytes(contender: Contender, problem: Problem) -> int:
+    peak = device.peak_bytes(_call(contender, problem))
+    device.release()
+    return peak
+
+
+def _capacity(problem: Problem, peaks: Sequence[dict[str, int]], limit: int) -> dict[str, int]:
+    """The largest batch of each contender, with nothing else on the device."""
+    found = {}
+    for contender in entrants():
+        module = build(contender, problem)
+
+        def fits(batch: int, contender: Contender = contender, module: torch.nn.Module = module) -> bool:
+            module.zero_grad(set_to_none=True)
+            larger = widen(problem, replace(problem.case, shape=(batch, *problem.case.shape[1:])))
+            return device.fits(device.call_of(contender, larger, module), limit)
+
+        found[name(contender)] = largest_batch([peak[name(contender)] for peak in peaks], limit, fits)
+        del module, fits
+        device.release()
+    return found
+
+
+def largest_batch(peaks: Sequence[int], limit: int, fits: Callable[[int], bool]) -> int:
+    """The largest batch whose step stays under `limit` bytes: first what `peaks` promise, then less; 0 where none does.
+
+    peaks: bytes at each of BATCHES; the line through them is the promise. fits: whether a batch runs.
+    """
+    slope = (peaks[1] - peaks[0]) / (BATCHES[1] - BATCHES[0])
+    batch = int((limit - peaks[0]) / slope + BATCHES[0])
+    for _ in range(TRIALS):
+        if batch < 1:
+            break
+        if fits(batch):
+            return batch
+        batch -= max(int(LESS * batch), 1)
+    return 0
+
+
+def show(document: dict[str, Any], console: Console) -> None:
+    """A table of steps for each net, and one of the largest batches."""
+    for net in document["nets"]:
+        table = Table(net["case"], "ms", *(f"{baseline} / this" for baseline in BASELINES), "peak, MiB")
+        for label, sample in net["seconds"].items():
+            times = [f"{net['ratios'][label][b]['median']:.2f}" if label in net["ratios"] else "" for b in BASELINES]
+            peak = net["peak_bytes"].get(label)
+            table.add_row(label, f"{1e3 * sample['median']:.2f}", *times, "" if peak is None else f"{peak / 2**20:.0f}")
+        console.print(table)
+        for note in net["left_out"]:
+            console.print(note, style="yellow", markup=False)
+    table = Table("largest batch in", *(name(contender) for contender in entrants()))
+    for row in document["capacity"]:
+        table.add_row(f"{row['gigabytes']} GB", *map(str, row["batch"].values()))
+    console.print(table)
