@@ -1,7 +1,7 @@
 """Blocks, nets and kernels on a CUDA device: times from its events, in and out of a CUDA graph; bytes against a copy.
 
 {schema, date, device, versions, platform, commit, malloc, gpu, copy, blocks: [block], kernels: [kernel], nets: [net],
- capacity: [capacity]}, the last two as cuda_net.py says
+ capacity: [capacity], compiled: [compiled]}, the last three as cuda_net.py says
 gpu:    name, compute capability, torch's CUDA version
 copy:   bytes a second of a large device-to-device copy, read and write counted
 block:  {case, errors, seconds: {contender: {median, low, high}}, ratios: {eager, graph: {median, low, high}}}
@@ -57,7 +57,7 @@ def run(console: Console, save: Callable[[dict[str, Any]], None]) -> None:
     cases = [case for dtype in ("bf16", "fp32") for case in bottlenecks(BATCH, dtype)]
     document["blocks"] = [_block(_only(case)) for case in cases]
     document["kernels"] = [row for case in units() for row in _kernels(case, document["copy"])]
-    document |= {"nets": [], "capacity": []}
+    document |= {"nets": [], "capacity": [], "compiled": []}
     show(document, console)
     save(document)
     for kind, found in cuda_net.run():

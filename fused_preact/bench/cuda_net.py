@@ -1,8 +1,9 @@
 """ResNet-1001 on a CUDA device: the time of a step, its peak memory, and the largest batch that a memory holds.
 
 net:      {case, errors, seconds: {run: {median, low, high}}, ratios: {run: {"eager", "eager in a graph": {median, low,
-          high}}}, peak_bytes: {contender: bytes}, left_out: [str]}
+          high}}}, peak_bytes: {contender: bytes}}
 capacity: {gigabytes, batch: {contender: images}}
+compiled: {case, seconds, ratios} as of a net, or {case, left_out: str}; the last, since it takes longest
 
 A run is a contender, or that in a CUDA graph. Peaks are of torch's statistics of the memory it has given out, in a step
 of a net that is there alone; the largest batch is one that ran with torch held to so many gigabytes (10^9 bytes).
@@ -44,7 +45,7 @@ def name(contender: Contender) -> str:
 
 
 def run() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Measures, and yields ("nets", net) and ("capacity", capacity) as they come.
+    """Measures, and yields ("nets", net), ("capacity", capacity) and ("compiled", compiled) as they come.
 
     Raises:
         CheckError: a contender is wrong.
@@ -56,34 +57,31 @@ def run() -> Iterator[tuple[str, dict[str, Any]]]:
     problems = [widen(small, case) for case in cases]
     peaks = [{name(c): _peak_bytes(c, problem) for c in entrants()} for problem in problems]
     for problem, peak in zip(problems, peaks, strict=True):
-        yield "nets", {**_times(problem), "errors": errors, "peak_bytes": peak}
+        yield "nets", {**_times(problem, entrants()), "errors": errors, "peak_bytes": peak}
         device.release()
     for gigabytes in GIGABYTES:
         yield "capacity", {"gigabytes": gigabytes, "batch": _capacity(small, peaks, gigabytes * 10**9)}
+    for problem in problems:
+        try:
+            yield "compiled", _times(problem, [eager, replace(eager, backend="compiled")])
+        except (torch._dynamo.exc.TorchDynamoException, RuntimeError) as error:
+            yield "compiled", {"case": problem.case.name, "left_out": str(error).strip().splitlines()[0]}
+        device.release()
 
 
 def _call(contender: Contender, problem: Problem) -> Callable[[], tuple]:
     return device.call_of(contender, problem, build(contender, problem))
 
 
-def _times(problem: Problem) -> dict[str, Any]:
-    """Case, seconds, ratios, and what was left out."""
-    runs = {name(c): _call(c, problem) for c in entrants()}
-    runs |= {f"{label} in a graph": device.captured(call) for label, call in runs.items()}
-    compiled, left_out = replace(entrants()[0], backend="compiled"), []
-    try:
-        call = _call(compiled, problem)
-        call()
-    except (torch._dynamo.exc.TorchDynamoException, RuntimeError) as error:
-        left_out.append(f"torch.compile: {str(error).strip().splitlines()[0]}")
-    else:
-        runs[name(compiled)] = call
+def _times(problem: Problem, contenders: Sequence[Contender]) -> dict[str, Any]:
+    """Case, seconds and ratios, in and out of a graph; torch.compile has its own, which it is not asked for here."""
+    runs = {name(c): _call(c, problem) for c in contenders}
+    runs |= {f"{label} in a graph": device.captured(call) for label, call in runs.items() if label != "compiled"}
     samples = dict(zip(runs, device.seconds(list(runs.values()), ROUNDS, REPEATS), strict=True))
     return {
         "case": problem.case.name,
         "seconds": {label: asdict(spread(sample)) for label, sample in samples.items()},
         "ratios": ratios(samples),
-        "left_out": left_out,
     }
 
 
@@ -137,15 +135,16 @@ def largest_batch(peaks: Sequence[int], limit: int, fits: Callable[[int], bool])
 
 def show(document: dict[str, Any], console: Console) -> None:
     """A table of steps for each net, and one of the largest batches."""
-    for net in document["nets"]:
+    for net in document["nets"] + document["compiled"]:
+        if "left_out" in net:
+            console.print(f"{net['case']}: torch.compile: {net['left_out']}", style="yellow", markup=False)
+            continue
         table = Table(net["case"], "ms", *(f"{baseline} / this" for baseline in BASELINES), "peak, MiB")
         for label, sample in net["seconds"].items():
             times = [f"{net['ratios'][label][b]['median']:.2f}" if label in net["ratios"] else "" for b in BASELINES]
-            peak = net["peak_bytes"].get(label)
+            peak = net.get("peak_bytes", {}).get(label)
             table.add_row(label, f"{1e3 * sample['median']:.2f}", *times, "" if peak is None else f"{peak / 2**20:.0f}")
         console.print(table)
-        for note in net["left_out"]:
-            console.print(note, style="yellow", markup=False)
     table = Table("largest batch in", *(name(contender) for contender in entrants()))
     for row in document["capacity"]:
         table.add_row(f"{row['gigabytes']} GB", *map(str, row["batch"].values()))
