@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from cases import Case, Results, Sample, assert_no_worse, eager, errors, fused, laid_out
-from fused_preact import PreActBottleneck
+from fused_preact import PreActBottleneck, PreActStage
+from fused_preact.stage import MEMORY
+from fused_preact.train.graph import CudaGraph
 from test_cuda import CASES, PRODUCTS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device on this machine")
@@ -89,26 +91,29 @@ def test_layouts_give_the_same_bits(layout: str, product: str) -> None:
     assert all(torch.equal(value, expected[name]) for name, value in run(sample).items())
 
 
-def test_a_cuda_graph_replays_a_training_step() -> None:
-    """Forward and backward of a block are captured, and replays give the bits of the calls themselves."""
+@pytest.mark.parametrize("memory", MEMORY)
+def test_a_cuda_graph_replays_a_training_step(memory: str) -> None:
+    """Forward and backward of a stage never wait for the device, and replays give the bits of the calls themselves."""
     torch.use_deterministic_algorithms(False)  # its NaN would be captured too
-    block = PreActBottleneck(64, 16, backend="cuda").cuda().to(memory_format=torch.channels_last)
-    x = torch.randn(4, 64, 9, 9, device="cuda").contiguous(memory_format=torch.channels_last).requires_grad_()
-    dy = torch.randn_like(x)
+    blocks = PreActBottleneck(32, 16, backend="cuda"), PreActBottleneck(64, 16, backend="cuda")
+    stage = PreActStage(*blocks, memory=memory).cuda().to(memory_format=torch.channels_last)
+    x = torch.randn(4, 32, 9, 9, device="cuda").contiguous(memory_format=torch.channels_last).requires_grad_()
+    dy = torch.randn(4, 64, 9, 9, device="cuda").contiguous(memory_format=torch.channels_last)
+    counts = [value for name, value in stage.state_dict().items() if name.endswith("num_batches_tracked")]
 
     def step() -> list[Tensor]:
-        return [*torch.autograd.grad(block(x), [x, *block.parameters()], dy)]
+        return [*torch.autograd.grad(stage(x), [x, *stage.parameters()], dy)]
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        expected = step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    for _ in range(3):
+    recorder = CudaGraph()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        expected = recorder.warm_up(step, ())
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    captured, replay = recorder.record(step, ())
+    for i in range(3):
         for gradient in captured:
             gradient.fill_(torch.nan)
-        graph.replay()
+        replay()
         assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+        assert all(count == 2 + i for count in counts)
