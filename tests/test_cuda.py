@@ -31,6 +31,7 @@ from cases import (
     fused,
     point,
 )
+from fused_preact.schedule import Activation, Affine, Gradient
 from raw_table import stand_in
 from test_ops import (  # noqa: F401  (with the fixture `backend` of this file)
     poisoned,
@@ -166,6 +167,29 @@ def test_sums_of_integers_are_exact(case: Case, offset: int, product: str, kerne
     for number in range(SCHEDULES):
         kernels.use_schedule(number)
         assert_exact_on_integers(case, kernels, PRODUCTS[product])
+
+
+@pytest.mark.parametrize(("C", "size"), [(64, 32), (128, 16), (256, 8)])
+def test_shared_memory_leaves_room_for_the_blocks_that_registers_allow(
+    C: int, size: int, product: str, kernels: Any
+) -> None:
+    """On an H100, for the convolutions of ResNet-1001: test_cuda_code.py holds the registers to as many blocks."""
+    multiprocessor, block = 228 * 1024, 1024  # bytes that a multiprocessor has, and that each block takes besides
+    kernels.use_schedule(0, multiprocessors=1)
+    norm = {channels: torch.ones(5, channels) for channels in (C, C // 4)}
+    for before, after, layer in ((C, C // 4, point(C // 4)), (C // 4, C // 4, Layer(C // 4)), (C // 4, C, point(C))):
+        x, y = (torch.zeros(2, channels, size, size // 2, dtype=PRODUCTS[product]) for channels in (before, after))
+        weight = torch.zeros(after, before, *layer.size, dtype=PRODUCTS[product])
+        a, grad = Activation(x, norm[before]), [torch.ones(after) for _ in range(4)]
+        dy = Gradient(y, y, norm[after], grad)
+        kernels.forward(layer.conv, a, weight, None, None, Affine(torch.ones(after), torch.ones(after), 1e-5))
+        found = {"forward": (4 if after <= 16 else 3, kernels.latest_shared())}
+        kernels.dgrad(layer.conv, dy, weight, a, None, True)
+        found["dgrad"] = (4 if before <= 16 else 3, kernels.latest_shared())
+        kernels.wgrad(layer.conv, dy, a, weight, False)
+        found["wgrad"] = (3, kernels.latest_shared())
+        for name, (blocks, shared) in found.items():
+            assert blocks * (shared + block) <= multiprocessor, (name, before, after, blocks, shared)
 
 
 @pytest.mark.parametrize("name", ["64-channels", "stride-2-1x1", "bottleneck"])

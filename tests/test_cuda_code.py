@@ -67,6 +67,7 @@ def disassemble(source: str, architecture: str, folder: Path) -> list[Kernel]:
         re.DOTALL,
     )
     assert {name for name, *_ in found} == set(bounds) == set(codes)
+    assert " bytes smem" not in log, "shared memory that is not asked for at the launch"
     return [
         Kernel(name, *bounds[name], int(registers), tuple(map(int, memory)), codes[name])
         for name, *memory, registers in found

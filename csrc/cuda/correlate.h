@@ -2,7 +2,7 @@
 //
 // A block takes a run of tiles and `Columns` output channels. For each tile, and each chunk of the summed channels, it has
 //   the strip of source pixels in shared memory (copied while the one before is multiplied; formed in place),
-//   the filter's slab [tap][Columns][chunk], loaded once where all chunks have room, else when it changes,
+//   the filter's slab [tap][column][chunk], loaded once where all chunks have room, else when it changes,
 // and multiplies them tap by tap: the strip serves all taps, without im2col. A warp has 32 pixels of the tile; its
 // accumulators then pass through its own rows of shared memory, from where the epilogue takes them in pieces of 16 bytes.
 // Bytes: source read once a column of blocks (but for the rims that strips share, which come from the L2 cache).
@@ -38,8 +38,9 @@ struct Correlation {
   int window_count, columns;  // Columns of blocks
   Runs runs;
   StripLayout strip;
-  int chunk, chunks, slab_bytes;  // channels of a chunk
-  bool resident;                  // every chunk's slab has a place
+  int chunk, chunks;             // channels of a chunk
+  int slab_columns, slab_bytes;  // output channels that a block has, in whole groups of 16
+  bool resident;                 // every chunk's slab has a place
   Teams teams;
   uint32_t* counters;
 
@@ -74,7 +75,8 @@ void lay_out(Correlation<Op, Source>& c, int log_pieces) {
   c.strip = StripLayout(log_pieces, pixels, c.source.tensors());
   c.chunk = kLanes<typename Op::Storage> << log_pieces;
   c.chunks = ceil_div(c.filter.D, c.chunk);
-  c.slab_bytes = taps * Columns * c.strip.pixel_bytes();
+  c.slab_columns = minimum(ceil_div(c.filter.N, 16) * 16, Columns);
+  c.slab_bytes = taps * c.slab_columns * c.strip.pixel_bytes();
 }
 
 // Chooses the chunk, the largest that leaves room for other blocks, and whether the filter stays.
@@ -114,7 +116,7 @@ void with_columns(const Correlation<Op, Source>& c, const Body& body) {
 }
 
 // Loads chunk `chunk` of the filter's columns from n0 on into its slab.
-template <int Columns, class Op, class Source>
+template <class Op, class Source>
 __device__ __forceinline__ void load_slab(const Correlation<Op, Source>& p, const Window& w, int n0, int chunk,
                                           std::byte* slab) {
   using S = typename Op::Storage;
@@ -125,20 +127,22 @@ __device__ __forceinline__ void load_slab(const Correlation<Op, Source>& p, cons
     for (int s = 0; s < w.w.taps; ++s) {
       const S* tap = p.filter.data + (w.h.tap0 + r * w.h.tap_step) * p.filter.stride_r +
                      (w.w.tap0 + s * w.w.tap_step) * p.filter.stride_s;
-      for (int i = threadIdx.x; i < Columns << log_width; i += kThreads) {
+      for (int i = threadIdx.x; i < p.slab_columns << log_width; i += kThreads) {
         const int column = i >> log_width, d = i & (width - 1), n = n0 + column, from = chunk * width + d;
         const bool inside = n < p.filter.N && from < p.filter.D;
         reinterpret_cast<S*>(slab + column * p.strip.pixel_bytes())[d] =
             inside ? Op::rounded(tap[n * p.filter.stride_n + from * p.filter.stride_d]) : narrow<S>(0.0f);
       }
-      slab += Columns * p.strip.pixel_bytes();
+      slab += p.slab_columns * p.strip.pixel_bytes();
     }
 }
 
-// acc += the strip's pixels of this warp times the slab, over `bytes` of each pixel, for blocks of 16 of the first `columns` channels.
+// acc += the strip's pixels of this warp times the slab, over `bytes` of each pixel, for blocks of 16 of the first `columns`
+// channels; the slab has `tap_bytes` a tap.
 template <int Columns, class Op>
 __device__ __forceinline__ void multiply_strip(Block (&acc)[2][Columns / 16], const Window& w, const std::byte* strip,
-                                               const std::byte* slab, int pixel_bytes, int bytes, int columns) {
+                                               const std::byte* slab, int pixel_bytes, int bytes, int tap_bytes,
+                                               int columns) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   int at[2][Op::kAddresses];
 #pragma unroll
@@ -149,7 +153,7 @@ __device__ __forceinline__ void multiply_strip(Block (&acc)[2][Columns / 16], co
 #pragma unroll 1
   for (int r = 0; r < w.h.taps; ++r)
 #pragma unroll 1
-    for (int s = 0; s < w.w.taps; ++s, slab += Columns * pixel_bytes) {
+    for (int s = 0; s < w.w.taps; ++s, slab += tap_bytes) {
       const std::byte* tap = strip + (r * w.cols + s) * pixel_bytes;
 #pragma unroll 1
       for (int k = 0; k < bytes; k += Op::kStepBytes) {
@@ -263,8 +267,7 @@ __global__ __launch_bounds__(kThreads,
       const Window& w = p.windows[window];
       const Tile tile = w.tile(t);
       if (window != loaded_window || (!p.resident && chunk != loaded_chunk)) {
-        for (int i = 0; i < p.slabs(); ++i)
-          load_slab<Columns>(p, w, n0, p.resident ? i : chunk, slabs + i * p.slab_bytes);
+        for (int i = 0; i < p.slabs(); ++i) load_slab(p, w, n0, p.resident ? i : chunk, slabs + i * p.slab_bytes);
         loaded_window = window, loaded_chunk = chunk;
       }
       cp_async_wait<1>();
@@ -276,7 +279,7 @@ __global__ __launch_bounds__(kThreads,
       __syncthreads();
       const int depth = minimum(p.filter.D - chunk * p.chunk, p.chunk) * static_cast<int>(sizeof(S));
       multiply_strip<Columns, Op>(acc, w, strip, slabs + (p.resident ? chunk : 0) * p.slab_bytes, p.strip.pixel_bytes(),
-                                  depth, p.filter.N - n0);
+                                  depth, p.slab_columns * p.strip.pixel_bytes(), p.filter.N - n0);
       __syncthreads();
       if (last) {
         finish_tile<Columns, S>(acc, w, tile, n0, staging, epilogue);

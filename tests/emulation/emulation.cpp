@@ -366,7 +366,14 @@ void thread_fence() {
   observe(&fence);
 }
 
+namespace {
+size_t latest = 0;
+}
+
+size_t latest_shared() { return latest; }
+
 void run(const std::function<void()>& thread, dim3 grid, unsigned block, size_t shared_bytes) {
+  latest = shared_bytes;
   Launch(thread, grid, block, shared_bytes).run();
 }
 

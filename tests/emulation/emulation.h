@@ -48,6 +48,8 @@ struct Schedule {
 // That of the launches to come.
 void set_schedule(const Schedule&);
 int multiprocessors();
+// What the latest launch asked for, in bytes.
+size_t latest_shared();
 
 struct Error : std::runtime_error {
   using std::runtime_error::runtime_error;

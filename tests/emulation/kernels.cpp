@@ -95,4 +95,5 @@ void call(const std::string& name, const std::vector<uintptr_t>& values) {
 PYBIND11_MODULE(kernels, m) {
   bind_schedule(m);
   m.def("call", call);
+  m.def("latest_shared", emulation::latest_shared);
 }

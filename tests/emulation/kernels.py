@@ -54,6 +54,10 @@ class EmulatedKernels(RawTable):
             if not ((memory[:begin] == NAN).all() and (memory[end:] == NAN).all()):
                 raise self._module.EmulationError(f"{name} wrote in front of or behind a tensor")
 
+    def latest_shared(self) -> int:
+        """Bytes of shared memory that each block of the latest launch had."""
+        return self._module.latest_shared()
+
     def clear(self) -> None:
         self._tensors.clear()
         self._words.clear()
