@@ -38,9 +38,10 @@ struct Correlation {
   int window_count, columns;  // Columns of blocks
   Runs runs;
   StripLayout strip;
-  int chunk, chunks;             // channels of a chunk
-  int slab_columns, slab_bytes;  // output channels that a block has, in whole groups of 16
-  bool resident;                 // every chunk's slab has a place
+  int chunk, chunks;          // channels of a chunk
+  int slab_columns;           // output channels of a block, in whole groups of 16
+  int tap_bytes, slab_bytes;  // of a slab, for one tap and for all
+  bool resident;              // every chunk's slab has a place
   Teams teams;
   uint32_t* counters;
 
@@ -76,7 +77,8 @@ void lay_out(Correlation<Op, Source>& c, int log_pieces) {
   c.chunk = kLanes<typename Op::Storage> << log_pieces;
   c.chunks = ceil_div(c.filter.D, c.chunk);
   c.slab_columns = minimum(ceil_div(c.filter.N, 16) * 16, Columns);
-  c.slab_bytes = taps * c.slab_columns * c.strip.pixel_bytes();
+  c.tap_bytes = c.slab_columns * c.strip.pixel_bytes();
+  c.slab_bytes = taps * c.tap_bytes;
 }
 
 // Chooses the chunk, the largest that leaves room for other blocks, and whether the filter stays.
@@ -133,12 +135,12 @@ __device__ __forceinline__ void load_slab(const Correlation<Op, Source>& p, cons
         reinterpret_cast<S*>(slab + column * p.strip.pixel_bytes())[d] =
             inside ? Op::rounded(tap[n * p.filter.stride_n + from * p.filter.stride_d]) : narrow<S>(0.0f);
       }
-      slab += p.slab_columns * p.strip.pixel_bytes();
+      slab += p.tap_bytes;
     }
 }
 
-// acc += the strip's pixels of this warp times the slab, over `bytes` of each pixel, for blocks of 16 of the first `columns`
-// channels; the slab has `tap_bytes` a tap.
+// acc += the strip's pixels of this warp times the slab, over `bytes` of each pixel, for its `columns` in groups of 16;
+// the slab has `tap_bytes` a tap.
 template <int Columns, class Op>
 __device__ __forceinline__ void multiply_strip(Block (&acc)[2][Columns / 16], const Window& w, const std::byte* strip,
                                                const std::byte* slab, int pixel_bytes, int bytes, int tap_bytes,
@@ -151,10 +153,10 @@ __device__ __forceinline__ void multiply_strip(Block (&acc)[2][Columns / 16], co
     for (int i = 0; i < Op::kAddresses; ++i)
       at[m][i] = w.strip_pixel(warp * kWarpPixels + m * 16 + Op::row(lane, i)) * pixel_bytes + Op::byte(lane);
 #pragma unroll 1
-  for (int r = 0; r < w.h.taps; ++r)
+  for (int r = 0; r < w.h.taps; ++r, strip += w.cols * pixel_bytes)
 #pragma unroll 1
     for (int s = 0; s < w.w.taps; ++s, slab += tap_bytes) {
-      const std::byte* tap = strip + (r * w.cols + s) * pixel_bytes;
+      const std::byte* tap = strip + s * pixel_bytes;
 #pragma unroll 1
       for (int k = 0; k < bytes; k += Op::kStepBytes) {
         typename Op::A a[2];
@@ -279,7 +281,7 @@ __global__ __launch_bounds__(kThreads,
       __syncthreads();
       const int depth = minimum(p.filter.D - chunk * p.chunk, p.chunk) * static_cast<int>(sizeof(S));
       multiply_strip<Columns, Op>(acc, w, strip, slabs + (p.resident ? chunk : 0) * p.slab_bytes, p.strip.pixel_bytes(),
-                                  depth, p.slab_columns * p.strip.pixel_bytes(), p.filter.N - n0);
+                                  depth, p.tap_bytes, p.slab_columns);
       __syncthreads();
       if (last) {
         finish_tile<Columns, S>(acc, w, tile, n0, staging, epilogue);
