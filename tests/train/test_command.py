@@ -132,6 +132,10 @@ def test_a_finished_run_can_be_lengthened(tmp_path):
             ["--model", "resnet164", "--memory", "lean", "--backend", "eager"],
             "--memory lean: needs fused blocks; --backend eager runs the plain layers",
         ),
+        (
+            ["--model", "resnet20", "--device", "cpu", "--cuda-graph"],
+            "--cuda-graph: expected --device cuda with it, got --device cpu",
+        ),
         (["--resume"], "--resume: expected --out with the folder of the run"),
         (["--resume", "--model", "resnet20"], "checkpoint.pt: no such checkpoint; leave out --resume"),
         (
