@@ -149,7 +149,7 @@ class RunningUpdate(NamedTuple):
 
 
 def running_updates(pairs: Iterable[Pair]) -> list[RunningUpdate]:
-    """What a call of these layers updates, in order: of a layer that is used twice, the second batch after the first."""
+    """What a call of these layers updates, in order: a layer that is used twice takes one batch after the other."""
     updates: list[RunningUpdate] = []
     by_momentum: dict[float | None, RunningUpdate] = {}
     seen: set[nn.Module] = set()
