@@ -128,17 +128,33 @@ struct Pass {
   const Output<S> output;
   Workspace& workspace;
 
+  bool is_whole() const { return conv.stride_h == 1 && conv.stride_w == 1; }
   int64_t sums_size() const { return 2 * output.padded_channels(); }
 
-  // Adds the class (phase_h, phase_w) to the sums of kMostGroups groups.
-  void run(int64_t phase_h, int64_t phase_w, double* sums) const {
+  // A class of input pixels, cut into tiles.
+  struct Class {
+    int64_t phase_h, phase_w;
+    Phase h, v;
+    Window w;
+    Tiling tiling;
+
+    int64_t groups() const { return minimum(tiling.count(), kMostGroups); }
+  };
+
+  Class class_of(int64_t phase_h, int64_t phase_w) const {
     const Phase h(phase_h, conv.H, conv.R, conv.stride_h, conv.pad_h);
     const Phase v(phase_w, conv.W, conv.S, conv.stride_w, conv.pad_w);
     Window w{conv.N, conv.P, conv.Q, conv.K, h.pixels, v.pixels, h.taps, v.taps, 1, 1, h.first, v.first};
-    const bool whole = conv.stride_h == 1 && conv.stride_w == 1;
-    if (whole) w = flattened(w);
-    const Tiling tiling(w, tile_pixels(w, sizeof(E)));
-    const int64_t tiles = tiling.count(), groups = minimum(tiles, kMostGroups);
+    if (is_whole()) w = flattened(w);
+    return {phase_h, phase_w, h, v, w, Tiling(w, tile_pixels(w, sizeof(E)))};
+  }
+
+  // Adds the class to the sums of its groups.
+  void run(const Class& pixels, double* sums) const {
+    const Phase &h = pixels.h, &v = pixels.v;
+    const Window& w = pixels.w;
+    const Tiling& tiling = pixels.tiling;
+    const int64_t tiles = tiling.count(), groups = pixels.groups();
     const FilterView<const S*> view{filter.data + h.last_tap * filter.step_h + v.last_tap * filter.step_w,
                                     h.taps,
                                     v.taps,
@@ -158,10 +174,11 @@ struct Pass {
       for (int64_t t = cut(tiles, groups, g); t < cut(tiles, groups, g + 1); ++t) {
         const Tile tile = tiling[t];
         gather(scratch.operand, scratch.strip, w, tile, source);
-        if (whole)
+        if (is_whole())
           list_outputs(scratch.outputs, tile, w.P, w.Q, 0, 0, 1, 1);
         else
-          list_outputs(scratch.outputs, tile, conv.H, conv.W, phase_h, phase_w, conv.stride_h, conv.stride_w);
+          list_outputs(scratch.outputs, tile, conv.H, conv.W, pixels.phase_h, pixels.phase_w, conv.stride_h,
+                       conv.stride_w);
         for (int64_t p = cut(panels.count(), splits, part); p < cut(panels.count(), splits, part + 1); ++p) {
           Epilogue<S> epilogue(output, scratch.outputs, panels.first_channel(p), panels.columns(p));
           correlate(scratch.operand, tile.pixels(), w, packed + panels.offset(p), panels.columns(p), scratch.block,
@@ -183,8 +200,8 @@ struct Pass {
 };
 
 // Adds the sums of all groups in order into the first.
-void merge_groups(double* sums, int64_t size) {
-  for (int64_t g = 1; g < kMostGroups; ++g)
+void merge_groups(double* sums, int64_t groups, int64_t size) {
+  for (int64_t g = 1; g < groups; ++g)
     for (int64_t c = 0; c < size; ++c) sums[c] += sums[g * size + c];
 }
 
@@ -211,12 +228,18 @@ void dgrad_of(const Conv& conv, const Gradient& dy, const Weight& weight, const 
                         forward_view<S>(conv, weight),
                         {static_cast<const S*>(x.x), norm, static_cast<const S*>(add), static_cast<S*>(dz), conv.C},
                         workspace};
-  double* sums = static_cast<double*>(workspace.take(kMostGroups * pass.sums_size() * sizeof(double)));
-  memset(sums, 0, kMostGroups * pass.sums_size() * sizeof(double));
-  for (int64_t h = 0; h < conv.stride_h; ++h)
-    for (int64_t w = 0; w < conv.stride_w; ++w) pass.run(h, w, sums);
+  const auto for_each_class = [&](const auto& body) {
+    for (int64_t h = 0; h < conv.stride_h; ++h)
+      for (int64_t w = 0; w < conv.stride_w; ++w) body(pass.class_of(h, w));
+  };
+  int64_t groups = 1;
+  for_each_class([&](const auto& pixels) { groups = maximum(groups, pixels.groups()); });
+  const size_t bytes = groups * pass.sums_size() * sizeof(double);
+  double* sums = static_cast<double*>(workspace.take(bytes));
+  memset(sums, 0, bytes);
+  for_each_class([&](const auto& pixels) { pass.run(pixels, sums); });
   if (norm == nullptr) return;
-  merge_groups(sums, pass.sums_size());
+  merge_groups(sums, groups, pass.sums_size());
   finish(sums, sums + pass.sums_size() / 2, conv.C, norm, grad, double(conv.N) * conv.H * conv.W);
 }
 
