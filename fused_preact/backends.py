@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -11,10 +12,10 @@ import torch
 from torch.func import functional_call
 from torch.utils._pytree import tree_map_only
 
-from . import _extension
+from . import _extension, tables
 from .schedule import Conv
 
-FUSED = ("cpu", "library", "reference")
+FUSED = ("cpu", "triton", "library", "reference")
 NAMES = ("auto", *FUSED, "eager")
 
 
@@ -25,6 +26,7 @@ class Problem(NamedTuple):
     dtype: torch.dtype
     shape: tuple[int, ...]  # of x
     convolutions: tuple[tuple[Conv, tuple[int, ...]], ...]  # geometry, weight shape
+    format: str = "channels_last"  # memory format of x, or "contiguous"
 
 
 def _no_cpu(problem: Problem) -> str | None:
@@ -44,6 +46,30 @@ def _no_cpu(problem: Problem) -> str | None:
     return None
 
 
+def _triton() -> str | None:
+    """Why Triton cannot be used on this machine, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: run `pip install 'fused_preact[triton]'`"
+    import triton
+
+    if not (torch.cuda.is_available() or triton.knobs.runtime.interpret):
+        return "it needs a GPU, and torch finds none"
+    return None
+
+
+def _no_triton(problem: Problem) -> str | None:
+    if reason := _triton():
+        return reason
+    import triton
+
+    if problem.device != ("cpu" if triton.knobs.runtime.interpret else "cuda"):
+        return f"it runs on GPUs, not on {problem.device}"
+    for conv, _ in problem.convolutions:
+        if conv.groups != 1 or conv.dilation != (1, 1):
+            return f"it has no groups and no dilation (groups={conv.groups}, dilation={conv.dilation})"
+    return None
+
+
 def _no_library(problem: Problem) -> str | None:
     if problem.device not in ("cpu", "cuda"):
         return f"it knows the CPU and CUDA, not {problem.device}"
@@ -54,11 +80,12 @@ def _nothing(_problem: Problem) -> str | None:
     return None
 
 
-# What keeps a backend from a problem, in the order in which "auto" tries them. "auto" promises never to be slower than
-# eager, and library pays for the activations that it does not keep by computing them again: it must be asked for.
+# What keeps a backend from a problem, in the order in which "auto" tries them where nothing was measured, but for
+# triton: see `_order`. "auto" promises never to be slower than eager, and library pays for the activations that it does not keep by computing them again: it must be asked for.
 _OBSTACLES: dict[str, Callable[[Problem], str | None]] = {
     "cpu": _no_cpu,
     "eager": _nothing,
+    "triton": _no_triton,
     "library": _no_library,
     "reference": _nothing,
 }
@@ -66,13 +93,29 @@ _OBSTACLES: dict[str, Callable[[Problem], str | None]] = {
 
 def status() -> dict[str, str | None]:
     """Name of each backend -> None where it can be used on this machine, else the reason why not."""
-    return {"cpu": _extension.unavailable, "library": None, "reference": None}
+    return {"cpu": _extension.unavailable, "triton": _triton(), "library": None, "reference": None}
 
 
 def check_name(backend: str) -> None:
     """Raise ValueError unless ``backend`` is one of NAMES."""
     if backend not in NAMES:
         raise ValueError(f"backend must be one of {', '.join(NAMES)}; got {backend!r}")
+
+
+LARGE = 64
+"""Channels from which on "auto" takes triton where nothing was measured."""
+
+
+def _order(problem: Problem) -> tuple[str, ...]:
+    """The backends as "auto" tries them: the one measured fastest on this device, else by rule.
+
+    The rule: on a GPU, 16-bit channels_last convolutions that all have LARGE channels or more go to triton.
+    """
+    if measured := tables.best(problem):
+        return measured, *_OBSTACLES
+    channels = [size for _, (K, C, *_) in problem.convolutions for size in (K, C)]
+    large = min(channels, default=0) >= LARGE and problem.dtype.itemsize == 2 and problem.format == "channels_last"
+    return ("triton", *_OBSTACLES) if problem.device == "cuda" and large else tuple(_OBSTACLES)
 
 
 def choose(backend: str, problem: Problem) -> str:
@@ -83,7 +126,7 @@ def choose(backend: str, problem: Problem) -> str:
     """
     check_name(backend)
     if backend == "auto":
-        return next(name for name, obstacle in _OBSTACLES.items() if obstacle(problem) is None)
+        return next(name for name in _order(problem) if _OBSTACLES[name](problem) is None)
     reason = _OBSTACLES[backend](problem)
     if reason is not None:
         raise ValueError(f"backend={backend!r} cannot serve this call: {reason}; use backend='auto'")
@@ -96,6 +139,7 @@ class Choice(NamedTuple):
     where: Any
     backend: str
     others: dict[str, str]
+    problem: Problem | None = None
 
     def __str__(self) -> str:
         lines = [f"{self.where}: {self.backend}"]
@@ -124,9 +168,11 @@ class Explanation(tuple[Choice, ...]):
 def describe(where: str, backend: str, problem: Problem) -> Choice:
     """The choice for a problem, with its reasons."""
     chosen = choose(backend, problem)
-    preferred = f"{chosen} comes first" if backend == "auto" else f"backend={backend!r} was asked for"
+    preferred = f"backend={backend!r} was asked for"
+    if backend == "auto":
+        preferred = f"{chosen} was measured fastest" if tables.best(problem) == chosen else f"{chosen} comes first"
     others = {name: obstacle(problem) or preferred for name, obstacle in _OBSTACLES.items() if name != chosen}
-    return Choice(where, chosen, others)
+    return Choice(where, chosen, others, problem)
 
 
 _recording: list[Choice] | None = None

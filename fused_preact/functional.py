@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import backends, checks, ops
 from .checks import Shortcut, Unit
-from .schedule import MEAN, VARIANCE
+from .schedule import MEAN, VARIANCE, memory_format
 
 NO_SHORTCUT = Shortcut()
 
@@ -106,7 +106,7 @@ def make_plan(
     cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     if torch.compiler.is_compiling():
         return _make_plan(x, units, shortcut, residual, backend, cast)
-    key = [backend, cast, shortcut.kind, shortcut.conv]
+    key = [backend, cast, shortcut.kind, shortcut.conv, memory_format(x) if x.dim() == 4 else None]
     tensors = [x, residual, shortcut.weight]
     for unit in units:
         tensors += unit[:6]
@@ -129,7 +129,9 @@ def _make_plan(x, units, shortcut, residual, backend, cast) -> Plan:
     convolutions = [(unit.conv, tuple(unit.weight.shape)) for unit in units]
     if shortcut.weight is not None:
         convolutions.append((shortcut.conv, tuple(shortcut.weight.shape)))
-    problem = backends.Problem(x.device.type, x.dtype, tuple(x.shape), tuple(convolutions))
+    channels_last = memory_format(x) == torch.channels_last
+    layout = "channels_last" if channels_last else "contiguous"
+    problem = backends.Problem(x.device.type, x.dtype, tuple(x.shape), tuple(convolutions), layout)
     return Plan(
         backend,
         problem,

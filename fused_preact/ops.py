@@ -1,12 +1,13 @@
 """The operators of ``torch.ops.fused_preact``, their fake kernels, and the autograd node of a chain.
 
 ``forward`` and ``backward`` are written in C++ (csrc/ops.cpp), ``composed_forward`` and ``composed_backward`` in
-Python, over the tables `reference` and `library`; both pairs have one signature, which docs/design.md explains. `chain`
+Python, over the tables `reference`, `library` and `triton`; both pairs have one signature, which docs/design.md explains. `chain`
 is what the rest of the package calls.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,21 +27,27 @@ BACKWARD = (
     "bool[] training, int[] geometry, str shortcut, bool[] needs, str backend) "
     "-> (Tensor, Tensor[], Tensor[], Tensor[], Tensor[], Tensor)"
 )
-TABLES = {"reference": reference, "library": library}
+TABLES: dict[str, Any] = {"reference": reference, "library": library, "triton": ".triton.table"}
 
 _library = torch.library.Library("fused_preact", "FRAGMENT")
 _library.define("composed_forward" + FORWARD)
 _library.define("composed_backward" + BACKWARD)
 
 
+def table(backend: str) -> Any:
+    """The kernels of a composed backend; a module given by its name is imported here, for Triton may be missing."""
+    kernels = TABLES[backend]
+    return importlib.import_module(kernels, __package__) if isinstance(kernels, str) else kernels
+
+
 def _composed_forward(*args):
     *args, backend = args
-    return schedule.forward(TABLES[backend], *args)
+    return schedule.forward(table(backend), *args)
 
 
 def _composed_backward(*args):
     *args, backend = args
-    return schedule.backward(TABLES[backend], *args)
+    return schedule.backward(table(backend), *args)
 
 
 def _fake_forward(x, residual, weight, bias, bn_weight, bn_bias, running_mean, running_var, shortcut_weight, *facts):

@@ -14,13 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_preact import _extension, functional, ops
+from fused_preact import _extension, backends, functional, ops
 from fused_preact.checks import Shortcut, Unit
 from fused_preact.schedule import Conv, accumulation_type
 
 Results = dict[str, Tensor]
 # For what does not depend on the instruction set; the fixture `backend` adds each of those.
-BACKENDS = ["reference", "library"] + (["cpu"] if _extension.unavailable is None else [])
+# triton is among them where its interpreter runs the kernels on CPU tensors (TRITON_INTERPRET=1).
+PYTHON_BACKENDS = ["reference", "library"] + (["triton"] if backends.status()["triton"] is None else [])
+BACKENDS = PYTHON_BACKENDS + (["cpu"] if _extension.unavailable is None else [])
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from cases import PYTHON_BACKENDS
 from fused_preact import _extension
 
 
@@ -32,7 +33,7 @@ def isa(request: pytest.FixtureRequest, use_isa) -> str:
     return request.param
 
 
-@pytest.fixture(params=["reference", "library", *(f"cpu-{name}" for name in instruction_sets())])
+@pytest.fixture(params=[*PYTHON_BACKENDS, *(f"cpu-{name}" for name in instruction_sets())])
 def backend(request: pytest.FixtureRequest) -> str:
     """Each fused backend; the CPU kernels once for every instruction set."""
     name, _, instruction_set = request.param.partition("-")
