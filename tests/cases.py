@@ -241,9 +241,9 @@ def errors(case: Case, dtype: torch.dtype, run: Callable[[Sample], Results], dra
 
 
 @functools.cache
-def eager_errors(case: Case, dtype: torch.dtype) -> dict[str, float]:
+def eager_errors(case: Case, dtype: torch.dtype, draws: int) -> dict[str, float]:
     """The errors of plain layers, which are the measure for everything else."""
-    return errors(case, dtype, eager)
+    return errors(case, dtype, eager, draws)
 
 
 def vanishes(case: Case, name: str) -> bool:
@@ -251,10 +251,10 @@ def vanishes(case: Case, name: str) -> bool:
     return name.startswith("dbias") and any(layer.batch for layer in case.layers[int(name[5:]) : int(name[5:]) + 1])
 
 
-def assert_as_close_as_eager(case: Case, backend: str, dtype: torch.dtype) -> None:
+def assert_as_close_as_eager(case: Case, backend: str, dtype: torch.dtype, draws: int = 8) -> None:
     """Each result has at most twice the error that plain layers have in the same dtype, or that of one rounding."""
     rounding = torch.finfo(dtype).eps / 2
-    ours, theirs = errors(case, dtype, lambda sample: fused(sample, backend)), eager_errors(case, dtype)
+    ours, theirs = errors(case, dtype, lambda sample: fused(sample, backend), draws), eager_errors(case, dtype, draws)
     assert ours.keys() == theirs.keys()
     worse = {name: (ours[name], theirs[name]) for name in ours if not ours[name] <= max(2 * theirs[name], rounding)}
     assert not worse, f"relative error of {backend} and of eager: {worse}"

@@ -1,0 +1,85 @@
+"""The Triton kernels beyond the shared suite: many tiles, levels of partial sums, tiles, tables."""
+
+import pytest
+
+pytest.importorskip("triton")
+import torch
+import triton
+
+from cases import BACKENDS, CHAINS, UNITS, assert_as_close_as_eager, fused
+from fused_preact import backends, ops, reference, schedule
+from fused_preact.triton import configurations, launch, statistics
+from fused_preact.triton.launch import Config
+
+interpreted = pytest.mark.skipif("triton" not in BACKENDS, reason="needs TRITON_INTERPRET=1 or a GPU")
+BY_ID = {case.id: case for case in UNITS + CHAINS}
+
+
+@interpreted
+@pytest.mark.parametrize("name", ["odd", "stride-2", "bottleneck-stride-2"])
+def test_tiles_that_overhang_in_every_direction(name, monkeypatch):
+    """The smallest tiles cut pixels, channels and the summed index into many, none of which divides the shape."""
+    monkeypatch.setattr(configurations, "configuration", lambda *args: Config(16, 16, 16, 4, 1))
+    for module in ("forward", "dgrad", "wgrad"):
+        monkeypatch.setattr(f"fused_preact.triton.{module}.configuration", lambda *args: Config(16, 16, 16, 4, 1))
+    assert_as_close_as_eager(BY_ID[name], "triton", torch.float32, draws=2)
+
+
+@interpreted
+@pytest.mark.parametrize("mean", [0.0, 1e4])
+def test_statistics_of_many_tiles(mean):
+    """More tiles than one launch merges; a mean that is large against the deviation costs no digits."""
+    x = (torch.randn(1, 3, 96, 64, generator=torch.Generator().manual_seed(0)) + mean).contiguous(
+        memory_format=torch.channels_last
+    )
+    assert x.numel() // 3 > launch.GROUP * statistics.CONFIG.rows
+    affine = schedule.Affine(torch.ones(3), torch.zeros(3), 1e-5)
+    wide = schedule.Affine(*(t.double() for t in affine[:2]), 1e-5)
+    exact = reference.statistics(x.double(), wide)
+    torch.testing.assert_close(ops.table("triton").statistics(x, affine).double(), exact, rtol=3e-7, atol=1e-7)
+
+
+@interpreted
+def test_levels_of_sums(monkeypatch):
+    """dgamma and dbeta do not depend on how many launches add them."""
+    expected = fused(BY_ID["odd"].draw(0), "triton")
+    small = launch.MERGE._replace(rows=2)
+    monkeypatch.setattr("fused_preact.triton.launch.GROUP", 2)
+    monkeypatch.setattr("fused_preact.triton.statistics.GROUP", 2)
+    monkeypatch.setattr("fused_preact.triton.launch.MERGE", small)
+    for module in ("forward", "dgrad"):
+        monkeypatch.setattr(f"fused_preact.triton.{module}.configuration", lambda *args: Config(16, 16, 16, 4, 1))
+    results = fused(BY_ID["odd"].draw(0), "triton")
+    for name, value in expected.items():
+        torch.testing.assert_close(results[name], value, rtol=1e-5, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_the_rule_takes_a_smaller_tile_for_few_channels_and_few_pixels():
+    """Large products get the first tile; one that would leave multiprocessors idle, or columns empty, a smaller one."""
+    tiles = configurations.SHIPPED["sm80"][2]
+    assert configurations.rule(tiles, 128 * 32 * 32, 512) == tiles[0]
+    assert configurations.rule(tiles, 128 * 32 * 32, 48).columns == 64
+    assert configurations.rule(tiles, 16, 16) == tiles[-1]
+
+
+def test_every_architecture_ships_every_type():
+    """There is a tile for each element size, at least 16 in every direction, as tensor cores need."""
+    for sizes in configurations.SHIPPED.values():
+        assert set(sizes) == {2, 4, 8}
+        for tiles in sizes.values():
+            assert all(min(tile[:3]) >= 16 for tile in tiles)
+
+
+def test_offsets_are_wide_where_a_tensor_is_large():
+    """Tensors of 2**30 elements and more are addressed in 64 bits."""
+    large = torch.empty(2**30, device="meta")
+    assert launch.index_type(large) == triton.language.int64
+    assert launch.index_type(torch.empty(4)) == triton.language.int32
+
+
+def test_groups_and_dilation_are_refused_by_name():
+    """What the kernels do not serve is said in a sentence."""
+    conv = schedule.Conv(1, 1, 0, 0, 1, 1, 2)
+    problem = backends.Problem("cuda", torch.float32, (1, 4, 4, 4), ((conv, (4, 2, 1, 1)),))
+    reason = backends._no_triton(problem)
+    assert reason is not None
