@@ -91,6 +91,11 @@ _OBSTACLES: dict[str, Callable[[Problem], str | None]] = {
 }
 
 
+def obstacle(backend: str, problem: Problem) -> str | None:
+    """Why a backend cannot serve a problem, or None."""
+    return _OBSTACLES[backend](problem)
+
+
 def status() -> dict[str, str | None]:
     """Name of each backend -> None where it can be used on this machine, else the reason why not."""
     return {"cpu": _extension.unavailable, "triton": _triton(), "library": None, "reference": None}
@@ -171,7 +176,7 @@ def describe(where: str, backend: str, problem: Problem) -> Choice:
     preferred = f"backend={backend!r} was asked for"
     if backend == "auto":
         preferred = f"{chosen} was measured fastest" if tables.best(problem) == chosen else f"{chosen} comes first"
-    others = {name: obstacle(problem) or preferred for name, obstacle in _OBSTACLES.items() if name != chosen}
+    others = {name: reason(problem) or preferred for name, reason in _OBSTACLES.items() if name != chosen}
     return Choice(where, chosen, others, problem)
 
 

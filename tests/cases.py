@@ -251,9 +251,14 @@ def vanishes(case: Case, name: str) -> bool:
     return name.startswith("dbias") and any(layer.batch for layer in case.layers[int(name[5:]) : int(name[5:]) + 1])
 
 
-def assert_as_close_as_eager(case: Case, backend: str, dtype: torch.dtype, draws: int = 8) -> None:
+def is_interpreted(backend: str) -> bool:
+    """Whether every operation of a kernel is a call into Python, a thousand times as slow as a kernel."""
+    return backend == "triton" and not torch.cuda.is_available()
+
+
+def assert_as_close_as_eager(case: Case, backend: str, dtype: torch.dtype) -> None:
     """Each result has at most twice the error that plain layers have in the same dtype, or that of one rounding."""
-    rounding = torch.finfo(dtype).eps / 2
+    rounding, draws = torch.finfo(dtype).eps / 2, 2 if is_interpreted(backend) else 8
     ours, theirs = errors(case, dtype, lambda sample: fused(sample, backend), draws), eager_errors(case, dtype, draws)
     assert ours.keys() == theirs.keys()
     worse = {name: (ours[name], theirs[name]) for name in ours if not ours[name] <= max(2 * theirs[name], rounding)}

@@ -21,7 +21,20 @@ SHARED = {"sm75": 64 << 10, "sm80": 99 << 10, "sm90": 227 << 10, "sm100": 227 <<
 TYPES = {2: ("bf16", "ieee"), 4: ("fp32", "tf32"), 8: ("fp64", "ieee")}
 GEMMS = {"forward": forward.convolve, "dgrad": dgrad.transposed, "wgrad": wgrad.correlate}
 # Pointers to per-channel rows and partial sums, in the accumulation type; the others are in the storage type.
-ROWS = {"norm", "behind_norm", "slope", "offset", "partial", "parts", "bias_parts", "rows", "gamma", "beta", "rstd", "scale"}
+ROWS = {
+    "norm",
+    "behind_norm",
+    "slope",
+    "offset",
+    "partial",
+    "parts",
+    "bias_parts",
+    "rows",
+    "gamma",
+    "beta",
+    "rstd",
+    "scale",
+}
 ROWS |= {"dgamma", "dbeta"}
 POINTERS = {"x", "weight", "bias", "residual", "y", "g", "behind", "add", "dz", "out", "merged"} | ROWS
 

@@ -22,7 +22,7 @@ def test_tiles_that_overhang_in_every_direction(name, monkeypatch):
     monkeypatch.setattr(configurations, "configuration", lambda *args: Config(16, 16, 16, 4, 1))
     for module in ("forward", "dgrad", "wgrad"):
         monkeypatch.setattr(f"fused_preact.triton.{module}.configuration", lambda *args: Config(16, 16, 16, 4, 1))
-    assert_as_close_as_eager(BY_ID[name], "triton", torch.float32, draws=2)
+    assert_as_close_as_eager(BY_ID[name], "triton", torch.float32)
 
 
 @interpreted

@@ -24,7 +24,9 @@ def test_a_shipped_tile_fits(architecture, kind, kernel, tile):
 
 
 @pytest.mark.parametrize("architecture", SHARED)
-@pytest.mark.parametrize(("kernel", "tile", "constants"), [k[1:] for k in small_kernels()], ids=[k[0] for k in small_kernels()])
+@pytest.mark.parametrize(
+    ("kernel", "tile", "constants"), [k[1:] for k in small_kernels()], ids=[k[0] for k in small_kernels()]
+)
 def test_a_small_kernel_fits(architecture, kernel, tile, constants):
     """The kernels of statistics, sums and dx neither spill nor exceed shared memory."""
     binary = build(architecture, "fp32", kernel, tile, **constants)
