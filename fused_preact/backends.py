@@ -81,7 +81,8 @@ def _nothing(_problem: Problem) -> str | None:
 
 
 # What keeps a backend from a problem, in the order in which "auto" tries them where nothing was measured, but for
-# triton: see `_order`. "auto" promises never to be slower than eager, and library pays for the activations that it does not keep by computing them again: it must be asked for.
+# triton: see `_order`. "auto" promises never to be slower than eager, and library pays for the activations that it does
+# not keep by computing them again: it must be asked for.
 _OBSTACLES: dict[str, Callable[[Problem], str | None]] = {
     "cpu": _no_cpu,
     "eager": _nothing,

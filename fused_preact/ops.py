@@ -1,8 +1,8 @@
 """The operators of ``torch.ops.fused_preact``, their fake kernels, and the autograd node of a chain.
 
 ``forward`` and ``backward`` are written in C++ (csrc/ops.cpp), ``composed_forward`` and ``composed_backward`` in
-Python, over the tables `reference`, `library` and `triton`; both pairs have one signature, which docs/design.md explains. `chain`
-is what the rest of the package calls.
+Python, over the tables `reference`, `library` and `triton`; both pairs have one signature, which docs/design.md
+explains. `chain` is what the rest of the package calls.
 """
 
 from __future__ import annotations

@@ -27,8 +27,8 @@ ROUNDS = (5, 30)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `fused-preact tune`."""
     parser.description = (
-        "Times forward and backward of every block of some models with each backend on this device, and writes the table "
-        "that backend='auto' reads. On a GPU with Triton also its tiles."
+        "Times forward and backward of every block of some models with each backend on this device, and writes the "
+        "table that backend='auto' reads. On a GPU with Triton also its tiles."
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU, where torch finds one")
     parser.add_argument("--models", nargs="+", choices=models.names(), default=MODELS, metavar="NAME")

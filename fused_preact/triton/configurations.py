@@ -69,7 +69,8 @@ def configuration(
     kernel: str, x: Tensor, rows: int, columns: int, depth: Sequence[int], stride: Sequence[int]
 ) -> Config:
     """The tile of one call: a product of rows x columns, summed over ``depth``, of tensors like x."""
-    key = f"{kernel} {str(x.dtype).removeprefix('torch.')} {rows}x{columns}x{'x'.join(map(str, depth))}/{stride[0]},{stride[1]}"
+    size = "x".join(map(str, (rows, columns, *depth)))
+    key = f"{kernel} {str(x.dtype).removeprefix('torch.')} {size}/{stride[0]},{stride[1]}"
     asked.add(key)
     measured = trial.get(key) or tables.tile(x.device, key)
     return Config(*measured) if measured else rule(candidates(x.device, x.dtype), rows, columns)

@@ -20,7 +20,10 @@ def combine(
     g, x, norm, slope, offset, add, out, pixels, C,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    """One tile of out; x, norm, slope and offset are None where g is dy, and add may be. Grid: tiles of pixels, of C."""
+    """One tile of out. Grid: tiles of pixels, tiles of C.
+
+    x, norm, slope and offset are None where g is dy; add may be None.
+    """
     m = tl.program_id(0).to(INDEX) * ROWS + tl.arange(0, ROWS)
     c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     within = (m < pixels)[:, None] & (c < C)[None, :]

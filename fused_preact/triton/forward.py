@@ -67,7 +67,7 @@ def convolve(
 def forward(
     conv: Conv, x: Activation, weight: Tensor, bias: Tensor | None, residual: Tensor | None, following: Affine | None
 ) -> tuple[Tensor, Tensor | None]:
-    """y [N, K, P, Q], and the rows [5, K] of the batch norm ``following``, if any; as `fused_preact.reference.forward`."""
+    """y [N, K, P, Q], and the rows [5, K] of the batch norm ``following``; as `fused_preact.reference.forward`."""
     weight, residual = launch.nhwc(weight), launch.nhwc(residual)
     shape = N, K, P, Q = conv.output_shape(x.x.shape, weight.shape)
     y = launch.empty_nhwc(shape, x.x)

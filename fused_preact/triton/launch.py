@@ -82,12 +82,15 @@ def partials(tiles: int, C: int, x: Tensor) -> Tensor:
 
 
 def gradient(dy: Gradient) -> tuple[Tensor | None, ...]:
-    """The arguments of `tile.load_gradient` for a gradient, behind g: x, norm, slope, offset, all None where g is dy."""
+    """The first arguments of `tile.load_gradient`: g, x, norm, slope, offset, the last four None where g is dy."""
     return (dy.g, None, None, None, None) if dy.x is None else (dy.g, dy.x, dy.norm, *dy.grad[2:4])
 
 
 def levels(partial: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """The launches that bring pairs [tiles, 2, C] to one, each of GROUP to one: (source, destination), at last (_, None)."""
+    """The launches that bring pairs [tiles, 2, C] to one, GROUP to one at a time: (source, destination).
+
+    The last has no destination: its kernel makes the final rows.
+    """
     while partial.size(0) > GROUP:
         merged = partial.new_empty(triton.cdiv(partial.size(0), GROUP), *partial.shape[1:], dtype=torch.float64)
         yield partial, merged

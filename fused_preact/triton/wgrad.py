@@ -62,7 +62,7 @@ def correlate(
             sums += tl.sum(dy.to(ACC), 0)
     to = index * K * (R * S * C) + (k[:, None].to(tl.int64) * (R * S) + tap) * C + c[None, :]
     tl.store(parts + to, acc, mask=(k < K)[:, None] & (c < C)[None, :])
-    if bias_parts is not None:
+    if bias_parts is not None:  # noqa: SIM102, for this is decided when the kernel is compiled
         if column == 0:
             tl.store(bias_parts + index * K + k, sums, mask=k < K)
 
