@@ -26,7 +26,6 @@ ROWS = {
     "behind_norm",
     "slope",
     "offset",
-    "partial",
     "parts",
     "bias_parts",
     "rows",
@@ -36,7 +35,8 @@ ROWS = {
     "scale",
 }
 ROWS |= {"dgamma", "dbeta"}
-POINTERS = {"x", "weight", "bias", "residual", "y", "g", "behind", "add", "dz", "out", "merged"} | ROWS
+WIDE = {"partial", "merged"}  # in float64
+POINTERS = {"x", "weight", "bias", "residual", "y", "g", "behind", "add", "dz", "out"} | WIDE | ROWS
 
 
 class Binary(NamedTuple):
@@ -90,7 +90,8 @@ def build(architecture: str, kind: str, kernel, tile: Config, **constants) -> Bi
             signature[name] = "constexpr"
             continue
         pointer = name in POINTERS
-        signature[name] = f"*{accumulation if name in ROWS else kind}" if pointer else "i32"
+        dtype = "fp64" if name in WIDE else accumulation if name in ROWS else kind
+        signature[name] = f"*{dtype}" if pointer else "i32"
         if pointer or name in ("C", "K"):
             attributes[(i,)] = [["tt.divisibility", 16]]
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}

@@ -3,13 +3,13 @@
 An implicit GEMM: rows are pixels of x, columns its channels C, and the summed index runs over the taps that reach a
 pixel and within each over the channels K. dy is [N, P, Q, K], x, add and dz [N, H, W, C], the filter [K, R, S, C].
 
-A convolution of stride s splits the pixels of x by (h mod s, w mod s): those of a class are reached by the same
-taps r = first, first + s, ..., from neighbouring pixels of dy. So each class is a convolution of stride 1 with a part of the
-filter, and nothing is multiplied by zero. A class that no tap reaches still has its ``add``, mask and sums.
+A convolution of stride s splits the pixels of x by (h mod s, w mod s): those of a class are reached by the same taps
+r = first, first + s, ..., from neighbouring pixels of dy. So each class is a convolution of stride 1 with a part of
+the filter, and nothing is multiplied by zero. A class that no tap reaches still has its ``add``, mask and sums.
 
 A program makes one tile of dz of one class. For each tap and chunk of DEPTH channels it forms dy from two tensors and
-four rows while it reads them, rounds it to the storage type and multiplies. The epilogue reads x once, masks, stores and
-sums dz and dz*(x - mean) as stored, one pair of values a channel and tile; `total` adds these in a fixed order.
+four rows while it reads them, rounds it to the storage type and multiplies. The epilogue reads x once, masks, stores
+and sums dz and dz*(x - mean) as stored, one pair of values a channel and tile; `total` adds these in a fixed order.
 
 Bytes: g and its x once for each column of tiles and, mostly from L2, the filter once for each row of tiles; x, add, dz
 once.

@@ -77,8 +77,8 @@ def empty_nhwc(shape: Sequence[int], like: Tensor) -> Tensor:
 
 
 def partials(tiles: int, C: int, x: Tensor) -> Tensor:
-    """Uninitialised pairs [tiles, 2, C] in the accumulation type of x."""
-    return x.new_empty(tiles, 2, C, dtype=accumulation_type(x.dtype))
+    """Uninitialised pairs [tiles, 2, C] in float64, on the device of x."""
+    return x.new_empty(tiles, 2, C, dtype=torch.float64)
 
 
 def gradient(dy: Gradient) -> tuple[Tensor | None, ...]:
@@ -92,7 +92,7 @@ def levels(partial: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
     The last has no destination: its kernel makes the final rows.
     """
     while partial.size(0) > GROUP:
-        merged = partial.new_empty(triton.cdiv(partial.size(0), GROUP), *partial.shape[1:], dtype=torch.float64)
+        merged = partial.new_empty(triton.cdiv(partial.size(0), GROUP), *partial.shape[1:])
         yield partial, merged
         partial = merged
     yield partial, None

@@ -86,15 +86,16 @@ def store_moments(partial, tile, v, inside, c, C):
     deviation = tl.where(inside[:, None], v - mean[None, :], 0.0)
     rest = tl.sum(deviation, 0)  # what rounding left of zero
     squares = tl.sum(deviation * deviation, 0) - rest * rest / count
-    store_pair(partial, tile, mean + rest / count, squares, c, C)
+    # A float32 mean would cost digits of the variance of a channel whose mean is large against its deviation.
+    store_pair(partial, tile, mean.to(tl.float64) + (rest / count).to(tl.float64), squares, c, C)
 
 
 @triton.jit
 def store_pair(partial, tile, first, second, c, C):
-    """partial[tile] = (first, second), of an array [tiles, 2, C]."""
+    """partial[tile] = (first, second), of a float64 array [tiles, 2, C]."""
     to = partial + tile.to(tl.int64) * 2 * C + c
-    tl.store(to, first.to(partial.dtype.element_ty), mask=c < C)
-    tl.store(to + C, second.to(partial.dtype.element_ty), mask=c < C)
+    tl.store(to, first.to(tl.float64), mask=c < C)
+    tl.store(to + C, second.to(tl.float64), mask=c < C)
 
 
 @triton.jit
@@ -102,5 +103,5 @@ def load_pairs(partial, tiles, t, c, C):
     """(first, second), each [len(t), len(c)] in float64; zero beyond ``tiles``."""
     at = partial + t.to(tl.int64)[:, None] * 2 * C + c[None, :]
     within = (t < tiles)[:, None] & (c < C)[None, :]
-    first = tl.load(at, mask=within, other=0.0).to(tl.float64)
-    return first, tl.load(at + C, mask=within, other=0.0).to(tl.float64)
+    first = tl.load(at, mask=within, other=0.0)
+    return first, tl.load(at + C, mask=within, other=0.0)
