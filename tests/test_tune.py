@@ -9,9 +9,9 @@ from fused_preact.bench.measure import Times
 
 
 @pytest.fixture
-def cache(tmp_path, monkeypatch):
-    """An empty cache folder of the user."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def folder(tmp_path, monkeypatch):
+    """An empty folder of tables."""
+    monkeypatch.setattr(tables, "folder", lambda: tmp_path)
     tables.load.cache_clear()
     functional._plans.clear()
     yield tmp_path
@@ -19,7 +19,7 @@ def cache(tmp_path, monkeypatch):
     functional._plans.clear()
 
 
-def test_auto_follows_what_was_measured(cache):
+def test_auto_follows_what_was_measured(folder):
     """The table that the command writes decides for exactly the calls it holds, and says so."""
     arguments = [
         "tune",
@@ -33,7 +33,7 @@ def test_auto_follows_what_was_measured(cache):
         "--budget=0.01",
     ]
     assert cli.main(arguments) == 0
-    (path,) = (cache / "fused_preact").iterdir()
+    (path,) = folder.iterdir()
     document = json.loads(path.read_text())
     assert document["device"] == tables.device_name("cpu")
     assert document["versions"]["torch"] == torch.__version__
@@ -53,7 +53,7 @@ def test_auto_follows_what_was_measured(cache):
     assert other.backend != "library"
 
 
-def test_a_measured_backend_that_cannot_serve_is_passed_over(cache):
+def test_a_measured_backend_that_cannot_serve_is_passed_over(folder):
     """A table from another installation does not make a call fail."""
     problem = backends.Problem("cpu", torch.float16, (1, 4, 4, 4), ())
     entry = {tables.call_key(problem): {"best": "cpu", "seconds": {}}}
@@ -61,7 +61,7 @@ def test_a_measured_backend_that_cannot_serve_is_passed_over(cache):
     assert backends.choose("auto", problem) == "eager"
 
 
-def test_saving_adds_to_what_the_file_has(cache):
+def test_saving_adds_to_what_the_file_has(folder):
     """Two runs over different models make one table."""
     for key in "ab":
         path = tables.save({"device": "Some GPU", "calls": {key: {"best": "eager"}}, "tiles": {}})
