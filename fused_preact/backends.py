@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import os
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -14,6 +15,10 @@ from torch.utils._pytree import tree_map_only
 
 from . import _extension, tables
 from .schedule import Conv
+
+# Read here, for torch.compile traces the choice of a backend; the variable is Triton's own.
+_INSTALLED = importlib.util.find_spec("triton") is not None
+_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 FUSED = ("cpu", "triton", "library", "reference")
 NAMES = ("auto", *FUSED, "eager")
@@ -48,11 +53,9 @@ def _no_cpu(problem: Problem) -> str | None:
 
 def _triton() -> str | None:
     """Why Triton cannot be used on this machine, or None."""
-    if importlib.util.find_spec("triton") is None:
+    if not _INSTALLED:
         return "Triton is not installed: run `pip install 'fused_preact[triton]'`"
-    import triton
-
-    if not (torch.cuda.is_available() or triton.knobs.runtime.interpret):
+    if not (torch.cuda.is_available() or _INTERPRETED):
         return "it needs a GPU, and torch finds none"
     return None
 
@@ -60,9 +63,7 @@ def _triton() -> str | None:
 def _no_triton(problem: Problem) -> str | None:
     if reason := _triton():
         return reason
-    import triton
-
-    if problem.device != ("cpu" if triton.knobs.runtime.interpret else "cuda"):
+    if problem.device != ("cpu" if _INTERPRETED else "cuda"):
         return f"it runs on GPUs, not on {problem.device}"
     for conv, _ in problem.convolutions:
         if conv.groups != 1 or conv.dilation != (1, 1):

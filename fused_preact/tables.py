@@ -80,7 +80,12 @@ def call_key(problem: Any) -> str:
 
 def best(problem: Any) -> str | None:
     """The backend that was fastest at a call on this device, or None where it was not measured."""
-    found = load(device_name(problem.device))["calls"].get(call_key(problem))
+    return _best(problem.device, call_key(problem))
+
+
+@torch.compiler.assume_constant_result  # a file is read here
+def _best(kind: str, key: str) -> str | None:
+    found = load(device_name(kind))["calls"].get(key)
     return None if found is None else found["best"]
 
 

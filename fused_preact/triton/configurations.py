@@ -27,7 +27,7 @@ SHIPPED: dict[str, dict[int, tuple[Config, ...]]] = {
     # Triton multiplies without tensor cores there, and larger tiles spill.
     "sm75": dict.fromkeys((2, 4, 8), (Config(32, 32, 16, 4, 2),)),
     "sm80": _AMPERE,
-    "sm90": _AMPERE | {2: (Config(128, 128, 64, 8, 3), Config(128, 64, 32, 4, 3), Config(64, 64, 64, 4, 3))},
+    "sm90": _AMPERE | {2: (Config(128, 128, 32, 8, 4), Config(128, 64, 32, 4, 3), Config(64, 64, 64, 4, 3))},
     "sm100": _AMPERE | {2: (Config(128, 128, 64, 8, 3), Config(128, 64, 32, 4, 3), Config(64, 64, 64, 4, 3))},
     "sm120": _AMPERE,
     "hip": _AMPERE | {2: (Config(128, 128, 32, 8, 2), Config(64, 64, 32, 4, 2))},
