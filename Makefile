@@ -1,8 +1,8 @@
 # The few commands of daily work. They use the python of the active environment.
 PYTHON ?= python
-CXX_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp')
+CXX_FILES = $(shell git ls-files '*.h' '*.cpp' '*.cu')
 
-.PHONY: install test lint format build asan bench
+.PHONY: install test lint format build asan cuda-asan cuda-tsan gpu bench
 
 install:  ## everything a developer needs, editable
 	$(PYTHON) -m pip install -e '.[dev]'
@@ -34,6 +34,17 @@ asan:
 	PYTHONPATH=build/asan/lib \
 	    LD_PRELOAD="$(foreach library,libasan.so libstdc++.so,$(shell $(CXX) -print-file-name=$(library)))" \
 	    ASAN_OPTIONS=detect_leaks=0:malloc_fill_byte=255:max_malloc_fill_size=1073741824 pytest -n 2 $(ASAN_TESTS)
+
+# The CUDA kernels on the emulated device (docs/cuda-tests.md), every product in every schedule, under a sanitizer.
+CUDA_CASES ?= as_close and (odd or stride-2-1x1 or 264-to-8 or many-images or bottleneck-first) and not eval
+cuda-asan:
+	PYTHONPATH=tests $(PYTHON) -m emulation address -q tests/test_cuda.py -k "$(CUDA_CASES)"
+
+cuda-tsan:
+	PYTHONPATH=tests $(PYTHON) -m emulation thread -q tests/test_cuda.py -k "$(CUDA_CASES)"
+
+gpu:  ## build, tests, memory and race checks and benchmarks on the GPU of this machine, where there is one
+	PYTHON=$(PYTHON) .ci/gpu
 
 bench:
 	fused-preact bench

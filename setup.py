@@ -1,5 +1,6 @@
 """Declares the extension `fused_preact._C`; everything else about the project stands in pyproject.toml."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from setuptools.errors import CompileError, OptionError
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "build_backend"))
 
+import nvcc  # noqa: E402
 import torch_location  # noqa: E402
 from toolchain import Toolchain, find_compiler, instruction_sets  # noqa: E402
 
@@ -20,12 +22,14 @@ class BuildExtension(build_ext):
     user_options = [  # noqa: RUF012  (setuptools asks for a list)
         *build_ext.user_options,
         ("isas=", None, f"instruction sets, of {','.join(instruction_sets())} (default: all); baseline must be one"),
+        ("cuda-archs=", None, f"compute capabilities of the CUDA kernels (default: {','.join(nvcc.ARCHITECTURES)})"),
     ]
 
     def initialize_options(self) -> None:
         """Sets the default of each option."""
         super().initialize_options()
         self.isas = None
+        self.cuda_archs = None
 
     def finalize_options(self) -> None:
         """Checks the options."""
@@ -33,6 +37,11 @@ class BuildExtension(build_ext):
         asked = instruction_sets() if self.isas is None else self.isas.split(",")
         if not {"baseline"} <= set(asked) <= set(instruction_sets()):
             raise OptionError(f"--isas: expected baseline and any of {','.join(instruction_sets())}, got {self.isas}")
+        self.cuda_archs = nvcc.ARCHITECTURES if self.cuda_archs is None else tuple(self.cuda_archs.split(","))
+        if not all(re.fullmatch(r"\d+\.\d", name) and float(name) >= float(nvcc.OLDEST) for name in self.cuda_archs):
+            raise OptionError(
+                f"--cuda-archs: expected numbers like 9.0, from {nvcc.OLDEST} on, got {','.join(self.cuda_archs)}"
+            )
         self.isas = [isa for isa in instruction_sets() if isa in asked]
 
     def build_extension(self, ext: Extension) -> None:
@@ -41,12 +50,15 @@ class BuildExtension(build_ext):
         if torch is None or not torch.is_new_enough():
             raise CompileError(f"building without isolation needs {torch_location.REQUIREMENT} installed first")
         objects = ROOT / self.get_finalized_command("build").build_base / "objects"
-        toolchain = Toolchain(torch, find_compiler(), ROOT / "csrc", objects, self.isas)
+        cuda = nvcc.find(self.cuda_archs)
+        toolchain = Toolchain(torch, find_compiler(), ROOT / "csrc", objects, self.isas, cuda)
         print(toolchain.describe(), flush=True)
         toolchain.build(Path(self.get_ext_fullpath(ext.name)))
 
 
-sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cpp"))
+sources = sorted(
+    str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.c*") if path.suffix in (".cpp", ".cu")
+)
 headers = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h"))
 setup(
     ext_modules=[Extension("fused_preact._C", sources, depends=headers, py_limited_api=True)],

@@ -15,10 +15,11 @@ from pathlib import Path
 
 from setuptools.errors import CompileError
 
+from nvcc import Cuda
 from torch_location import Torch
 
-HOST_SOURCES = ("ops", "schedule", "launch", "tensors", "cpu/dispatch", "cpu/parallel", "cpu/workspace")
-KERNEL_SOURCES = ("forward", "dgrad", "wgrad", "statistics", "dx", "kernels")
+HOST_SOURCES = ("ops", "schedule", "launch", "tensors", "cpu/dispatch", "cpu/parallel", "cpu/pool", "cpu/workspace")
+KERNEL_SOURCES = ("forward", "dgrad", "wgrad", "statistics", "dx", "kernels")  # of cpu/ and of cuda/
 
 # No -ffast-math: NaN and infinity must come out as torch gives them. Kernels read neither errno nor exception flags.
 COMMON_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror=vla")
@@ -67,6 +68,7 @@ class Toolchain:
     sources: Path  # the folder csrc
     objects: Path  # where objects and the ninja file go
     isas: list[str]  # of instruction_sets()
+    cuda: Cuda | None = None  # None leaves the CUDA kernels out
 
     def describe(self) -> str:
         """One line a fact, for the log of the build."""
@@ -77,6 +79,9 @@ class Toolchain:
                 "torch": f"{self.torch.version} in {self.torch.folder}",
                 "compiler": f"{self.compiler}: {version.stdout.splitlines()[0]}",
                 "instruction sets": ", ".join(self.isas),
+                "CUDA": "left out"
+                if self.cuda is None
+                else f"{self.cuda.version} in {self.cuda.home}, for {', '.join(self.cuda.architectures)}",
                 "objects": self.objects,
             }.items()
         )
@@ -93,7 +98,10 @@ class Toolchain:
     def ninja_file(self, binary: Path) -> str:
         """The text of build.ninja: one edge an object, one for the binary."""
         edges = list(self._compilations())
-        link = (*self._library_paths(), *LINK_FLAGS, *shlex.split(os.environ.get("LDFLAGS", "")))
+        libraries = (
+            () if self.cuda is None else (f"-L{self.cuda.library()}", "-lcudart_static", "-ldl", "-lrt", "-lpthread")
+        )
+        link = (f"-L{self.torch.folder / 'lib'}", *LINK_FLAGS, *libraries, *shlex.split(os.environ.get("LDFLAGS", "")))
         return "\n".join(
             [
                 f"cxx = {_escape(self.compiler)}",
@@ -102,11 +110,13 @@ class Toolchain:
                 "  depfile = $out.d",
                 "  deps = gcc",
                 "  description = compile $out",
+                *self._nvcc_rule(),
                 "rule link",
                 "  command = $cxx $in $flags -o $out",
                 "  description = link $out",
                 *(
-                    f"build {name}.o: compile {_escape_path(source)}\n  flags = {_escape(shlex.join(flags))}"
+                    f"build {name}.o: {'cuda' if source.suffix == '.cu' else 'compile'} {_escape_path(source)}\n"
+                    f"  flags = {_escape(shlex.join(flags))}"
                     for name, source, flags in edges
                 ),
                 f"build {_escape_path(binary)}: link {' '.join(f'{name}.o' for name, _, _ in edges)}",
@@ -120,6 +130,12 @@ class Toolchain:
         common = (*COMMON_FLAGS, *shlex.split(os.environ.get("CXXFLAGS", "")))
         isas = "-DFUSED_PREACT_ISAS=" + " ".join(f"ISA({isa})" for isa in self.isas)
         host = (*common, *TARGET_FLAGS, isas, "-isystem", str(self.torch.folder / "include"))
+        if self.cuda is not None:
+            names = " ".join(f"ARCHITECTURE({name})" for name in self.cuda.architectures)
+            host += (f"-DFUSED_PREACT_CUDA={names}", "-DUSE_CUDA", "-isystem", str(self.cuda.home / "include"))
+            yield "host/cuda/device", self.sources / "cuda/device.cpp", host
+            for name in KERNEL_SOURCES:
+                yield f"cuda/{name}", self.sources / "cuda" / f"{name}.cu", self.cuda.flags()
         for name in HOST_SOURCES:
             yield f"host/{name}", self.sources / f"{name}.cpp", host
         for isa in self.isas:
@@ -127,8 +143,19 @@ class Toolchain:
             for name in KERNEL_SOURCES:
                 yield f"{isa}/{name}", self.sources / "cpu" / f"{name}.cpp", own
 
-    def _library_paths(self) -> tuple[str, ...]:
-        return (f"-L{self.torch.folder / 'lib'}",)
+    def _nvcc_rule(self) -> list[str]:
+        if self.cuda is None:
+            return []
+        # The compiler of the host part is named: nvcc's own choice may be another one.
+        nvcc = shlex.join([str(self.cuda.home / "bin/nvcc"), "-ccbin", shlex.split(self.compiler)[0]])
+        return [
+            f"nvcc = {_escape(nvcc)}",
+            "rule cuda",
+            "  command = $nvcc -MMD -MF $out.d $flags -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "  description = compile $out",
+        ]
 
 
 def _find_ninja() -> str:

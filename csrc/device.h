@@ -1,5 +1,7 @@
 // What the schedule needs of a device besides its kernels.
 #pragma once
+#include <memory>
+
 #include "kernels.h"
 
 namespace fused_preact {
@@ -13,10 +15,20 @@ struct Scratch : Workspace {
   ~Scratch() = default;
 };
 
+// Memory of tensors that outlast a kernel call.
+struct Pool {
+  virtual void* take(size_t bytes) = 0;  // 64-byte aligned, uninitialised
+  virtual void give_back(void* data, size_t bytes) = 0;
+
+ protected:
+  ~Pool() = default;
+};
+
 struct Device {
   const Kernels& kernels;
-  Scratch& scratch;
-  void (*copy)(void* to, const void* from, size_t bytes);
+  std::shared_ptr<Scratch> scratch;
+  Pool* pool;  // null where torch's own allocator serves
+  void (*copy)(void* to, const void* from, size_t bytes, void* stream);
 };
 
 }  // namespace fused_preact

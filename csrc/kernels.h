@@ -12,7 +12,8 @@
 
 namespace fused_preact {
 
-enum class Dtype { f32, bf16, f16, f64 };
+// Storage types, and how float32 is multiplied: tf32 is stored as f32, with products of ten bits of mantissa.
+enum class Dtype { f32, bf16, f16, f64, tf32 };
 
 // A convolution: x [N,H,W,C], y [N,P,Q,K], weight [K,C,R,S], zero padding, groups = dilation = 1.
 struct Conv {
@@ -61,9 +62,15 @@ struct Affine {
   double eps;
 };
 
-// Scratch memory of one kernel call: 64-byte aligned, uninitialised, valid until the call returns.
+constexpr int kCounters = 4096;
+
+// What one kernel call may use.
 struct Workspace {
+  // Scratch memory: 64-byte aligned, uninitialised, valid until the work of the call is done.
   virtual void* take(size_t bytes) = 0;
+
+  void* stream = nullptr;        // where the work is queued, on devices that have a queue
+  uint32_t* counters = nullptr;  // there too: kCounters of them, zero before and after the work of each call
 
  protected:
   ~Workspace() = default;
@@ -89,10 +96,10 @@ struct Kernels {
   void (*statistics)(Dtype, int64_t pixels, int64_t C, const void* x, const Affine& next, void* rows, Workspace&);
 
   // Rows of a batch norm that uses given (running) statistics [C], accumulation type.
-  void (*running)(Dtype, int64_t C, const void* mean, const void* variance, const Affine& next, void* rows);
+  void (*running)(Dtype, int64_t C, const void* mean, const void* variance, const Affine& next, void* rows, Workspace&);
 
   // dx = dy + add, dy as above over [pixels][C]; add may be null; dx may be dy.g.
-  void (*dx)(Dtype, int64_t pixels, int64_t C, const Gradient& dy, const void* add, void* dx);
+  void (*dx)(Dtype, int64_t pixels, int64_t C, const Gradient& dy, const void* add, void* dx, Workspace&);
 };
 
 }  // namespace fused_preact

@@ -38,24 +38,24 @@ std::pair<Tensor, std::optional<Tensor>> Launch::forward(const Conv& conv, const
                                                          const std::optional<Tensor>& bias,
                                                          const std::optional<Tensor>& residual,
                                                          const std::optional<Affine>& next) const {
-  const Tensor y = empty_nhwc(x.x, conv.N, conv.K, conv.P, conv.Q);
+  const Tensor y = empty_nhwc(x.x, type_, conv.N, conv.K, conv.P, conv.Q, device_.pool);
   std::optional<Tensor> rows;
   if (next) rows = empty_rows(x.x, kNormRows, conv.K);
   if (conv.N > 0)
     device_.kernels.forward(conv, dtype_, raw(x), filter(weight), pointer(bias), pointer(residual),
                             y.mutable_data_ptr(), next ? raw(*next) : fused_preact::Affine{nullptr, nullptr, 0},
-                            next ? rows->mutable_data_ptr() : nullptr, Scope(device_.scratch));
+                            next ? rows->mutable_data_ptr() : nullptr, Scope(*device_.scratch));
   return {y, rows};
 }
 
 Launch::Gradient Launch::dgrad(const Conv& conv, const Gradient& dy, const Tensor& weight, const Activation& x,
                                const std::optional<Tensor>& add, bool batch) const {
-  const Tensor dz = empty_nhwc(x.x, conv.N, conv.C, conv.H, conv.W);
+  const Tensor dz = empty_nhwc(x.x, type_, conv.N, conv.C, conv.H, conv.W, device_.pool);
   Gradient result{dz, std::nullopt, std::nullopt, std::nullopt, false};
   if (x.norm) result = {dz, x.x, x.norm, empty_rows(x.x, kGradRows, conv.C), batch};
   if (conv.N > 0)
     device_.kernels.dgrad(conv, dtype_, raw(dy), filter(weight), raw(x), pointer(add), dz.mutable_data_ptr(),
-                          x.norm ? result.grad->mutable_data_ptr() : nullptr, batch, Scope(device_.scratch));
+                          x.norm ? result.grad->mutable_data_ptr() : nullptr, batch, Scope(*device_.scratch));
   else if (x.norm)
     torch::stable::zero_(*result.grad);
   return result;
@@ -68,7 +68,7 @@ std::pair<Tensor, std::optional<Tensor>> Launch::wgrad(const Conv& conv, const G
   if (need_bias) dbias = empty(weight, type_, {conv.K});
   if (conv.N > 0) {
     device_.kernels.wgrad(conv, dtype_, raw(dy), raw(x), filter_gradient(dweight),
-                          need_bias ? dbias->mutable_data_ptr() : nullptr, Scope(device_.scratch));
+                          need_bias ? dbias->mutable_data_ptr() : nullptr, Scope(*device_.scratch));
   } else {
     torch::stable::zero_(dweight);
     if (need_bias) torch::stable::zero_(*dbias);
@@ -79,20 +79,22 @@ std::pair<Tensor, std::optional<Tensor>> Launch::wgrad(const Conv& conv, const G
 Tensor Launch::statistics(const Tensor& x, const Affine& next) const {
   const Tensor rows = empty_rows(x, kNormRows, x.size(1));
   device_.kernels.statistics(dtype_, pixels(x), x.size(1), x.const_data_ptr(), raw(next), rows.mutable_data_ptr(),
-                             Scope(device_.scratch));
+                             Scope(*device_.scratch));
   return rows;
 }
 
 Tensor Launch::running(const Tensor& mean, const Tensor& variance, const Affine& next) const {
   const Tensor rows = empty_rows(mean, kNormRows, mean.size(0));
   device_.kernels.running(dtype_, mean.size(0), mean.const_data_ptr(), variance.const_data_ptr(), raw(next),
-                          rows.mutable_data_ptr());
+                          rows.mutable_data_ptr(), Scope(*device_.scratch));
   return rows;
 }
 
 Tensor Launch::dx(const Gradient& dy, const std::optional<Tensor>& add) const {
   const Tensor& dx = dy.g;
-  if (dx.numel() > 0) device_.kernels.dx(dtype_, pixels(dx), dx.size(1), raw(dy), pointer(add), dx.mutable_data_ptr());
+  if (dx.numel() > 0)
+    device_.kernels.dx(dtype_, pixels(dx), dx.size(1), raw(dy), pointer(add), dx.mutable_data_ptr(),
+                       Scope(*device_.scratch));
   return dx;
 }
 
@@ -100,7 +102,8 @@ Tensor Launch::row(const Tensor& rows, int64_t row) const {
   const int64_t C = rows.size(1);
   const Tensor result = empty(rows, rows.scalar_type(), {C});
   const size_t bytes = C * rows.element_size();
-  device_.copy(result.mutable_data_ptr(), static_cast<const char*>(rows.const_data_ptr()) + row * bytes, bytes);
+  device_.copy(result.mutable_data_ptr(), static_cast<const char*>(rows.const_data_ptr()) + row * bytes, bytes,
+               device_.scratch->stream);
   return result;
 }
 

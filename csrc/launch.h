@@ -26,7 +26,9 @@ class Launch {
     double eps;
   };
 
-  Launch(const Device& device, ScalarType type) : device_(device), type_(type), dtype_(kernel_dtype(type)) {}
+  // tf32: float32 may be multiplied as TF32, where the device has that.
+  Launch(const Device& device, ScalarType type, bool tf32)
+      : device_(device), type_(type), dtype_(tf32 && type == ScalarType::Float ? Dtype::tf32 : kernel_dtype(type)) {}
 
   // y, and the rows of `next` where there is one.
   std::pair<Tensor, std::optional<Tensor>> forward(const Conv&, const Activation&, const Tensor& weight,

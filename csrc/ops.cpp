@@ -1,15 +1,20 @@
-// The operators of docs/design.md: their schemas, what they expect of their arguments, and the CPU's implementation.
+// The operators of docs/design.md: their schemas, what they expect of their arguments, and their implementation
+// on every device that has a table of kernels.
 //
 // Anyone can reach them through torch.ops, so the facts that keep a kernel inside its memory are checked here again;
 // messages for people come from fused_preact/checks.py.
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <sstream>
 #include <stdexcept>
 #include <string>
 #include <tuple>
 
 #include "cpu/dispatch.h"
+#if defined(FUSED_PREACT_CUDA)
+#include "cuda/device.h"
+#endif
 #include "schedule.h"
 
 namespace fused_preact {
@@ -30,52 +35,114 @@ void expect(bool condition, const Parts&... parts) {
   throw std::runtime_error(message.str());
 }
 
+// Sizes as they are printed. Messages are put together only where they are needed: a net passes here a thousand times.
 template <class Range>
-std::string text(const Range& sizes) {
-  std::ostringstream out;
-  for (size_t i = 0; i < sizes.size(); ++i) out << (i == 0 ? "[" : ", ") << sizes[i];
-  return sizes.size() == 0 ? "[]" : out.str() + "]";
+struct Text {
+  const Range& sizes;
+};
+
+template <class Range>
+std::ostream& operator<<(std::ostream& out, const Text<Range>& text) {
+  out << '[';
+  for (size_t i = 0; i < text.sizes.size(); ++i) out << (i == 0 ? "" : ", ") << text.sizes[i];
+  return out << ']';
+}
+
+template <class Range>
+Text<Range> text(const Range& sizes) {
+  return {sizes};
 }
 
 template <class Name>
 void expect_tensor(const Name& name, const Tensor& x, ScalarType type, const Sizes& sizes) {
   const auto got = x.sizes();
-  const bool fits =
-      x.is_cpu() && x.scalar_type() == type && std::equal(got.begin(), got.end(), sizes.begin(), sizes.end());
-  expect(fits, name, ": expected ", torch::headeronly::toString(type), " of shape ", text(sizes), " on the CPU, got ",
-         torch::headeronly::toString(x.scalar_type()), " of shape ", text(got), x.is_cpu() ? "" : " on another device");
+  const bool fits = x.scalar_type() == type && std::equal(got.begin(), got.end(), sizes.begin(), sizes.end());
+  expect(fits, name, ": expected ", torch::headeronly::toString(type), " of shape ", text(sizes), ", got ",
+         torch::headeronly::toString(x.scalar_type()), " of shape ", text(got));
 }
 
-std::string item(const char* name, size_t i) { return name + ("[" + std::to_string(i)) + "]"; }
+// The name of one tensor of a list, as it is printed.
+struct Item {
+  const char* name;
+  size_t index;
+};
+
+Item item(const char* name, size_t index) { return {name, index}; }
+
+std::ostream& operator<<(std::ostream& out, const Item& i) { return out << i.name << '[' << i.index << ']'; }
 
 void expect_tensors(const char* name, const Tensors& tensors, size_t n) {
   expect(tensors.size() == n, name, ": expected ", n, " tensors, got ", tensors.size());
 }
 
-// Parameters and running statistics of batch norm: [C] in the type of x or in the accumulation type.
-void expect_norm(const char* name, const Tensors& tensors, const Chain& chain) {
-  expect_tensors(name, tensors, chain.units());
-  for (size_t i = 0; i < chain.units(); ++i) {
-    const ScalarType rows = accumulation_type(chain.type);
-    expect_tensor(item(name, i), tensors[i], tensors[i].scalar_type() == chain.type ? chain.type : rows,
-                  {chain.conv[i].C});
+// Every tensor of a call is on the device of x.
+class SameDevice {
+ public:
+  explicit SameDevice(const Tensor& x) : cuda_(x.is_cuda()), index_(x.get_device_index()) {}
+
+  const SameDevice& operator()(const char* name, const Tensor& tensor) const {
+    expect(tensor.is_cpu() != cuda_ && tensor.is_cuda() == cuda_ && tensor.get_device_index() == index_, name,
+           ": expected on the device of x, got another");
+    return *this;
   }
+  const SameDevice& operator()(const char* name, const std::optional<Tensor>& tensor) const {
+    return tensor ? (*this)(name, *tensor) : *this;
+  }
+  const SameDevice& operator()(const char* name, const Tensors& tensors) const {
+    for (const Tensor& tensor : tensors) (*this)(name, tensor);
+    return *this;
+  }
+
+ private:
+  bool cuda_;  // else the CPU
+  int32_t index_;
+};
+
+Device device_of(const Tensor& x) {
+#if defined(FUSED_PREACT_CUDA)
+  if (x.is_cuda()) return cuda::device(x);
+#endif
+  return cpu::device();
 }
 
-Shortcut parse_shortcut(const std::string& name) {
-  if (name == "none") return Shortcut::none;
-  if (name == "identity") return Shortcut::identity;
-  if (name == "activated") return Shortcut::activated;
-  expect(name == "raw", "shortcut: expected none, identity, activated or raw, got ", name);
-  return Shortcut::raw;
+// A parameter of any floating-point type, which is converted to that of the stage.
+template <class Name>
+void expect_parameter(const Name& name, const Tensor& x, const Sizes& sizes) {
+  const ScalarType type = x.scalar_type();
+  const bool floating = type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half ||
+                        type == ScalarType::Double;
+  expect_tensor(name, x, floating ? type : ScalarType::Float, sizes);
+}
+
+// Parameters and running statistics of batch norm: [C] in the type of the stage or in the accumulation type.
+void expect_norm(const char* name, const Tensors& tensors, const Stage& stage) {
+  expect_tensors(name, tensors, stage.units());
+  const ScalarType rows = accumulation_type(stage.type);
+  for (const Chain& chain : stage.blocks)
+    for (size_t i = 0; i < chain.units; ++i) {
+      const Tensor& tensor = tensors[chain.first + i];
+      expect_tensor(item(name, chain.first + i), tensor, tensor.scalar_type() == stage.type ? stage.type : rows,
+                    {chain.conv[i].C});
+    }
+}
+
+Shortcut parse_shortcut(int64_t code) {
+  expect(code >= 0 && code <= static_cast<int64_t>(Shortcut::raw),
+         "shortcut: expected 0 (none), 1 (identity), 2 (activated) or 3 (raw), got ", code);
+  return static_cast<Shortcut>(code);
+}
+
+Memory parse_memory(int64_t code) {
+  expect(code >= 0 && code <= static_cast<int64_t>(Memory::none),
+         "memory: expected 0 (fast), 1 (lean), 2 (min) or 3 (none), got ", code);
+  return static_cast<Memory>(code);
 }
 
 // The convolution of an input of N, C, H, W by `weight`, from its seven integers of geometry.
-Conv convolution(const std::string& name, const Sizes& x, const Tensor& weight, ScalarType type,
-                 const int64_t* geometry) {
+Conv convolution(const Item& name, const Sizes& x, const Tensor& weight, const int64_t* geometry) {
   expect(weight.dim() == 4, name, ": expected 4 dimensions, got ", weight.dim());
   const auto w = weight.sizes();
-  expect_tensor(name, weight, type, {w[0], x[1], w[2], w[3]});
+  expect_parameter(name, weight, {w[0], x[1], w[2], w[3]});
   expect(w[0] > 0 && w[2] > 0 && w[3] > 0, name, ": expected no empty dimension, got ", text(w));
   const int64_t *stride = geometry, *pad = geometry + 2, *dilation = geometry + 4, groups = geometry[6];
   for (size_t i = 0; i < kGeometry; ++i)
@@ -90,104 +157,195 @@ Conv convolution(const std::string& name, const Sizes& x, const Tensor& weight, 
           stride[0], stride[1], pad[0], pad[1]};
 }
 
-Chain parse_chain(const Tensor& x, const Tensors& weight, const std::optional<Tensor>& shortcut_weight,
-                  const std::vector<bool>& training, const Sizes& geometry, const std::string& shortcut,
-                  const std::string& backend) {
-  expect(backend == "cpu", "backend: expected cpu, got ", backend);
-  const ScalarType type = x.scalar_type();
-  expect(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Double,
-         "x: expected float32, bfloat16 or float64, got ", torch::headeronly::toString(type));
-  const size_t n = training.size();
-  expect(n > 0, "training: expected one value for each unit, got none");
-  expect_tensors("weight", weight, n);
-  Chain chain{type, {}, weight, training, parse_shortcut(shortcut)};
-  const bool projection = chain.shortcut == Shortcut::activated || chain.shortcut == Shortcut::raw;
-  expect(projection == shortcut_weight.has_value(), "shortcut_weight: expected ", projection ? "a tensor" : "none",
-         " for the shortcut ", shortcut);
-  if (projection) chain.weight.push_back(*shortcut_weight);
-  expect(geometry.size() == kGeometry * chain.weight.size(), "geometry: expected ", kGeometry * chain.weight.size(),
-         " integers, got ", geometry.size());
-
-  expect(x.dim() == 4, "x: expected 4 dimensions, got ", x.dim());
-  const Sizes input(x.sizes().begin(), x.sizes().end());
-  expect(input[1] > 0 && input[2] > 0 && input[3] > 0, "x: expected no empty dimension but the first, got ",
-         text(input));
-  Sizes sizes = input;
-  for (size_t i = 0; i < chain.weight.size(); ++i) {
-    const bool branch = i < n;
-    const Conv conv = convolution(branch ? item("weight", i) : "shortcut_weight", branch ? sizes : input,
-                                  chain.weight[i], chain.type, &geometry[i * kGeometry]);
-    const Sizes output = {conv.N, conv.K, conv.P, conv.Q};
-    expect(branch || output == sizes, "shortcut_weight: expected an output of ", text(sizes), ", got ", text(output));
-    if (branch) sizes = output;
-    chain.conv.push_back(conv);
-  }
-  expect(chain.shortcut != Shortcut::identity || input == sizes, "shortcut: identity expects an output of ",
-         text(input), ", got ", text(sizes));
-  return chain;
-}
-
 Sizes output_sizes(const Conv& conv) { return {conv.N, conv.K, conv.P, conv.Q}; }
 
-std::tuple<Tensor, Tensors, Tensors> forward_cpu(
-    const Tensor& x, const std::optional<Tensor>& residual, const Tensors& weight, const Tensors& bias,
-    const Tensors& bn_weight, const Tensors& bn_bias, const Tensors& running_mean, const Tensors& running_var,
-    const std::optional<Tensor>& shortcut_weight, const std::vector<bool>& training, const std::vector<double>& eps,
-    const Sizes& geometry, const std::string& shortcut, const std::string& backend) {
-  const Chain chain = parse_chain(x, weight, shortcut_weight, training, geometry, shortcut, backend);
-  const size_t n = chain.units();
-  const bool batch = std::find(training.begin(), training.end(), false) == training.end();
-  expect(x.size(0) > 0 || std::find(training.begin(), training.end(), true) == training.end(),
-         "x: expected at least one image where a unit is training, got ", text(x.sizes()));
-  expect(!residual || chain.shortcut == Shortcut::none, "residual: expected none beside the shortcut ", shortcut);
-  if (residual) expect_tensor("residual", *residual, chain.type, output_sizes(chain.conv[n - 1]));
-  if (!bias.empty()) expect_tensors("bias", bias, n);
-  for (size_t i = 0; i < bias.size(); ++i) expect_tensor(item("bias", i), bias[i], chain.type, {chain.conv[i].K});
-  expect_norm("bn_weight", bn_weight, chain);
-  expect_norm("bn_bias", bn_bias, chain);
-  if (!batch || !running_mean.empty()) expect_norm("running_mean", running_mean, chain);
-  if (!batch || !running_var.empty()) expect_norm("running_var", running_var, chain);
-  expect(eps.size() == n, "eps: expected ", n, " numbers, got ", eps.size());
+// The stage of an input x from what both operators are told of it.
+class StageParser {
+ public:
+  StageParser(const Tensor& x, const Tensors& weight, const Tensors& bias, const Tensors& shortcut_weight,
+              const std::vector<bool>& training, const Sizes& geometry, const Sizes& units, const Sizes& shortcut,
+              ScalarType dtype, int64_t memory)
+      : weight_(weight), shortcut_weight_(shortcut_weight), geometry_(geometry) {
+    expect(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 ||
+               dtype == (x.is_cuda() ? ScalarType::Half : ScalarType::Double),
+           "dtype: expected float32, bfloat16 or ", x.is_cuda() ? "float16" : "float64", ", got ",
+           torch::headeronly::toString(dtype));
+    stage_.type = dtype;
+    stage_.memory = parse_memory(memory);
+    stage_.training = training;
+    expect_tensors("weight", weight, training.size());
+    expect(!units.empty() && units.size() == shortcut.size(), "units: expected one value for each shortcut, got ",
+           units.size(), " for ", shortcut.size());
+    expect(x.dim() == 4, "x: expected 4 dimensions, got ", x.dim());
+    sizes_ = Sizes(x.sizes().begin(), x.sizes().end());
+    expect_tensor("x", x,
+                  stage_.memory == Memory::fast || x.scalar_type() != ScalarType::Float ? dtype : x.scalar_type(),
+                  sizes_);
+    expect(sizes_[1] > 0 && sizes_[2] > 0 && sizes_[3] > 0, "x: expected no empty dimension but the first, got ",
+           text(sizes_));
+    for (size_t k = 0; k < units.size(); ++k) add_block(units[k], parse_shortcut(shortcut[k]));
+    expect(unit_ == weight.size() && projection_ == shortcut_weight.size() && read_ == geometry.size(),
+           "geometry: expected weights, shortcut weights and geometry of ", unit_, ", ", projection_, " and ", read_,
+           " values, got ", weight.size(), ", ", shortcut_weight.size(), " and ", geometry.size());
+    if (!bias.empty()) expect_tensors("bias", bias, training.size());
+    for (const Chain& chain : stage_.blocks)
+      for (size_t i = 0; !bias.empty() && i < chain.units; ++i) {
+        const Tensor& b = bias[chain.first + i];
+        expect_parameter(item("bias", chain.first + i), b, {chain.conv[i].K});
+        stage_.bias.push_back(contiguous(b, dtype));
+      }
+  }
 
-  const Launch kernels(cpu::device(), chain.type);
-  const Norms norms{bn_weight, bn_bias, running_mean, running_var, eps};
-  Tensors dense_bias;
-  for (const Tensor& b : bias) dense_bias.push_back(contiguous(b, chain.type));
-  const Tensor input = dense_nhwc(x);
-  auto [y, hidden, rows] =
-      forward(kernels, chain, norms, input, residual ? std::optional(dense_nhwc(*residual)) : residual, dense_bias,
-              norm_rows(kernels, chain, norms, 0, input));
-  return {laid_out_like(x, y), hidden, rows};
+  Stage take() && { return std::move(stage_); }
+
+ private:
+  void add_block(int64_t units, Shortcut shortcut) {
+    expect(units > 0 && static_cast<size_t>(units) <= weight_.size() - unit_, "units: expected from 1 to ",
+           weight_.size() - unit_, " units, got ", units);
+    Chain chain{unit_, static_cast<size_t>(units), shortcut, {}, {}};
+    const Sizes input = sizes_;
+    for (int64_t i = 0; i < units; ++i, ++unit_) {
+      add(chain, item("weight", unit_), sizes_, weight_[unit_]);
+      sizes_ = output_sizes(chain.conv.back());
+    }
+    if (shortcut == Shortcut::activated || shortcut == Shortcut::raw) {
+      const Item name = item("shortcut_weight", projection_);
+      expect(projection_ < shortcut_weight_.size(), name, ": expected a tensor, got none");
+      add(chain, name, input, shortcut_weight_[projection_++]);
+      const Sizes output = output_sizes(chain.conv.back());
+      expect(output == sizes_, name, ": expected an output of ", text(sizes_), ", got ", text(output));
+    }
+    expect(shortcut != Shortcut::identity || input == sizes_, "shortcut: identity expects an output of ", text(input),
+           ", got ", text(sizes_));
+    expect(shortcut != Shortcut::none || stage_.blocks.empty(), "shortcut: none is for a stage of one block");
+    stage_.blocks.push_back(std::move(chain));
+  }
+
+  void add(Chain& chain, const Item& name, const Sizes& input, const Tensor& weight) {
+    expect(read_ + kGeometry <= geometry_.size(), "geometry: expected ", kGeometry,
+           " integers for each convolution, got ", geometry_.size());
+    chain.conv.push_back(convolution(name, input, weight, &geometry_[read_]));
+    read_ += kGeometry;
+    chain.weight.push_back(convert(weight, stage_.type));
+  }
+
+  const Tensors &weight_, &shortcut_weight_;
+  const Sizes& geometry_;
+  Stage stage_;
+  Sizes sizes_;  // of the stream behind the blocks so far
+  size_t unit_ = 0, projection_ = 0, read_ = 0;
+};
+
+bool contains(const std::vector<bool>& values, bool value) {
+  return std::find(values.begin(), values.end(), value) != values.end();
 }
 
-std::tuple<Tensor, Tensors, Tensors, Tensors, Tensors, Tensor> backward_cpu(
-    const Tensor& dy, const Tensor& x, const Tensors& hidden, const Tensors& rows, const Tensors& weight,
-    const std::optional<Tensor>& shortcut_weight, const std::vector<bool>& training, const Sizes& geometry,
-    const std::string& shortcut, const std::vector<bool>& needs, const std::string& backend) {
-  const Chain chain = parse_chain(x, weight, shortcut_weight, training, geometry, shortcut, backend);
-  const size_t n = chain.units();
-  expect_tensor("dy", dy, chain.type, output_sizes(chain.conv[n - 1]));
-  expect_tensors("hidden", hidden, n - 1);
-  expect_tensors("rows", rows, n);
-  expect(needs.size() == 3 * n + 2, "needs: expected ", 3 * n + 2, " values, got ", needs.size());
+std::tuple<Tensor, Tensors, Tensors> run_forward(const Tensor& x, const std::optional<Tensor>& residual,
+                                                 const Tensors& weight, const Tensors& bias, const Tensors& bn_weight,
+                                                 const Tensors& bn_bias, const Tensors& running_mean,
+                                                 const Tensors& running_var, const Tensors& shortcut_weight,
+                                                 const std::vector<bool>& training, const std::vector<double>& eps,
+                                                 const Sizes& geometry, const Sizes& units, const Sizes& shortcut,
+                                                 ScalarType dtype, int64_t memory, bool tf32) {
+  SameDevice{x}("residual", residual)("weight", weight)("bias", bias)("bn_weight", bn_weight)("bn_bias", bn_bias)(
+      "running_mean", running_mean)("running_var", running_var)("shortcut_weight", shortcut_weight);
+  const Stage stage =
+      StageParser(x, weight, bias, shortcut_weight, training, geometry, units, shortcut, dtype, memory).take();
+  const size_t n = stage.units();
+  expect(x.size(0) > 0 || !contains(training, true), "x: expected at least one image where a unit is training, got ",
+         text(x.sizes()));
+  expect(!residual || stage.blocks[0].shortcut == Shortcut::none, "residual: expected none beside a shortcut");
+  if (residual) expect_tensor("residual", *residual, dtype, output_sizes(stage.blocks[0].conv[n - 1]));
+  expect_norm("bn_weight", bn_weight, stage);
+  expect_norm("bn_bias", bn_bias, stage);
+  const bool frozen = contains(training, false);
+  if (frozen || !running_mean.empty()) expect_norm("running_mean", running_mean, stage);
+  if (frozen || !running_var.empty()) expect_norm("running_var", running_var, stage);
+  expect(eps.size() == n, "eps: expected ", n, " numbers, got ", eps.size());
 
-  Tensors dense_hidden, dense_rows;
-  const ScalarType row_type = accumulation_type(chain.type);
-  for (size_t i = 0; i < n; ++i) {
-    if (i > 0) {
-      expect_tensor(item("hidden", i - 1), hidden[i - 1], chain.type, output_sizes(chain.conv[i - 1]));
-      dense_hidden.push_back(dense_nhwc(hidden[i - 1]));
-    }
-    expect_tensor(item("rows", i), rows[i], row_type, {kNormRows, chain.conv[i].C});
-    dense_rows.push_back(contiguous(rows[i], row_type));
+  const Norms norms{bn_weight, bn_bias, running_mean, running_var, eps};
+  auto [y, kept, rows] = forward(Launch(device_of(x), dtype, tf32), stage, norms, dense_nhwc(x),
+                                 residual ? std::optional(dense_nhwc(*residual)) : residual);
+  return {laid_out_like(x, y), kept, rows};
+}
+
+// The tensors of the blocks' shapes that forward keeps, made dense.
+Tensors expect_kept(const Tensors& kept, const Stage& stage, ScalarType stream) {
+  Tensors dense;
+  const auto expect_next = [&](ScalarType type, const Sizes& sizes) {
+    const size_t i = dense.size();
+    expect(i < kept.size(), "kept: expected more than ", i, " tensors");
+    expect_tensor(item("kept", i), kept[i], type, sizes);
+    dense.push_back(dense_nhwc(kept[i]));
+  };
+  for (size_t k = 0; k < stage.blocks.size(); ++k) {
+    const Chain& chain = stage.blocks[k];
+    const Conv& conv = chain.conv[0];
+    if (k > 0 && stage.keeps_input(k)) expect_next(stream, {conv.N, conv.C, conv.H, conv.W});
+    for (size_t i = 0; i + 1 < chain.units; ++i)
+      if (stage.keeps_hidden(chain, i)) expect_next(stage.type, output_sizes(chain.conv[i]));
   }
-  const auto unit_needs = [&](size_t kind) {
-    return std::vector<bool>(needs.begin() + 1 + kind * n, needs.begin() + 1 + (kind + 1) * n);
+  expect_tensors("kept", kept, dense.size());
+  return dense;
+}
+
+// Gradients in the type of what they are the gradient of; those that were not asked for are empty.
+void convert_like(Tensors& gradients, const Tensors& like) {
+  for (size_t i = 0; i < gradients.size(); ++i) gradients[i] = convert(gradients[i], like[i].scalar_type());
+}
+
+std::tuple<Tensor, Tensors, Tensors, Tensors, Tensors, Tensors> run_backward(
+    const Tensor& dy, const Tensor& x, const std::optional<Tensor>& y, const Tensors& kept, const Tensors& rows,
+    const Tensors& weight, const Tensors& bias, const Tensors& shortcut_weight, const std::vector<bool>& training,
+    const Sizes& geometry, const Sizes& units, const Sizes& shortcut, ScalarType dtype, int64_t memory, bool tf32,
+    const std::vector<bool>& needs) {
+  SameDevice{x}("dy", dy)("y", y)("kept", kept)("rows", rows)("weight", weight)("bias", bias)("shortcut_weight",
+                                                                                              shortcut_weight);
+  const Stage stage =
+      StageParser(x, weight, bias, shortcut_weight, training, geometry, units, shortcut, dtype, memory).take();
+  const size_t n = stage.units(), blocks = stage.blocks.size();
+  const Chain& last = stage.blocks.back();
+  const ScalarType stream = x.scalar_type(), row_type = accumulation_type(dtype);
+  const Sizes output = output_sizes(last.conv[last.units - 1]);
+  expect_tensor("dy", dy, stream, output);
+  expect(stage.memory != Memory::none, "memory: expected what forward kept for backward, got none");
+  const bool needs_y = blocks > 1 && !stage.keeps_input(blocks - 1);
+  expect(!needs_y || y, "y: expected a tensor where the last block does not keep its input, got none");
+  if (needs_y) expect_tensor("y", *y, stream, output);
+  expect_tensors("rows", rows, n);
+  Tensors dense_rows;
+  for (const Chain& chain : stage.blocks)
+    for (size_t i = 0; i < chain.units; ++i) {
+      const size_t unit = chain.first + i;
+      expect_tensor(item("rows", unit), rows[unit], row_type, {kNormRows, chain.conv[i].C});
+      dense_rows.push_back(contiguous(rows[unit], row_type));
+    }
+  expect(needs.size() == 1 + 3 * n + blocks, "needs: expected ", 1 + 3 * n + blocks, " values, got ", needs.size());
+  const auto part = [&](size_t begin, size_t size) {
+    return std::vector<bool>(needs.begin() + begin, needs.begin() + begin + size);
   };
   auto [dx, dweight, dbias, dbn_weight, dbn_bias, dshortcut_weight] =
-      backward(Launch(cpu::device(), chain.type), chain, dense_nhwc(dy), dense_nhwc(x), dense_hidden, dense_rows,
-               {needs.front(), unit_needs(0), unit_needs(1), unit_needs(2), needs.back()});
+      backward(Launch(device_of(x), dtype, tf32), stage, dense_nhwc(dy), dense_nhwc(x),
+               needs_y ? std::optional(dense_nhwc(*y)) : std::nullopt, expect_kept(kept, stage, stream), dense_rows,
+               {needs.front(), part(1, n), part(1 + n, n), part(1 + 2 * n, n), part(1 + 3 * n, blocks)});
+  convert_like(dweight, weight);
+  if (!bias.empty()) convert_like(dbias, bias);
+  size_t projection = 0;
+  for (size_t k = 0; k < blocks; ++k)
+    if (stage.blocks[k].conv.size() > stage.blocks[k].units)
+      dshortcut_weight[k] = convert(dshortcut_weight[k], shortcut_weight[projection++].scalar_type());
   return {needs.front() ? laid_out_like(x, dx) : dx, dweight, dbias, dbn_weight, dbn_bias, dshortcut_weight};
+}
+
+// Compute capabilities that the CUDA kernels were compiled for; none where they were left out.
+std::vector<std::string> cuda_architectures() {
+#if defined(FUSED_PREACT_CUDA)
+#define ARCHITECTURE(name) #name,
+  return {FUSED_PREACT_CUDA};
+#undef ARCHITECTURE
+#else
+  return {};
+#endif
 }
 
 // The one in use, all that are built, and those of them that this machine supports.
@@ -211,24 +369,36 @@ std::string set_cpu_isa(const std::string& name) {
 }  // namespace fused_preact
 
 STABLE_TORCH_LIBRARY(fused_preact, m) {
+  // No strings: torch's stable conversion of a string argument leaks it.
   m.def(
       "forward(Tensor x, Tensor? residual, Tensor[] weight, Tensor[] bias, Tensor[] bn_weight, Tensor[] bn_bias, "
-      "Tensor[] running_mean, Tensor[] running_var, Tensor? shortcut_weight, bool[] training, float[] eps, "
-      "int[] geometry, str shortcut, str backend) -> (Tensor y, Tensor[] hidden, Tensor[] rows)");
+      "Tensor[] running_mean, Tensor[] running_var, Tensor[] shortcut_weight, bool[] training, float[] eps, "
+      "int[] geometry, int[] units, int[] shortcut, ScalarType dtype, int memory, bool tf32) -> "
+      "(Tensor y, Tensor[] kept, Tensor[] rows)");
   m.def(
-      "backward(Tensor dy, Tensor x, Tensor[] hidden, Tensor[] rows, Tensor[] weight, Tensor? shortcut_weight, "
-      "bool[] training, int[] geometry, str shortcut, bool[] needs, str backend) -> (Tensor dx, Tensor[] dweight, "
-      "Tensor[] dbias, Tensor[] dbn_weight, Tensor[] dbn_bias, Tensor dshortcut_weight)");
+      "backward(Tensor dy, Tensor x, Tensor? y, Tensor[] kept, Tensor[] rows, Tensor[] weight, Tensor[] bias, "
+      "Tensor[] shortcut_weight, bool[] training, int[] geometry, int[] units, int[] shortcut, ScalarType dtype, "
+      "int memory, bool tf32, bool[] needs) -> (Tensor dx, Tensor[] dweight, Tensor[] dbias, Tensor[] dbn_weight, "
+      "Tensor[] dbn_bias, Tensor[] dshortcut_weight)");
+  m.def("_cuda_architectures() -> str[]");
   m.def("_cpu_isas() -> (str chosen, str[] built, str[] supported)");
   m.def("_set_cpu_isa(str isa) -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_preact, CPU, m) {
-  m.impl("forward", TORCH_BOX(&fused_preact::forward_cpu));
-  m.impl("backward", TORCH_BOX(&fused_preact::backward_cpu));
+  m.impl("forward", TORCH_BOX(&fused_preact::run_forward));
+  m.impl("backward", TORCH_BOX(&fused_preact::run_backward));
 }
 
+#if defined(FUSED_PREACT_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(fused_preact, CUDA, m) {
+  m.impl("forward", TORCH_BOX(&fused_preact::run_forward));
+  m.impl("backward", TORCH_BOX(&fused_preact::run_backward));
+}
+#endif
+
 STABLE_TORCH_LIBRARY_IMPL(fused_preact, CompositeExplicitAutograd, m) {
+  m.impl("_cuda_architectures", TORCH_BOX(&fused_preact::cuda_architectures));
   m.impl("_cpu_isas", TORCH_BOX(&fused_preact::cpu_isas));
   m.impl("_set_cpu_isa", TORCH_BOX(&fused_preact::set_cpu_isa));
 }

@@ -1,118 +1,241 @@
 #include "schedule.h"
 
 #include <algorithm>
+#include <utility>
 
 namespace fused_preact {
 
 namespace {
 
-Launch::Affine affine(const Chain& chain, const Norms& norms, size_t i) {
-  const ScalarType type = accumulation_type(chain.type);
-  return {contiguous(norms.weight[i], type), contiguous(norms.bias[i], type), norms.eps[i]};
+bool any(const std::vector<bool>& values, size_t end) {
+  return std::find(values.begin(), values.begin() + end, true) != values.begin() + end;
 }
-
-bool any_before(const std::vector<bool>& needs, size_t end) {
-  return std::any_of(needs.begin(), needs.begin() + end, [](bool need) { return need; });
-}
-
-Tensor nothing(const Tensor& like, ScalarType type) { return empty(like, type, {0}); }
 
 std::vector<Tensor> nothing(size_t n, const Tensor& like, ScalarType type) {
   std::vector<Tensor> result;
   result.reserve(n);
-  for (size_t i = 0; i < n; ++i) result.push_back(nothing(like, type));
+  for (size_t i = 0; i < n; ++i) result.push_back(empty(like, type, {0}));
   return result;
 }
 
 Launch::Gradient plain(const Tensor& dy) { return {dy, std::nullopt, std::nullopt, std::nullopt}; }
 
+class Forward {
+ public:
+  Forward(const Launch& kernels, const Stage& stage, const Norms& norms)
+      : kernels_(kernels), stage_(stage), norms_(norms) {}
+
+  ForwardResult run(const Tensor& x, const std::optional<Tensor>& residual) && {
+    Tensor stream = x;
+    for (size_t k = 0; k < stage_.blocks.size(); ++k) {
+      if (k > 0 && stage_.keeps_input(k)) kept_.push_back(stream);
+      stream = block(stage_.blocks[k], stream, residual);
+    }
+    return {stream, std::move(kept_), std::move(rows_)};
+  }
+
+ private:
+  Tensor block(const Chain& chain, const Tensor& stream, const std::optional<Tensor>& residual) {
+    const Tensor x = convert(stream, stage_.type);
+    // The batch norm in front has its rows from the block before, unless there is none that read the same values.
+    if (rows_.size() == chain.first) rows_.push_back(norm_rows(chain.first, x));
+    std::optional<Tensor> across = residual;
+    if (chain.shortcut == Shortcut::identity) across = stream;
+    if (chain.shortcut == Shortcut::activated || chain.shortcut == Shortcut::raw) across = projection(chain, x);
+    // A stream of another type than the convolutions' is added apart.
+    const bool apart = across && across->scalar_type() != stage_.type;
+
+    Tensor h = x;
+    for (size_t i = 0; i < chain.units; ++i) {
+      const bool last = i == chain.units - 1;
+      const size_t unit = chain.first + i;
+      std::optional<Launch::Affine> next;
+      if (unit + 1 < stage_.units() && stage_.training[unit + 1] && !(last && apart)) next = affine(unit + 1);
+      auto [y, next_rows] = kernels_.forward(chain.conv[i], {h, rows_[unit]}, chain.weight[i], bias(unit),
+                                             last && !apart ? across : std::nullopt, next);
+      h = y;
+      if (next)
+        rows_.push_back(*next_rows);
+      else if (!last)
+        rows_.push_back(norm_rows(unit + 1, h));
+      if (!last && stage_.keeps_hidden(chain, i)) kept_.push_back(h);
+    }
+    return apart ? sum(*across, h) : convert(h, stream.scalar_type());
+  }
+
+  Tensor projection(const Chain& chain, const Tensor& x) {
+    std::optional<Tensor> norm;
+    if (chain.shortcut == Shortcut::activated) norm = rows_[chain.first];
+    const Launch::Activation source{x, norm};
+    return kernels_.forward(chain.conv.back(), source, chain.weight.back(), std::nullopt, std::nullopt, std::nullopt)
+        .first;
+  }
+
+  Launch::Affine affine(size_t unit) const {
+    const ScalarType type = accumulation_type(stage_.type);
+    return {contiguous(norms_.weight[unit], type), contiguous(norms_.bias[unit], type), norms_.eps[unit]};
+  }
+
+  Tensor norm_rows(size_t unit, const Tensor& x) const {
+    if (stage_.training[unit]) return kernels_.statistics(x, affine(unit));
+    const ScalarType type = accumulation_type(stage_.type);
+    return kernels_.running(contiguous(norms_.running_mean[unit], type), contiguous(norms_.running_var[unit], type),
+                            affine(unit));
+  }
+
+  std::optional<Tensor> bias(size_t unit) const {
+    return stage_.bias.empty() ? std::nullopt : std::optional(stage_.bias[unit]);
+  }
+
+  const Launch& kernels_;
+  const Stage& stage_;
+  const Norms& norms_;
+  std::vector<Tensor> kept_, rows_;
+};
+
+class Backward {
+ public:
+  Backward(const Launch& kernels, const Stage& stage, const std::vector<Tensor>& kept, const std::vector<Tensor>& rows,
+           const Needs& needs)
+      : kernels_(kernels), stage_(stage), kept_(kept), rows_(rows), needs_(needs), unread_(kept.size()) {}
+
+  BackwardResult run(const Tensor& dy, const Tensor& x, std::optional<Tensor> y) && {
+    const ScalarType type = stage_.type, row_type = accumulation_type(type);
+    const size_t n = stage_.units();
+    result_ = {empty(x, type, {0}),     nothing(n, x, type),     nothing(n, x, type),
+               nothing(n, x, row_type), nothing(n, x, row_type), nothing(stage_.blocks.size(), x, type)};
+    Tensor dstream = dy;
+    for (size_t k = stage_.blocks.size(); k-- > 0;) {
+      const bool need_x = needs_.x || wanted_before(k);
+      if (!need_x && !wanted_before(k + 1)) break;
+      const Tensor stream = restore(k, x, y);
+      dstream = block(k, dstream, need_x);
+      y = stream;
+    }
+    if (needs_.x) result_.dx = dstream;
+    return std::move(result_);
+  }
+
+ private:
+  // Whether a parameter of the blocks before block k wants a gradient.
+  bool wanted_before(size_t k) const {
+    const size_t end = k < stage_.blocks.size() ? stage_.blocks[k].first : stage_.units();
+    return any(needs_.weight, end) || any(needs_.bias, end) || any(needs_.norm, end) || any(needs_.shortcut_weight, k);
+  }
+
+  // Fills inputs_, what each unit of block k read, and returns the stream in front of the block; y is the one behind.
+  Tensor restore(size_t k, const Tensor& x, const std::optional<Tensor>& y) {
+    const Chain& chain = stage_.blocks[k];
+    const bool kept = k > 0 && stage_.keeps_input(k);
+    size_t next = unread_ - kept;
+    for (size_t i = 0; i + 1 < chain.units; ++i) next -= stage_.keeps_hidden(chain, i);
+    const size_t end = std::exchange(unread_, next);
+    const Tensor stream = k == 0 ? x : kept ? kept_[next++] : rebuild(chain, *y, kept_[end - 1]);
+    inputs_ = {convert(stream, stage_.type)};
+    for (size_t i = 0; i + 1 < chain.units; ++i)
+      inputs_.push_back(stage_.keeps_hidden(chain, i)
+                            ? kept_[next++]
+                            : convolve(chain, i, inputs_[i], chain.weight[i], bias(chain.first + i), std::nullopt));
+    return stream;
+  }
+
+  // x = y - conv(a, W) - bias for the last convolution of a block whose shortcut is the identity.
+  Tensor rebuild(const Chain& chain, const Tensor& y, const Tensor& h) const {
+    const size_t i = chain.units - 1;
+    std::optional<Tensor> b = bias(chain.first + i);
+    if (y.scalar_type() != stage_.type) return difference(y, convolve(chain, i, h, chain.weight[i], b, std::nullopt));
+    if (b) b = negative(*b);
+    return convolve(chain, i, h, negative(chain.weight[i]), b, y);
+  }
+
+  Tensor convolve(const Chain& chain, size_t i, const Tensor& h, const Tensor& weight,
+                  const std::optional<Tensor>& bias, const std::optional<Tensor>& residual) const {
+    return kernels_.forward(chain.conv[i], {h, rows_[chain.first + i]}, weight, bias, residual, std::nullopt).first;
+  }
+
+  std::optional<Tensor> bias(size_t unit) const {
+    return stage_.bias.empty() ? std::nullopt : std::optional(stage_.bias[unit]);
+  }
+
+  // The gradient of the stream in front of block k from the one behind it, where it is needed.
+  Tensor block(size_t k, const Tensor& dstream, bool need_x) {
+    const Chain& chain = stage_.blocks[k];
+    const Tensor dy = convert(dstream, stage_.type), &x = inputs_[0];
+    const auto shortcut_dgrad = [&] {
+      return kernels_.dgrad(chain.conv.back(), plain(dy), chain.weight.back(), {x, std::nullopt}, std::nullopt, false)
+          .g;
+    };
+    const auto shortcut_wgrad = [&](const std::optional<Tensor>& norm) {
+      if (needs_.shortcut_weight[k])
+        result_.dshortcut_weight[k] =
+            kernels_.wgrad(chain.conv.back(), plain(dy), {x, norm}, chain.weight.back(), false).first;
+    };
+
+    Launch::Gradient g = plain(dy);
+    for (size_t i = chain.units; i-- > 0;) {
+      const size_t unit = chain.first + i;
+      const Launch::Activation a{inputs_[i], rows_[unit]};
+      // Whether anything at or before this batch norm wants a gradient.
+      bool wanted = need_x;
+      for (size_t j = chain.first; j <= unit; ++j)
+        wanted = wanted || needs_.norm[j] || (j < unit && (needs_.weight[j] || needs_.bias[j]));
+      std::optional<Tensor> add;
+      if (i == 0 && chain.shortcut == Shortcut::activated) {
+        shortcut_wgrad(a.norm);
+        if (wanted) add = shortcut_dgrad();
+      }
+      if (needs_.weight[unit] || needs_.bias[unit]) {
+        auto [dweight, dbias] = kernels_.wgrad(chain.conv[i], g, a, chain.weight[i], needs_.bias[unit]);
+        if (needs_.weight[unit]) result_.dweight[unit] = dweight;
+        if (needs_.bias[unit]) result_.dbias[unit] = *dbias;
+      }
+      if (!wanted) continue;
+      g = kernels_.dgrad(chain.conv[i], g, chain.weight[i], a, add, stage_.training[unit]);
+      if (needs_.norm[unit]) {
+        result_.dbn_weight[unit] = kernels_.row(*g.grad, kDgamma);
+        result_.dbn_bias[unit] = kernels_.row(*g.grad, kDbeta);
+      }
+    }
+    if (chain.shortcut == Shortcut::raw) shortcut_wgrad(std::nullopt);
+    if (!need_x) return dstream;
+    const bool identity = chain.shortcut == Shortcut::identity, apart = dstream.scalar_type() != stage_.type;
+    std::optional<Tensor> add;
+    if (identity && !apart) add = dy;
+    if (chain.shortcut == Shortcut::raw) add = shortcut_dgrad();
+    const Tensor dx = kernels_.dx(g, add);
+    return identity && apart ? sum(dstream, dx) : convert(dx, dstream.scalar_type());
+  }
+
+  const Launch& kernels_;
+  const Stage& stage_;
+  const std::vector<Tensor>&kept_, &rows_;
+  const Needs& needs_;
+  size_t unread_;  // kept tensors of this block and those before
+  std::vector<Tensor> inputs_;
+  BackwardResult result_;
+};
+
 }  // namespace
 
-Tensor norm_rows(const Launch& kernels, const Chain& chain, const Norms& norms, size_t i, const Tensor& x) {
-  if (chain.training[i]) return kernels.statistics(x, affine(chain, norms, i));
-  const ScalarType type = accumulation_type(chain.type);
-  return kernels.running(contiguous(norms.running_mean[i], type), contiguous(norms.running_var[i], type),
-                         affine(chain, norms, i));
+bool Stage::keeps_input(size_t block) const {
+  const bool rebuilt = blocks[block].shortcut == Shortcut::identity && blocks[block].units > 1;
+  return memory == Memory::fast || (memory != Memory::none && !rebuilt);
 }
 
-ForwardResult forward(const Launch& kernels, const Chain& chain, const Norms& norms, const Tensor& x,
-                      std::optional<Tensor> residual, const std::vector<Tensor>& bias, const Tensor& rows) {
-  const size_t n = chain.units();
-  ForwardResult result{x, {}, {rows}};
-  Tensor& h = result.y;
-  for (size_t i = 0; i < n; ++i) {
-    const bool last = i == n - 1;
-    const Launch::Activation a{h, result.rows[i]};
-    if (i == 0 && chain.shortcut == Shortcut::identity) residual = x;
-    if (i == 0 && (chain.shortcut == Shortcut::activated || chain.shortcut == Shortcut::raw)) {
-      const Launch::Activation source{x, chain.shortcut == Shortcut::activated ? a.norm : std::nullopt};
-      residual =
-          kernels.forward(chain.conv[n], source, chain.weight[n], std::nullopt, std::nullopt, std::nullopt).first;
-    }
-    std::optional<Launch::Affine> next;
-    if (!last && chain.training[i + 1]) next = affine(chain, norms, i + 1);
-    auto [y, next_rows] =
-        kernels.forward(chain.conv[i], a, chain.weight[i], bias.empty() ? std::nullopt : std::optional(bias[i]),
-                        last ? residual : std::nullopt, next);
-    h = y;
-    if (!last) {
-      result.hidden.push_back(h);
-      result.rows.push_back(next ? *next_rows : norm_rows(kernels, chain, norms, i + 1, h));
-    }
-  }
-  return result;
+bool Stage::keeps_hidden(const Chain& chain, size_t unit) const {
+  const bool last = unit + 2 == chain.units;
+  return memory == Memory::fast || memory == Memory::lean || (memory == Memory::min && last);
 }
 
-BackwardResult backward(const Launch& kernels, const Chain& chain, const Tensor& dy, const Tensor& x,
-                        const std::vector<Tensor>& hidden, const std::vector<Tensor>& rows, const Needs& needs) {
-  const size_t n = chain.units();
-  const ScalarType type = chain.type, row_type = accumulation_type(type);
-  BackwardResult result{nothing(x, type),        nothing(n, x, type),     nothing(n, x, type),
-                        nothing(n, x, row_type), nothing(n, x, row_type), nothing(x, type)};
+ForwardResult forward(const Launch& kernels, const Stage& stage, const Norms& norms, const Tensor& x,
+                      const std::optional<Tensor>& residual) {
+  return Forward(kernels, stage, norms).run(x, residual);
+}
 
-  const auto shortcut_dgrad = [&] {
-    const Launch::Activation input{x, std::nullopt};
-    return kernels.dgrad(chain.conv[n], plain(dy), chain.weight[n], input, std::nullopt, false).g;
-  };
-  const auto shortcut_wgrad = [&](const Launch::Activation& a) {
-    if (needs.shortcut_weight)
-      result.dshortcut_weight = kernels.wgrad(chain.conv[n], plain(dy), a, chain.weight[n], false).first;
-  };
-
-  Launch::Gradient g = plain(dy);
-  std::optional<Tensor> add;
-  for (size_t i = n; i-- > 0;) {
-    const Launch::Activation a{i == 0 ? x : hidden[i - 1], rows[i]};
-    // Whether anything at or before batch norm i wants a gradient.
-    const bool wanted =
-        needs.x || any_before(needs.norm, i + 1) || any_before(needs.weight, i) || any_before(needs.bias, i);
-    if (i == 0 && chain.shortcut == Shortcut::activated) {
-      shortcut_wgrad(a);
-      if (wanted) add = shortcut_dgrad();
-    }
-    if (needs.weight[i] || needs.bias[i]) {
-      auto [dweight, dbias] = kernels.wgrad(chain.conv[i], g, a, chain.weight[i], needs.bias[i]);
-      if (needs.weight[i]) result.dweight[i] = dweight;
-      if (needs.bias[i]) result.dbias[i] = *dbias;
-    }
-    if (!wanted) continue;
-    g = kernels.dgrad(chain.conv[i], g, chain.weight[i], a, add, chain.training[i]);
-    if (needs.norm[i]) {
-      result.dbn_weight[i] = kernels.row(*g.grad, kDgamma);
-      result.dbn_bias[i] = kernels.row(*g.grad, kDbeta);
-    }
-  }
-  if (chain.shortcut == Shortcut::raw) shortcut_wgrad({x, std::nullopt});
-  if (needs.x) {
-    if (chain.shortcut == Shortcut::identity)
-      add = dy;
-    else if (chain.shortcut == Shortcut::raw)
-      add = shortcut_dgrad();
-    else
-      add = std::nullopt;
-    result.dx = kernels.dx(g, add);
-  }
-  return result;
+BackwardResult backward(const Launch& kernels, const Stage& stage, const Tensor& dy, const Tensor& x,
+                        const std::optional<Tensor>& y, const std::vector<Tensor>& kept,
+                        const std::vector<Tensor>& rows, const Needs& needs) {
+  return Backward(kernels, stage, kept, rows, needs).run(dy, x, y);
 }
 
 }  // namespace fused_preact

@@ -13,6 +13,8 @@ using torch::headeronly::MemoryFormat;
 
 namespace {
 
+constexpr size_t kLeastPooled = size_t{32} << 10;  // malloc itself keeps what is smaller
+
 // The C function behind torch.empty_strided: a third of the time that the dispatcher takes.
 Tensor empty_strided(const Tensor& like, IntHeaderOnlyArrayRef sizes, IntHeaderOnlyArrayRef strides, int32_t dtype) {
   AtenTensorHandle handle;
@@ -57,6 +59,8 @@ ScalarType accumulation_type(ScalarType type) {
   return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+size_t element_size(ScalarType type) { return type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2; }
+
 Dtype kernel_dtype(ScalarType type) {
   switch (type) {
     case ScalarType::Float:
@@ -73,9 +77,13 @@ Dtype kernel_dtype(ScalarType type) {
   }
 }
 
-Tensor empty_nhwc(const Tensor& like, int64_t N, int64_t C, int64_t H, int64_t W) {
+Tensor empty_nhwc(const Tensor& like, ScalarType type, int64_t N, int64_t C, int64_t H, int64_t W, Pool* pool) {
   const std::array<int64_t, 4> sizes = {N, C, H, W}, strides = {H * W * C, 1, W * C, C};
-  return empty_strided(like, {sizes.data(), 4}, {strides.data(), 4}, shim_dtype(like));
+  const size_t bytes = N * C * H * W * element_size(type);
+  if (pool == nullptr || bytes < kLeastPooled)
+    return empty_strided(like, {sizes.data(), 4}, {strides.data(), 4}, shim_dtype(type));
+  return torch::stable::from_blob(pool->take(bytes), {sizes.data(), 4}, {strides.data(), 4}, like.device(), type,
+                                  [pool, bytes](void* data) { pool->give_back(data, bytes); });
 }
 
 Tensor empty(const Tensor& like, ScalarType type, std::initializer_list<int64_t> sizes) {
@@ -96,8 +104,16 @@ Tensor dense_nhwc(const Tensor& x) {
   return is_dense(x, kNhwc) ? x : torch::stable::contiguous(x, MemoryFormat::ChannelsLast);
 }
 
+Tensor convert(const Tensor& x, ScalarType type) { return x.scalar_type() == type ? x : torch::stable::to(x, type); }
+
+Tensor sum(const Tensor& a, const Tensor& b) { return torch::stable::subtract(a, b, -1); }
+
+Tensor difference(const Tensor& a, const Tensor& b) { return torch::stable::subtract(a, b); }
+
+Tensor negative(const Tensor& x) { return torch::stable::subtract(x, x, 2); }  // exact
+
 Tensor contiguous(const Tensor& x, ScalarType type) {
-  const Tensor typed = x.scalar_type() == type ? x : torch::stable::to(x, type);
+  const Tensor typed = convert(x, type);
   return typed.is_contiguous() ? typed : torch::stable::contiguous(typed);
 }
 

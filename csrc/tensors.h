@@ -4,7 +4,7 @@
 
 #include <initializer_list>
 
-#include "kernels.h"
+#include "device.h"
 
 namespace fused_preact {
 
@@ -13,10 +13,12 @@ using torch::stable::Tensor;
 
 // float64 for float64, else float32.
 ScalarType accumulation_type(ScalarType);
-Dtype kernel_dtype(ScalarType);  // throws for a type that no kernel has
+size_t element_size(ScalarType);  // bytes, of a type that a kernel has
+Dtype kernel_dtype(ScalarType);   // throws for a type that no kernel has
 
-// Uninitialised, on the device of `like`: an activation [N, C, H, W] in dense NHWC, and a contiguous tensor.
-Tensor empty_nhwc(const Tensor& like, int64_t N, int64_t C, int64_t H, int64_t W);
+// Uninitialised, on the device of `like`: an activation [N, C, H, W] in dense NHWC, and a contiguous tensor. Large
+// activations are taken from the pool, where there is one.
+Tensor empty_nhwc(const Tensor& like, ScalarType, int64_t N, int64_t C, int64_t H, int64_t W, Pool*);
 Tensor empty(const Tensor& like, ScalarType, std::initializer_list<int64_t> sizes);
 // Of the shape and type of `weight`, and of its layout where that is dense, for then autograd keeps it without a copy.
 Tensor empty_gradient(const Tensor& weight);
@@ -24,6 +26,12 @@ Tensor empty_gradient(const Tensor& weight);
 // x itself where it is what is asked for, else a copy.
 Tensor dense_nhwc(const Tensor& x);
 Tensor contiguous(const Tensor& x, ScalarType);
+Tensor convert(const Tensor& x, ScalarType);
+
+// a + b and a - b in the wider type of the two, and -x.
+Tensor sum(const Tensor& a, const Tensor& b);
+Tensor difference(const Tensor& a, const Tensor& b);
+Tensor negative(const Tensor& x);
 
 // y in the layout that results have for an input x: channels_last where x is, else contiguous.
 Tensor laid_out_like(const Tensor& x, const Tensor& y);

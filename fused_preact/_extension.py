@@ -33,6 +33,15 @@ class InstructionSets(NamedTuple):
     supported: list[str]  # those built that this machine can run
 
 
+def cuda_architectures() -> list[str]:
+    """Compute capabilities that the CUDA kernels were compiled for; none where they were left out.
+
+    Raises:
+        AttributeError: the operators are not there (see `unavailable`).
+    """
+    return torch.ops.fused_preact._cuda_architectures()
+
+
 def instruction_sets() -> InstructionSets:
     """What the binary was built for, and the one in use.
 

@@ -20,7 +20,7 @@ from .schedule import Conv
 _INSTALLED = importlib.util.find_spec("triton") is not None
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
-FUSED = ("cpu", "triton", "library", "reference")
+FUSED = ("cpu", "cuda", "triton", "library", "reference")
 NAMES = ("auto", *FUSED, "eager")
 
 
@@ -34,6 +34,13 @@ class Problem(NamedTuple):
     format: str = "channels_last"  # memory format of x, or "contiguous"
 
 
+# What "auto" gives to the CUDA kernels: beyond that a convolution is bound by arithmetic more than by memory, which is
+# what they save. A rule, not a measurement.
+_MOST_CUDA_CHANNELS = 256
+# What it gives to the Triton kernels, whose tiles narrower channels leave empty. Likewise a rule.
+_LEAST_TRITON_CHANNELS = 64
+
+
 def _no_cpu(problem: Problem) -> str | None:
     if _extension.unavailable is not None:
         return _extension.unavailable
@@ -41,6 +48,45 @@ def _no_cpu(problem: Problem) -> str | None:
         return f"it runs on the CPU, not on {problem.device}"
     if problem.dtype not in (torch.float32, torch.bfloat16, torch.float64):
         return f"it computes in float32, bfloat16 and float64, not in {problem.dtype}"
+    return _no_convolution(problem)
+
+
+def _no_cuda(problem: Problem) -> str | None:
+    if problem.device != "cuda":
+        return f"it runs on CUDA devices, not on {problem.device}"
+    reason = _cuda_unavailable()
+    if reason is not None:
+        return reason
+    if problem.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"it computes in float32, bfloat16 and float16, not in {problem.dtype}"
+    return _no_convolution(problem)
+
+
+def _auto_no_cuda(problem: Problem) -> str | None:
+    most = max(max(shape[0], shape[1]) for _, shape in problem.convolutions)
+    if most > _MOST_CUDA_CHANNELS:
+        return f"it is meant for up to {_MOST_CUDA_CHANNELS} channels, not {most}; ask for it by name"
+    return None
+
+
+def _cuda_unavailable() -> str | None:
+    if _extension.unavailable is not None:
+        return _extension.unavailable
+    if not _extension.cuda_architectures():
+        return "the CUDA kernels were left out: install again where nvcc is, or with FUSED_PREACT_CUDA=1"
+    if not torch.cuda.is_available():
+        return f"torch {torch.__version__} has no CUDA device on this machine"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return "it needs a GPU of compute capability 8.0 or more, as from 2020 on"
+    return None
+
+
+def allows_tf32() -> bool:
+    """Whether torch's own switches let convolutions of float32 multiply in TF32."""
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"
+
+
+def _no_convolution(problem: Problem) -> str | None:
     for conv, (_, _, *size) in problem.convolutions:
         if conv.groups != 1 or conv.dilation != (1, 1):
             return f"it has no groups and no dilation (groups={conv.groups}, dilation={conv.dilation})"
@@ -51,23 +97,34 @@ def _no_cpu(problem: Problem) -> str | None:
     return None
 
 
-def _triton() -> str | None:
-    """Why Triton cannot be used on this machine, or None."""
-    if not _INSTALLED:
-        return "Triton is not installed: run `pip install 'fused_preact[triton]'`"
-    if not (torch.cuda.is_available() or _INTERPRETED):
-        return "it needs a GPU, and torch finds none"
-    return None
-
-
 def _no_triton(problem: Problem) -> str | None:
-    if reason := _triton():
+    reason = _triton_unavailable()
+    if reason is not None:
         return reason
     if problem.device != ("cpu" if _INTERPRETED else "cuda"):
         return f"it runs on GPUs, not on {problem.device}"
     for conv, _ in problem.convolutions:
         if conv.groups != 1 or conv.dilation != (1, 1):
             return f"it has no groups and no dilation (groups={conv.groups}, dilation={conv.dilation})"
+    return None
+
+
+def _auto_no_triton(problem: Problem) -> str | None:
+    if problem.device != "cuda":
+        return "it is meant for GPUs, not for the interpreter; ask for it by name"
+    if problem.dtype.itemsize != 2 or problem.format != "channels_last":
+        return f"it is meant for 16-bit channels_last, not {problem.format} {problem.dtype}; ask for it by name"
+    least = min(min(shape[0], shape[1]) for _, shape in problem.convolutions)
+    if least < _LEAST_TRITON_CHANNELS:
+        return f"it is meant for {_LEAST_TRITON_CHANNELS} channels or more, not {least}; ask for it by name"
+    return None
+
+
+def _triton_unavailable() -> str | None:
+    if not _INSTALLED:
+        return "Triton is not installed: run `pip install 'fused_preact[triton]'`"
+    if not (torch.cuda.is_available() or _INTERPRETED):
+        return "it needs a GPU, and torch finds none"
     return None
 
 
@@ -81,26 +138,37 @@ def _nothing(_problem: Problem) -> str | None:
     return None
 
 
-# What keeps a backend from a problem, in the order in which "auto" tries them where nothing was measured, but for
-# triton: see `_order`. "auto" promises never to be slower than eager, and library pays for the activations that it does
-# not keep by computing them again: it must be asked for.
+# What keeps "auto" from a backend besides, where nothing was measured.
+_AUTO_OBSTACLES: dict[str, Callable[[Problem], str | None]] = {"cuda": _auto_no_cuda, "triton": _auto_no_triton}
+# What keeps a backend from a problem, in the order in which "auto" tries them. "auto" promises never to be slower than
+# eager, and library pays for the activations that it does not keep by computing them again: it must be asked for.
 _OBSTACLES: dict[str, Callable[[Problem], str | None]] = {
     "cpu": _no_cpu,
-    "eager": _nothing,
+    "cuda": _no_cuda,
     "triton": _no_triton,
+    "eager": _nothing,
     "library": _no_library,
     "reference": _nothing,
 }
 
 
-def obstacle(backend: str, problem: Problem) -> str | None:
-    """Why a backend cannot serve a problem, or None."""
-    return _OBSTACLES[backend](problem)
-
-
 def status() -> dict[str, str | None]:
     """Name of each backend -> None where it can be used on this machine, else the reason why not."""
-    return {"cpu": _extension.unavailable, "triton": _triton(), "library": None, "reference": None}
+    return {
+        "cpu": _extension.unavailable,
+        "cuda": _cuda_unavailable(),
+        "triton": _triton_unavailable(),
+        "library": None,
+        "reference": None,
+    }
+
+
+def obstacle(name: str, problem: Problem, by_rule: bool = False) -> str | None:
+    """Why a backend cannot serve a problem, or, ``by_rule``, why "auto" passes it over; None where neither is so."""
+    reason = _OBSTACLES[name](problem)
+    if reason is None and by_rule and name in _AUTO_OBSTACLES:
+        reason = _AUTO_OBSTACLES[name](problem)
+    return reason
 
 
 def check_name(backend: str) -> None:
@@ -109,20 +177,10 @@ def check_name(backend: str) -> None:
         raise ValueError(f"backend must be one of {', '.join(NAMES)}; got {backend!r}")
 
 
-LARGE = 64
-"""Channels from which on "auto" takes triton where nothing was measured."""
-
-
-def _order(problem: Problem) -> tuple[str, ...]:
-    """The backends as "auto" tries them: the one measured fastest on this device, else by rule.
-
-    The rule: on a GPU, 16-bit channels_last convolutions that all have LARGE channels or more go to triton.
-    """
-    if measured := tables.best(problem):
-        return measured, *_OBSTACLES
-    channels = [size for _, (K, C, *_) in problem.convolutions for size in (K, C)]
-    large = min(channels, default=0) >= LARGE and problem.dtype.itemsize == 2 and problem.format == "channels_last"
-    return ("triton", *_OBSTACLES) if problem.device == "cuda" and large else tuple(_OBSTACLES)
+def _measured(problem: Problem) -> str | None:
+    """The backend that was measured fastest on this device, where it can serve here."""
+    best = tables.best(problem)
+    return best if best is not None and obstacle(best, problem) is None else None
 
 
 def choose(backend: str, problem: Problem) -> str:
@@ -133,8 +191,9 @@ def choose(backend: str, problem: Problem) -> str:
     """
     check_name(backend)
     if backend == "auto":
-        return next(name for name in _order(problem) if _OBSTACLES[name](problem) is None)
-    reason = _OBSTACLES[backend](problem)
+        by_rule = (name for name in _OBSTACLES if obstacle(name, problem, by_rule=True) is None)
+        return _measured(problem) or next(by_rule)
+    reason = obstacle(backend, problem)
     if reason is not None:
         raise ValueError(f"backend={backend!r} cannot serve this call: {reason}; use backend='auto'")
     return backend
@@ -174,11 +233,11 @@ class Explanation(tuple[Choice, ...]):
 
 def describe(where: str, backend: str, problem: Problem) -> Choice:
     """The choice for a problem, with its reasons."""
-    chosen = choose(backend, problem)
-    preferred = f"backend={backend!r} was asked for"
+    chosen, by_rule, preferred = choose(backend, problem), False, f"backend={backend!r} was asked for"
     if backend == "auto":
-        preferred = f"{chosen} was measured fastest" if tables.best(problem) == chosen else f"{chosen} comes first"
-    others = {name: reason(problem) or preferred for name, reason in _OBSTACLES.items() if name != chosen}
+        by_rule = _measured(problem) is None
+        preferred = f"{chosen} comes first" if by_rule else f"{chosen} was measured fastest"
+    others = {name: obstacle(name, problem, by_rule) or preferred for name in _OBSTACLES if name != chosen}
     return Choice(where, chosen, others, problem)
 
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .modules import Fused, Pair, add
+from .layers import Layers, Pair, add
+from .modules import Fused
 
 
-class _Block(Fused):
+class Block(Fused):
     """Units bn1-conv1, bn2-conv2, ... and a shortcut, which has a 1x1 convolution only where the shape changes.
 
     Args:
@@ -57,10 +58,18 @@ class _Block(Fused):
         """(channels out, filter size, stride) of each convolution."""
         raise NotImplementedError
 
-    def pairs(self) -> list[Pair]:
-        """The units' layers, in order."""
+    @property
+    def units(self) -> int:
+        """Number of convolutions of the branch."""
+        return len(self._names)
+
+    def layers(self) -> Layers:
+        """The units' layers, in order, and the shortcut."""
         children = self._modules
-        return [Pair(bn, children[bn], conv, children[conv]) for bn, conv in self._names]
+        pairs = [Pair(bn, children[bn], conv, children[conv]) for bn, conv in self._names]
+        container = children.get(self.shortcut_name)
+        kind = "identity" if container is None else self.shortcut_input
+        return Layers(pairs, kind, self.shortcut_name, container)
 
     def forward(self, x: Tensor) -> Tensor:
         """y [N, planes*expansion, P, Q] of x [N, in_planes, H, W].
@@ -68,36 +77,34 @@ class _Block(Fused):
         Raises:
             TypeError, ValueError: x does not fit.
         """
-        pairs, container = self.pairs(), self._modules.get(self.shortcut_name)
+        layers = self.layers()
 
         def eager(inplace: bool) -> Tensor:
             across = out = x
-            for i, (_, bn, _, conv) in enumerate(pairs):
+            for i, (_, bn, _, conv) in enumerate(layers.pairs):
                 out = F.relu(bn(out), inplace)
-                if i == 0 and container is not None:
-                    across = container(out if self.shortcut_input == "activated" else x)
+                if i == 0 and layers.container is not None:
+                    across = layers.container(out if layers.shortcut == "activated" else x)
                 out = conv(out)
             return add(out, across, inplace)
 
-        if container is None:
-            return self.dispatch(pairs, x, eager, "identity")
-        return self.dispatch(pairs, x, eager, self.shortcut_input, (self.shortcut_name, container))
+        return self.dispatch(layers, x, eager)
 
 
-class PreActBlock(_Block):
+class PreActBlock(Block):
     """Basic block: 3x3, 3x3. ``PreActBlock(in_planes, planes, stride=1, ...)``; the first 3x3 has the stride."""
 
-    __doc__ += _Block.__doc__.partition("\n")[2]
+    __doc__ += Block.__doc__.partition("\n")[2]
 
     @staticmethod
     def _layout(planes: int, stride: int, stride_on: str) -> list[tuple[int, int, int]]:
         return [(planes, 3, stride), (planes, 3, 1)]
 
 
-class PreActBottleneck(_Block):
+class PreActBottleneck(Block):
     """Bottleneck: 1x1, 3x3, 1x1, four times ``planes`` out. ``PreActBottleneck(in_planes, planes, stride=1, ...)``."""
 
-    __doc__ += _Block.__doc__.partition("\n")[2]
+    __doc__ += Block.__doc__.partition("\n")[2]
     expansion = 4
 
     @staticmethod

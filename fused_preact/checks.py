@@ -15,11 +15,10 @@ from torch import Tensor
 from .schedule import Conv, accumulation_type
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-SHORTCUTS = ("none", "identity", "activated", "raw")
 
 
 class Unit(NamedTuple):
-    """One BN-ReLU-Conv unit of a chain. ``batch``: whether it normalises by batch statistics."""
+    """One BN-ReLU-Conv unit. ``batch``: whether it normalises by batch statistics."""
 
     weight: Tensor
     bias: Tensor | None
@@ -33,11 +32,18 @@ class Unit(NamedTuple):
 
 
 class Shortcut(NamedTuple):
-    """Shortcut of a chain: one of SHORTCUTS, with the weight and geometry of its convolution where it has one."""
+    """Shortcut of a block: one of schedule.SHORTCUTS, with weight and geometry of its convolution where it has one."""
 
     kind: str = "none"
     weight: Tensor | None = None
     conv: Conv | None = None
+
+
+class Block(NamedTuple):
+    """A chain of units and its shortcut; the function is one of a single unit."""
+
+    units: list[Unit]
+    shortcut: Shortcut = Shortcut()
 
 
 def pair(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
@@ -190,23 +196,42 @@ def batch_norm(unit: Unit, shape: Sequence[int], x: Tensor, name: Callable[[str]
         raise ValueError(f"{name('eps')} must not be negative, got {unit.eps}")
 
 
-def argument_name(index: int, count: int) -> Callable[[str], str]:
+def argument_name(index: int, count: int, block: str = "") -> Callable[[str], str]:
     """How unit ``index`` of ``count`` names its arguments: as the function does, or as a block's attributes."""
     if count == 1:
         return lambda field: field
 
     def name(field: str) -> str:
         if field in ("weight", "bias"):
-            return f"conv{index + 1}.{field}"
+            return f"{block}conv{index + 1}.{field}"
         if field == "x":
-            return f"the input of bn{index + 1}" if index else "x"
-        return f"bn{index + 1}.{field.removeprefix('bn_')}"
+            return f"the input of {block}bn{index + 1}" if block or index else "x"
+        return f"{block}bn{index + 1}.{field.removeprefix('bn_')}"
 
     return name
 
 
-def call(x: Any, units: Sequence[Unit], shortcut: Shortcut, residual: Any = None) -> None:
-    """Check the arguments of a chain.
+def _block(x: Tensor, shape: Sequence[int], block: Block, prefix: str) -> Sequence[int]:
+    """Check one block on an input of ``shape``; its output's shape."""
+    across, units, shortcut = shape, *block
+    for i, unit in enumerate(units):
+        name = argument_name(i, len(units), prefix)
+        batch_norm(unit, shape, x, name)
+        shape = convolution(name("weight"), unit.weight, unit.conv, shape, x)
+        if unit.bias is not None:
+            _vector(name("bias"), unit.bias, shape[1], "output channel", x, (x.dtype,))
+    if shortcut.kind == "identity" and tuple(across) != tuple(shape):
+        what = f"the input of {prefix}bn1" if prefix else "x"
+        raise ValueError(f"{what} must have the output's shape {tuple(shape)}, to be added to it; got {tuple(across)}")
+    if shortcut.weight is not None:
+        result = convolution(f"{prefix}shortcut.weight", shortcut.weight, shortcut.conv, across, x)
+        if result != tuple(shape):
+            raise ValueError(f"{prefix}shortcut must give the shape of the output, {tuple(shape)}; it gives {result}")
+    return shape
+
+
+def call(x: Any, blocks: Sequence[Block], residual: Any = None) -> None:
+    """Check the arguments of a stage.
 
     Raises:
         TypeError: an argument is no tensor, or has a type that does not go with that of x.
@@ -214,18 +239,8 @@ def call(x: Any, units: Sequence[Unit], shortcut: Shortcut, residual: Any = None
     """
     input_tensor(x)
     shape: Sequence[int] = x.shape
-    for i, unit in enumerate(units):
-        name = argument_name(i, len(units))
-        batch_norm(unit, shape, x, name)
-        shape = convolution(name("weight"), unit.weight, unit.conv, shape, x)
-        if unit.bias is not None:
-            _vector(name("bias"), unit.bias, shape[1], "output channel", x, (x.dtype,))
-    if shortcut.kind == "identity" and tuple(x.shape) != tuple(shape):
-        raise ValueError(f"x must have the output's shape {tuple(shape)}, to be added to it; got {tuple(x.shape)}")
-    if shortcut.weight is not None:
-        across = convolution("shortcut.weight", shortcut.weight, shortcut.conv, x.shape, x)
-        if across != tuple(shape):
-            raise ValueError(f"shortcut must give the shape of the output, {tuple(shape)}; it gives {across}")
+    for k, block in enumerate(blocks):
+        shape = _block(x, shape, block, f"{k}." if len(blocks) > 1 else "")
     if residual is not None:
         _alike("residual", residual, x, (x.dtype,))
         if residual.shape != torch.Size(shape):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,10 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import backends, checks, ops
-from .checks import Shortcut, Unit
-from .schedule import MEAN, VARIANCE, memory_format
-
-NO_SHORTCUT = Shortcut()
+from .checks import Block, Unit
+from .schedule import MEAN, MEMORY, SHORTCUTS, VARIANCE, memory_format
 
 
 def bn_relu_conv2d(
@@ -41,8 +39,8 @@ def bn_relu_conv2d(
         x: [N, C, H, W], float32, bfloat16, float16 or float64, of any strides.
         weight: [K, C/groups, R, S], the dtype of x.
         bn_weight, bn_bias: gamma and beta [C], the dtype of x or float32; None is one and zero.
-        running_mean, running_var: [C]. In training they are updated in place, once, with ``momentum``, where they are
-            given; else they are what x is normalised by.
+        running_mean, running_var: [C]. In training they are updated in place, with ``momentum``, where they are given,
+            once, however often a checkpointed forward is repeated; else they are what x is normalised by.
         bias: [K] or None.
         residual: [N, K, P, Q] or None, added to the result.
         stride, padding, dilation, groups: as in `torch.nn.functional.conv2d`; the padding is zeros, after the ReLU.
@@ -61,14 +59,15 @@ def bn_relu_conv2d(
     checks.number("eps", eps)
     conv = checks.geometry(stride, padding, dilation, groups, weight)
     unit = Unit(weight, bias, bn_weight, bn_bias, running_mean, running_var, training, eps, conv)
-    plan = make_plan(x, [unit], NO_SHORTCUT, residual, backend)
+    blocks = [Block([unit])]
+    plan = make_plan(x, blocks, residual, backend)
     plan.record("bn_relu_conv2d")
     if plan.backend == "eager":
         z = F.batch_norm(x, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps)
         y = F.conv2d(F.relu(z, inplace=True), weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
         return y if residual is None else y.add_(residual)
-    y, rows = execute(plan, x, [unit], NO_SHORTCUT, residual)
-    if training and running_mean is not None:
+    y, rows = execute(plan, x, Arguments.of(blocks), residual)
+    if training and running_mean is not None and not recomputing():
         update_running([running_mean, running_var], [rows[0][MEAN], rows[0][VARIANCE]], momentum)
     return y
 
@@ -80,9 +79,14 @@ class Plan(NamedTuple):
     problem: backends.Problem
     backend: str
     cast: torch.dtype | None  # autocast's, where it is on
+    stream: torch.dtype  # of what runs from block to block
+    channels: list[int]  # that each unit reads
     training: list[bool]
     eps: list[float]
     geometry: list[int]
+    units: list[int]
+    shortcut: list[int]
+    memory: int
 
     def record(self, where: Any) -> None:
         """Note the choice for `explain`; ``where`` is a name, or the module that calls."""
@@ -93,95 +97,143 @@ class Plan(NamedTuple):
 _plans: dict[tuple[Any, ...], Plan] = {}
 
 
+def call_key(x: Tensor) -> tuple[Any, ...]:
+    """What a plan depends on beside the layers: x, and the dtype of autocast where it is on, which comes last."""
+    checks.tensor("x", x)
+    device = x.device.type
+    cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    order = memory_format(x) if x.dim() == 4 and x.layout == torch.strided else None
+    return x.shape, x.dtype, x.device, x.layout, order, cast
+
+
 def make_plan(
-    x: Tensor, units: Sequence[Unit], shortcut: Shortcut, residual: Tensor | None = None, backend: str = "auto"
+    x: Tensor, blocks: Sequence[Block], residual: Tensor | None = None, backend: str = "auto", memory: str = "fast"
 ) -> Plan:
-    """Check the arguments of a chain and choose its backend, once for calls that differ in the numbers only.
+    """Check the arguments of a stage and choose its backend, once for calls that differ in the numbers only.
 
     Raises:
         TypeError, ValueError: an argument does not fit.
     """
-    checks.tensor("x", x)
-    device = x.device.type
-    cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    *_, cast = given = call_key(x)
     if torch.compiler.is_compiling():
-        return _make_plan(x, units, shortcut, residual, backend, cast)
-    key = [backend, cast, shortcut.kind, shortcut.conv, memory_format(x) if x.dim() == 4 else None]
-    tensors = [x, residual, shortcut.weight]
-    for unit in units:
-        tensors += unit[:6]
-        key.append(unit[6:])
+        return _make_plan(x, blocks, residual, backend, memory, cast)
+    key, tensors = [backend, memory, *given], [residual]
+    for units, shortcut in blocks:
+        key += (len(units), shortcut.kind, shortcut.conv)
+        tensors.append(shortcut.weight)
+        for unit in units:
+            tensors += unit[:6]
+            key.append(unit[6:])
     key += [(t.shape, t.dtype, t.device, t.layout) if isinstance(t, Tensor) else type(t) for t in tensors]
     key = tuple(key)
     plan = _plans.get(key)
     if plan is None:
         if len(_plans) >= 4096:
             _plans.clear()
-        plan = _plans[key] = _make_plan(x, units, shortcut, residual, backend, cast)
+        plan = _plans[key] = _make_plan(x, blocks, residual, backend, memory, cast)
     return plan
 
 
-def _make_plan(x, units, shortcut, residual, backend, cast) -> Plan:
+def _make_plan(x, blocks, residual, backend, memory, cast) -> Plan:
+    given = x
     if cast is not None:
         with torch.no_grad():
-            x, units, shortcut, residual = _cast(x, units, shortcut, residual, cast)
-    checks.call(x, units, shortcut, residual)
-    convolutions = [(unit.conv, tuple(unit.weight.shape)) for unit in units]
-    if shortcut.weight is not None:
-        convolutions.append((shortcut.conv, tuple(shortcut.weight.shape)))
-    channels_last = memory_format(x) == torch.channels_last
-    layout = "channels_last" if channels_last else "contiguous"
-    problem = backends.Problem(x.device.type, x.dtype, tuple(x.shape), tuple(convolutions), layout)
+            x, residual = _cast(x, cast), _cast(residual, cast)
+            blocks = [_cast_block(block, cast) for block in blocks]
+    checks.call(x, blocks, residual)
+    units = [unit for block in blocks for unit in block.units]
+    layers = [layer for block in blocks for layer in (*block.units, block.shortcut) if layer.conv is not None]
+    convolutions = tuple((layer.conv, tuple(layer.weight.shape)) for layer in layers)
+    layout = "channels_last" if memory_format(x) == torch.channels_last else "contiguous"
+    problem = backends.Problem(x.device.type, x.dtype, tuple(x.shape), convolutions, layout)
+    half = given.dtype in (torch.bfloat16, torch.float16)
     return Plan(
         backend,
         problem,
         backends.choose(backend, problem),
         cast,
+        x.dtype if memory == "fast" else torch.float32 if half else given.dtype,
+        [unit.weight.size(1) * unit.conv.groups for unit in units],
         [unit.batch for unit in units],
         [float(unit.eps) for unit in units],
         [number for conv, _ in convolutions for number in conv],
+        [len(block.units) for block in blocks],
+        [SHORTCUTS.index(block.shortcut.kind) for block in blocks],
+        MEMORY.index(memory),
     )
 
 
-def execute(
-    plan: Plan, x: Tensor, units: Sequence[Unit], shortcut: Shortcut, residual: Tensor | None = None
-) -> tuple[Tensor, list[Tensor]]:
-    """Run a chain by its plan: (y, rows), with rows[i] the [5, C] rows of batch norm i."""
+class Arguments(NamedTuple):
+    """The tensors of a stage as the operators take them: lists by unit, and the weights of projections."""
+
+    weight: list[Tensor]
+    bias: list[Tensor | None]
+    bn_weight: list[Tensor | None]
+    bn_bias: list[Tensor | None]
+    running_mean: list[Tensor | None]
+    running_var: list[Tensor | None]
+    shortcut_weight: list[Tensor]
+
+    @classmethod
+    def of(cls, blocks: Sequence[Block]) -> Arguments:
+        """Those of blocks."""
+        columns = zip(*(unit[:6] for block in blocks for unit in block.units), strict=True)
+        return cls(*map(list, columns), [b.shortcut.weight for b in blocks if b.shortcut.weight is not None])
+
+
+def execute(plan: Plan, x: Tensor, given: Arguments, residual: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+    """Run a stage by its plan: (y, rows), with rows[i] the [5, C] rows of batch norm i.
+
+    y has the dtype that the plain layers would give it, but under autocast that of a stream kept in float32.
+    """
     if plan.cast is None:
-        return _execute(plan, x, units, shortcut, residual)
+        y, rows = _execute(plan, x, given, residual)
+        return (y, rows) if y.dtype == x.dtype else (y.to(x.dtype), rows)
     with torch.autocast(x.device.type, enabled=False):
-        return _execute(plan, *_cast(x, units, shortcut, residual, plan.cast))
+        return _execute(plan, x, given, _cast(residual, plan.cast))
 
 
-def _execute(plan: Plan, x, units, shortcut, residual) -> tuple[Tensor, list[Tensor]]:
-    weight, bias, bn_weight, bn_bias, running_mean, running_var, *_ = map(list, zip(*units, strict=True))
-    shapes = [w.shape for w in weight]
-    if any(t is None for t in (*bn_weight, *bn_bias)):
-        channels = [x.size(1), *(shape[0] for shape in shapes)]
-        bn_weight = [x.new_ones(channels[i]) if t is None else t for i, t in enumerate(bn_weight)]
-        bn_bias = [x.new_zeros(channels[i]) if t is None else t for i, t in enumerate(bn_bias)]
-    if all(t is None for t in bias):
-        bias = []
-    else:
-        bias = [x.new_zeros(shape[0]) if t is None else t for t, shape in zip(bias, shapes, strict=True)]
+def _execute(plan: Plan, x, given, residual) -> tuple[Tensor, list[Tensor]]:
+    if x.dtype != plan.stream:
+        x = x.to(plan.stream)
+    weight, bias, bn_weight, bn_bias, running_mean, running_var, shortcut_weight = given
+    bn_weight = _filled(bn_weight, lambda i: x.new_ones(plan.channels[i]))
+    bn_bias = _filled(bn_bias, lambda i: x.new_zeros(plan.channels[i]))
+    bias = [] if all(b is None for b in bias) else _filled(bias, lambda i: x.new_zeros(weight[i].size(0)))
     if all(plan.training):
         running_mean = running_var = []
     else:  # Those of training units are not read.
-        running_mean = [g if t is None else t for t, g in zip(running_mean, bn_weight, strict=True)]
-        running_var = [g if t is None else t for t, g in zip(running_var, bn_weight, strict=True)]
-    facts = ops.Facts(plan.training, plan.eps, plan.geometry, shortcut.kind, plan.backend, running_mean, running_var)
-    return ops.chain(facts, x, residual, weight, bias, bn_weight, bn_bias, shortcut.weight)
+        running_mean, running_var = (_filled(t, bn_weight.__getitem__) for t in (running_mean, running_var))
+    facts = ops.Facts(
+        plan.backend, plan.training, plan.eps, plan.geometry, plan.units, plan.shortcut, plan.problem.dtype,
+        plan.memory, plan.backend == "cuda" and backends.allows_tf32(), running_mean, running_var,
+    )  # fmt: skip
+    return ops.stage(facts, x, residual, weight, bias, bn_weight, bn_bias, shortcut_weight)
 
 
-def _cast(x, units, shortcut, residual, dtype: torch.dtype) -> tuple[Any, list[Unit], Shortcut, Any]:
+def _filled(tensors: list[Tensor | None], make: Callable[[int], Tensor]) -> list[Tensor]:
+    """With a tensor from ``make`` for each None."""
+    return [make(i) if t is None else t for i, t in enumerate(tensors)]
+
+
+def _cast(t: Any, dtype: torch.dtype) -> Any:
     """What autocast casts for a convolution, cast; float64 stays, as there."""
+    eligible = isinstance(t, Tensor) and t.is_floating_point() and t.dtype not in (torch.float64, dtype)
+    return t.to(dtype) if eligible else t
 
-    def cast(t: Any) -> Any:
-        eligible = isinstance(t, Tensor) and t.is_floating_point() and t.dtype not in (torch.float64, dtype)
-        return t.to(dtype) if eligible else t
 
-    units = [unit._replace(weight=cast(unit.weight), bias=cast(unit.bias)) for unit in units]
-    return cast(x), units, shortcut._replace(weight=cast(shortcut.weight)), cast(residual)
+def _cast_block(block: Block, dtype: torch.dtype) -> Block:
+    """A block as autocast would see its convolutions; the operators cast the weights themselves."""
+    units = [unit._replace(weight=_cast(unit.weight, dtype), bias=_cast(unit.bias, dtype)) for unit in block.units]
+    return Block(units, block.shortcut._replace(weight=_cast(block.shortcut.weight, dtype)))
+
+
+def recomputing() -> bool:
+    """Whether this forward runs inside a backward, as `torch.utils.checkpoint` repeats it.
+
+    The statistics of the batch have entered the running ones already.
+    """
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def update_running(buffers: list[Tensor], batch: list[Tensor], momentum: float | Tensor) -> None:

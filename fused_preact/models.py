@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .blocks import PreActBlock, PreActBottleneck
-from .modules import add, overwritable
+from .layers import Layers, add, overwritable
+from .stage import PreActStage
 
 
 class FirstPreActBlock(PreActBlock):
@@ -34,7 +35,7 @@ class FirstPreActBlock(PreActBlock):
         def eager(inplace: bool) -> Tensor:
             return add(self.conv2(F.relu(self.bn2(h), inplace)), a, inplace)
 
-        return self.dispatch(self.pairs()[1:], h, eager, residual=a)
+        return self.dispatch(Layers(self.layers().pairs[1:]), h, eager, a)
 
 
 class PreActResNet(nn.Module):
@@ -51,6 +52,7 @@ class PreActResNet(nn.Module):
         stem: "cifar", a 3x3 convolution; "imagenet", 7x7 of stride 2 and a 3x3 max-pool of stride 2.
         head_norm: a batch norm ``bn`` and ReLU behind the last stage, as in the paper.
         first_block: block at the very front, where another than ``block`` is wanted.
+        memory: what the stages keep for backward, see `PreActStage`.
         block_options: keyword arguments for every block (stride_on, shortcut_input, shortcut_name, backend).
     """
 
@@ -64,6 +66,7 @@ class PreActResNet(nn.Module):
         stem: str = "cifar",
         head_norm: bool = False,
         first_block: type[PreActBlock] | None = None,
+        memory: str = "fast",
         **block_options: Any,
     ) -> None:
         super().__init__()
@@ -79,7 +82,7 @@ class PreActResNet(nn.Module):
                 kind = first_block if first_block is not None and i == j == 0 else block
                 blocks.append(kind(channels, width << i, 2 if i > 0 and j == 0 else 1, **block_options))
                 channels = (width << i) * block.expansion
-            self.add_module(name, nn.Sequential(*blocks))
+            self.add_module(name, PreActStage(*blocks, memory=memory))
         self.bn = nn.BatchNorm2d(channels) if head_norm else None
         self.linear = nn.Linear(channels, num_classes)
         for module in self.modules():

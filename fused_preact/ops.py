@@ -1,14 +1,15 @@
-"""The operators of ``torch.ops.fused_preact``, their fake kernels, and the autograd node of a chain.
+"""The operators of ``torch.ops.fused_preact``, their fake kernels, and the autograd node of a stage.
 
-``forward`` and ``backward`` are written in C++ (csrc/ops.cpp), ``composed_forward`` and ``composed_backward`` in
-Python, over the tables `reference`, `library` and `triton`; both pairs have one signature, which docs/design.md
-explains. `chain` is what the rest of the package calls.
+``forward`` and ``backward`` are written in C++ (csrc/ops.cpp); ``reference_forward``, ``library_forward``,
+``triton_forward`` and their backward are `schedule` over a table in Python. All pairs have one signature, which
+docs/design.md explains. `stage` is what the rest of the package calls.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,162 +17,193 @@ import torch
 from torch import Tensor
 
 from . import _extension, library, reference, schedule
+from .schedule import Needs
 
 FORWARD = (
     "(Tensor x, Tensor? residual, Tensor[] weight, Tensor[] bias, Tensor[] bn_weight, Tensor[] bn_bias, "
-    "Tensor[] running_mean, Tensor[] running_var, Tensor? shortcut_weight, bool[] training, float[] eps, "
-    "int[] geometry, str shortcut, str backend) -> (Tensor, Tensor[], Tensor[])"
+    "Tensor[] running_mean, Tensor[] running_var, Tensor[] shortcut_weight, bool[] training, float[] eps, "
+    "int[] geometry, int[] units, int[] shortcut, ScalarType dtype, int memory, bool tf32) "
+    "-> (Tensor, Tensor[], Tensor[])"
 )
 BACKWARD = (
-    "(Tensor dy, Tensor x, Tensor[] hidden, Tensor[] rows, Tensor[] weight, Tensor? shortcut_weight, "
-    "bool[] training, int[] geometry, str shortcut, bool[] needs, str backend) "
-    "-> (Tensor, Tensor[], Tensor[], Tensor[], Tensor[], Tensor)"
+    "(Tensor dy, Tensor x, Tensor? y, Tensor[] kept, Tensor[] rows, Tensor[] weight, Tensor[] bias, "
+    "Tensor[] shortcut_weight, bool[] training, int[] geometry, int[] units, int[] shortcut, ScalarType dtype, "
+    "int memory, bool tf32, bool[] needs) -> (Tensor, Tensor[], Tensor[], Tensor[], Tensor[], Tensor[])"
 )
 TABLES: dict[str, Any] = {"reference": reference, "library": library, "triton": ".triton.table"}
 
 _library = torch.library.Library("fused_preact", "FRAGMENT")
-_library.define("composed_forward" + FORWARD)
-_library.define("composed_backward" + BACKWARD)
 
 
 def table(backend: str) -> Any:
-    """The kernels of a composed backend; a module given by its name is imported here, for Triton may be missing."""
+    """The kernels of a backend in Python; a module given by its name is imported here, for Triton may be missing."""
     kernels = TABLES[backend]
     return importlib.import_module(kernels, __package__) if isinstance(kernels, str) else kernels
 
 
-def _composed_forward(*args):
-    *args, backend = args
-    return schedule.forward(table(backend), *args)
-
-
-def _composed_backward(*args):
-    *args, backend = args
-    return schedule.backward(table(backend), *args)
-
-
-def _fake_forward(x, residual, weight, bias, bn_weight, bn_bias, running_mean, running_var, shortcut_weight, *facts):
-    _, _, geometry, _, _ = facts
-    n, shapes = len(weight), [x.shape]
-    for conv, w in zip(schedule.convolutions(geometry), weight, strict=False):
-        shapes.append(conv.output_shape(shapes[-1], w.shape))
-    hidden = [x.new_empty(shape).to(memory_format=torch.channels_last) for shape in shapes[1:-1]]
-    rows = [x.new_empty((5, shape[1]), dtype=schedule.accumulation_type(x.dtype)) for shape in shapes[:n]]
-    return x.new_empty(shapes[n]).to(memory_format=schedule.memory_format(x)), hidden, rows
-
-
-def _fake_backward(dy, x, hidden, rows, weight, shortcut_weight, training, geometry, shortcut, needs, backend):
-    need_x, need_weight, need_bias, need_bn, need_shortcut = schedule.split_needs(needs, len(weight))
-
-    def per_channel(like: list[Tensor], sizes: list[int], need: list[bool]) -> list[Tensor]:
-        return [t.new_empty(size if wanted else 0) for t, size, wanted in zip(like, sizes, need, strict=True)]
-
-    none = dy.new_empty
-    dx = x.new_empty(x.shape).to(memory_format=schedule.memory_format(x)) if need_x else none(0)
-    dweight = [torch.empty_like(w) if wanted else none(0) for w, wanted in zip(weight, need_weight, strict=True)]
-    dbias = per_channel(weight, [w.size(0) for w in weight], need_bias)
-    dbn_weight, dbn_bias = (per_channel(rows, [r.size(1) for r in rows], need_bn) for _ in range(2))
-    dshortcut = torch.empty_like(shortcut_weight) if need_shortcut else none(0)
-    return dx, dweight, dbias, dbn_weight, dbn_bias, dshortcut
+def _over(backend: str, run: Callable[..., Any], *args: Any) -> Any:
+    return run(table(backend), *args)
 
 
 @dataclass(slots=True)
 class Facts:
     """What an operator is told beside the tensors that can have a gradient."""
 
+    backend: str
     training: list[bool]
     eps: list[float]
     geometry: list[int]
-    shortcut: str
-    backend: str
+    units: list[int]  # of each block
+    shortcut: list[int]  # of each block, its index in schedule.SHORTCUTS
+    dtype: torch.dtype
+    memory: int  # index in schedule.MEMORY
+    tf32: bool  # multiply float32 as TF32; heard by `cuda` alone, for the tables in Python hear torch's switch
     running_mean: list[Tensor] = field(default_factory=list)
     running_var: list[Tensor] = field(default_factory=list)
     rows: list[Tensor] = field(default_factory=list)  # left here by the eager node
 
+    def stage(self, weight: Sequence[Tensor], shortcut_weight: Sequence[Tensor]) -> schedule.Stage:
+        """The stage, of weights of any type."""
+        return schedule.Stage(
+            self.dtype, schedule.MEMORY[self.memory],
+            schedule.chains(weight, shortcut_weight, self.geometry, self.units, self.shortcut), self.training, [],
+        )  # fmt: skip
+
+
+def _fake_forward(x, residual, weight, bias, bn_weight, bn_bias, running_mean, running_var, shortcut_weight, *facts):
+    stage = Facts("", *facts).stage(weight, shortcut_weight)
+    shape, kept, rows = x.shape, [], []
+
+    def activation(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return x.new_empty(shape, dtype=dtype).to(memory_format=torch.channels_last)
+
+    for k, block in enumerate(stage.blocks):
+        if k > 0 and stage.keeps_input(k):
+            kept.append(activation(shape, x.dtype))
+        for i in range(block.units):
+            rows.append(x.new_empty((5, shape[1]), dtype=schedule.accumulation_type(stage.dtype)))
+            shape = block.conv[i].output_shape(shape, block.weight[i].shape)
+            if i < block.units - 1 and stage.keeps_hidden(block, i):
+                kept.append(activation(shape, stage.dtype))
+    return x.new_empty(shape).to(memory_format=schedule.memory_format(x)), kept, rows
+
+
+def _fake_backward(dy, x, y, kept, rows, weight, bias, shortcut_weight, *facts):
+    _, _, units, shortcut, dtype, _, _, needs = facts
+    needs = Needs.parse(needs, units)
+
+    def like(tensors: Sequence[Tensor], need: Sequence[bool]) -> list[Tensor]:
+        return [torch.empty_like(t) if wanted else t.new_empty(0) for t, wanted in zip(tensors, need, strict=True)]
+
+    dx = x.new_empty(x.shape).to(memory_format=schedule.memory_format(x)) if needs.x else x.new_empty(0)
+    dbias = [dy.new_empty(w.size(0) if need else 0, dtype=dtype) for w, need in zip(weight, needs.bias, strict=True)]
+    if bias:
+        dbias = like(bias, needs.bias)
+    dbn_weight, dbn_bias = (
+        [row.new_empty(row.size(1) if need else 0) for row, need in zip(rows, needs.bn, strict=True)] for _ in range(2)
+    )
+    projections = iter(shortcut_weight)
+    across = [next(projections) if code > 1 else dy.new_empty(0, dtype=dtype) for code in shortcut]
+    return dx, like(weight, needs.weight), dbias, dbn_weight, dbn_bias, like(across, needs.shortcut)
+
 
 def _operators(backend: str) -> tuple[Any, Any]:
-    ops = torch.ops.fused_preact
-    if backend in TABLES:
-        return ops.composed_forward.default, ops.composed_backward.default
-    return ops.forward.default, ops.backward.default
+    ops, prefix = torch.ops.fused_preact, f"{backend}_" if backend in TABLES else ""
+    return getattr(ops, f"{prefix}forward").default, getattr(ops, f"{prefix}backward").default
 
 
 def _call_forward(facts: Facts, x, residual, weight, bias, bn_weight, bn_bias, shortcut_weight):
     operator, _ = _operators(facts.backend)
     tensors = x, residual, weight, bias, bn_weight, bn_bias, facts.running_mean, facts.running_var, shortcut_weight
-    return operator(*tensors, facts.training, facts.eps, facts.geometry, facts.shortcut, facts.backend)
+    rest = facts.training, facts.eps, facts.geometry, facts.units, facts.shortcut, facts.dtype, facts.memory
+    return operator(*tensors, *rest, facts.tf32)
 
 
-def _save(ctx, facts: Facts, x, hidden, rows, weight, shortcut_weight, bn_weight, bn_bias) -> None:
-    """Keep for backward: x, the raw convolution outputs, five rows a batch norm, the weights, and nothing else."""
-    ctx.save_for_backward(x, *hidden, *rows, *weight, shortcut_weight)
-    ctx.facts = facts.training, facts.geometry, facts.shortcut, facts.backend
+def _save(ctx, facts: Facts, x, y, kept, rows, weight, bias, shortcut_weight, bn_weight, bn_bias) -> None:
+    """Keep for backward x, what ``memory`` says, five rows a batch norm and the parameters; y where it is read."""
+    y = y if facts.memory > 0 and facts.stage(weight, shortcut_weight).needs_y() else None
+    ctx.save_for_backward(x, y, *kept, *rows, *weight, *bias, *shortcut_weight)
+    ctx.counts = len(kept), len(rows), len(weight), len(bias), len(shortcut_weight)
+    ctx.facts = facts.training, facts.geometry, facts.units, facts.shortcut, facts.dtype, facts.memory, facts.tf32
+    ctx.backend = facts.backend
     ctx.bn_dtypes = [t.dtype for t in bn_weight], [t.dtype for t in bn_bias]
 
 
-def _call_backward(ctx, dy: Tensor, needs: list[bool]):
-    x, *saved, shortcut_weight = ctx.saved_tensors
-    training, geometry, shortcut, backend = ctx.facts
-    n = len(training)
-    _, operator = _operators(backend)
-    tensors = dy, x, saved[: n - 1], saved[n - 1 : 2 * n - 1], saved[2 * n - 1 :], shortcut_weight
-    dx, dweight, dbias, dgamma, dbeta, dshortcut = operator(*tensors, training, geometry, shortcut, needs, backend)
+def _call_backward(ctx, dy: Tensor, needs: Needs):
+    x, y, *flat = ctx.saved_tensors
+    lists, begin = [], 0
+    for count in ctx.counts:
+        lists.append(flat[begin : begin + count])
+        begin += count
+    _, operator = _operators(ctx.backend)
+    dx, dweight, dbias, dgamma, dbeta, dshortcut = operator(dy, x, y, *lists, *ctx.facts, needs.flat())
     for grads, dtypes in zip((dgamma, dbeta), ctx.bn_dtypes, strict=True):
         for i, dtype in enumerate(dtypes):
             if grads[i].dtype != dtype:
                 grads[i] = grads[i].to(dtype)
-    return dx, dweight, dbias, dgamma, dbeta, dshortcut
+    return dx, dweight, dbias, dgamma, dbeta, [d for d, code in zip(dshortcut, ctx.facts[3], strict=True) if code > 1]
 
 
-class _Chain(torch.autograd.Function):
-    """The chain as one node of flat tensors: after the shortcut's weight n weights, n gammas, n betas, the biases."""
+def _by_block(shortcut: Sequence[int], projections: Sequence[bool]) -> list[bool]:
+    """One value for each block, from one for each shortcut that is a convolution."""
+    values = iter(projections)
+    return [next(values) if code > 1 else False for code in shortcut]
+
+
+class _Stage(torch.autograd.Function):
+    """The stage as one node of flat tensors: n weights, n gammas, n betas, the projections' weights, the biases."""
 
     @staticmethod
-    def forward(ctx, facts: Facts, x: Tensor, residual: Tensor | None, shortcut_weight: Tensor | None, *flat: Tensor):
+    def forward(ctx, facts: Facts, x: Tensor, residual: Tensor | None, projections: int, *flat: Tensor):
         n = len(facts.training)
-        weight, bn_weight, bn_bias, bias = flat[:n], flat[n : 2 * n], flat[2 * n : 3 * n], flat[3 * n :]
+        weight, bn_weight, bn_bias = flat[:n], flat[n : 2 * n], flat[2 * n : 3 * n]
+        shortcut_weight, bias = flat[3 * n : 3 * n + projections], flat[3 * n + projections :]
         with torch._C._AutoDispatchBelowAutograd():  # this node is the operator's autograd
-            y, hidden, rows = _call_forward(facts, x, residual, weight, bias, bn_weight, bn_bias, shortcut_weight)
-        _save(ctx, facts, x, hidden, rows, weight, shortcut_weight, bn_weight, bn_bias)
+            y, kept, rows = _call_forward(facts, x, residual, weight, bias, bn_weight, bn_bias, shortcut_weight)
+        _save(ctx, facts, x, y, kept, rows, weight, bias, shortcut_weight, bn_weight, bn_bias)
         facts.rows = rows
         return y
 
     @staticmethod
     def backward(ctx, dy: Tensor):
-        _, need_x, need_residual, need_shortcut, *flat = ctx.needs_input_grad
-        n = len(ctx.facts[0])
-        need_bn = [gamma or beta for gamma, beta in zip(flat[n : 2 * n], flat[2 * n : 3 * n], strict=True)]
-        needs = [need_x, *flat[:n], *(flat[3 * n :] or [False] * n), *need_bn, need_shortcut]
+        _, need_x, need_residual, _, *flat = ctx.needs_input_grad
+        _, n, _, _, projections = ctx.counts
+        weight, gamma, beta, bias = flat[:n], flat[n : 2 * n], flat[2 * n : 3 * n], flat[3 * n + projections :]
+        bn = [either or other for either, other in zip(gamma, beta, strict=True)]
+        across = _by_block(ctx.facts[3], flat[3 * n : 3 * n + projections])
+        needs = Needs(need_x, weight, bias or [False] * n, bn, across)
         if torch.is_grad_enabled():  # create_graph=True: the operator's own autograd refuses a second time
             grads = _call_backward(ctx, dy, needs)
         else:
             with torch._C._AutoDispatchBelowAutograd():
                 grads = _call_backward(ctx, dy, needs)
         dx, dweight, dbias, dgamma, dbeta, dshortcut = grads
+        parameters = *dweight, *dgamma, *dbeta, *dshortcut, *dbias
         return (
             None,
             dx if need_x else None,
             dy if need_residual else None,
-            dshortcut if need_shortcut else None,
-            *(grad if need else None for grad, need in zip([*dweight, *dgamma, *dbeta, *dbias], flat, strict=False)),
+            None,
+            *(grad if need else None for grad, need in zip(parameters, flat, strict=False)),
         )
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(backend: str, ctx, inputs, output) -> None:
     x, residual, weight, bias, bn_weight, bn_bias, running_mean, _, shortcut_weight, *rest = inputs
-    _, hidden, rows = output
-    _save(ctx, Facts(*rest), x, hidden, rows, weight, shortcut_weight, bn_weight, bn_bias)
-    ctx.given = residual is not None, len(bias), len(running_mean), shortcut_weight is not None
+    y, kept, rows = output
+    _save(ctx, Facts(backend, *rest), x, y, kept, rows, weight, bias, shortcut_weight, bn_weight, bn_bias)
+    ctx.given = residual is not None, len(running_mean)
 
 
-def _formula(ctx, dy: Tensor, _hidden, _rows):
+def _formula(ctx, dy: Tensor, _kept, _rows):
     """Gradients of the operators' arguments, for what traces the operator itself, as torch.compile does."""
-    n, (residual, biases, running, projection) = len(ctx.facts[0]), ctx.given
-    needs = [True] * (n + 1) + [biases > 0] * n + [True] * n + [projection]
+    residual, running = ctx.given
+    _, n, _, biases, projections = ctx.counts
+    across = _by_block(ctx.facts[3], [True] * projections)
+    needs = Needs(True, [True] * n, [biases > 0] * n, [True] * n, across)
     dx, dweight, dbias, dgamma, dbeta, dshortcut = _call_backward(ctx, dy, needs)
     tensors = dx, dy.clone() if residual else None, dweight, dbias[:biases], dgamma, dbeta
-    constants = [None] * running, [None] * running
-    return *tensors, *constants, dshortcut if projection else None, None, None, None, None, None
+    return *tensors, [None] * running, [None] * running, dshortcut, *[None] * 8
 
 
 def _twice(ctx, *_grads) -> None:
@@ -181,21 +213,26 @@ def _twice(ctx, *_grads) -> None:
     )
 
 
-def _register(forward: str, backward: str) -> None:
+def _register(backend: str) -> None:
+    forward, backward = (operator.name() for operator in _operators(backend))
     for name, fake in (forward, _fake_forward), (backward, _fake_backward):
-        torch.library.register_fake(f"fused_preact::{name}", fake, lib=_library)
-    torch.library.register_autograd(f"fused_preact::{forward}", _formula, setup_context=_setup_context, lib=_library)
-    torch.library.register_autograd(f"fused_preact::{backward}", _twice, lib=_library)
+        torch.library.register_fake(name, fake, lib=_library)
+    setup = functools.partial(_setup_context, backend)
+    torch.library.register_autograd(forward, _formula, setup_context=setup, lib=_library)
+    torch.library.register_autograd(backward, _twice, lib=_library)
 
 
-_library.impl("composed_forward", _composed_forward, "CompositeExplicitAutograd")
-_library.impl("composed_backward", _composed_backward, "CompositeExplicitAutograd")
-_register("composed_forward", "composed_backward")
+for _name in TABLES:
+    for _schema, _function in (FORWARD, schedule.forward), (BACKWARD, schedule.backward):
+        _operator = f"{_name}_{_function.__name__}"
+        _library.define(_operator + _schema)
+        _library.impl(_operator, functools.partial(_over, _name, _function), "CompositeExplicitAutograd")
+    _register(_name)
 if _extension.unavailable is None:
-    _register("forward", "backward")
+    _register("cpu")
 
 
-def chain(
+def stage(
     facts: Facts,
     x: Tensor,
     residual: Tensor | None,
@@ -203,12 +240,14 @@ def chain(
     bias: Sequence[Tensor],
     bn_weight: Sequence[Tensor],
     bn_bias: Sequence[Tensor],
-    shortcut_weight: Tensor | None,
+    shortcut_weight: Sequence[Tensor],
 ) -> tuple[Tensor, list[Tensor]]:
-    """Run a chain whose arguments have been checked: (y, rows), of which y carries the gradient."""
+    """Run a stage whose arguments have been checked: (y, rows), of which y carries the gradient."""
+    flat = *weight, *bn_weight, *bn_bias, *shortcut_weight, *bias
+    if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, residual, *flat))):
+        facts.memory = schedule.MEMORY.index("none")
     if torch.compiler.is_compiling():
         y, _, rows = _call_forward(facts, x, residual, weight, bias, bn_weight, bn_bias, shortcut_weight)
         return y, [row.detach() for row in rows]
     # The generic autograd of an operator with lists of tensors costs ten times what this node does.
-    y = _Chain.apply(facts, x, residual, shortcut_weight, *weight, *bn_weight, *bn_bias, *bias)
-    return y, facts.rows
+    return _Stage.apply(facts, x, residual, len(shortcut_weight), *flat), facts.rows

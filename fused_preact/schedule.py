@@ -1,4 +1,4 @@
-"""Forward and backward of a chain of BN-ReLU-Conv units, over a table of kernels.
+"""Forward and backward of a run of blocks, each a chain of BN-ReLU-Conv units, over a table of kernels.
 
 A table is a module with the functions ``forward``, ``dgrad``, ``wgrad``, ``statistics``, ``running`` and ``dx``:
 `reference` and `library` are two. csrc/schedule.cpp is the same text for the tables that are written in C++;
@@ -17,6 +17,8 @@ from torch import Tensor
 MEAN, RSTD, VARIANCE, SCALE, SHIFT = range(5)
 DGAMMA, DBETA, SLOPE, OFFSET = range(4)
 GEOMETRY = 7  # integers a convolution
+SHORTCUTS = ("none", "identity", "activated", "raw")  # in the order of their codes
+MEMORY = ("fast", "lean", "min", "none")  # likewise; "none" where there is no backward
 
 
 class Conv(NamedTuple):
@@ -97,8 +99,126 @@ def convolutions(geometry: Sequence[int]) -> list[Conv]:
     return [Conv(*geometry[i : i + GEOMETRY]) for i in range(0, len(geometry), GEOMETRY)]
 
 
+@dataclass(slots=True)
+class Chain:
+    """One block: its units from ``first`` on, and a shortcut whose convolution, if it is one, is the last of all."""
+
+    first: int
+    units: int
+    shortcut: str
+    conv: list[Conv]
+    weight: list[Tensor]
+
+
+def chains(weight, shortcut_weight, geometry, units, shortcut) -> list[Chain]:
+    """The blocks that the operators' arguments of these names describe."""
+    blocks, first = [], 0
+    convs, projections = iter(convolutions(geometry)), iter(shortcut_weight)
+    for count, kind in zip(units, (SHORTCUTS[code] for code in shortcut), strict=True):
+        weights = list(weight[first : first + count])
+        if kind in ("activated", "raw"):
+            weights.append(next(projections))
+        blocks.append(Chain(first, count, kind, [next(convs) for _ in weights], weights))
+        first += count
+    return blocks
+
+
+@dataclass(slots=True)
+class Stage:
+    """A run of blocks. Convolutions compute in ``dtype``; the stream from block to block has the dtype of x.
+
+    ``bias`` is empty or has one for each unit; ``memory`` is one of MEMORY.
+    """
+
+    dtype: torch.dtype
+    memory: str
+    blocks: list[Chain]
+    training: Sequence[bool]
+    bias: list[Tensor]
+
+    @classmethod
+    def parse(cls, weight, bias, shortcut_weight, training, geometry, units, shortcut, dtype, memory) -> Stage:
+        """The stage that the operators' arguments of these names describe."""
+        weight, shortcut_weight, bias = ([t.to(dtype) for t in ts] for ts in (weight, shortcut_weight, bias))
+        blocks = chains(weight, shortcut_weight, geometry, units, shortcut)
+        return cls(dtype, MEMORY[memory], blocks, training, bias)
+
+    def keeps_input(self, block: int) -> bool:
+        """Whether a later block's input is kept; else it is the block's output minus its branch."""
+        chain = self.blocks[block]
+        return self.memory == "fast" or (self.memory != "none" and (chain.shortcut != "identity" or chain.units < 2))
+
+    def keeps_hidden(self, chain: Chain, unit: int) -> bool:
+        """Whether the output of a unit that is not its block's last is kept; else it is computed again."""
+        return self.memory in ("fast", "lean") or (self.memory == "min" and unit == chain.units - 2)
+
+    def needs_y(self) -> bool:
+        """Whether backward reads what forward returned."""
+        return len(self.blocks) > 1 and not self.keeps_input(len(self.blocks) - 1)
+
+    def bias_of(self, unit: int) -> Tensor | None:
+        """Bias of a unit, if it has one."""
+        return self.bias[unit] if self.bias else None
+
+
 def _dense(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
+
+
+class _Forward:
+    def __init__(self, kernels, stage, bn_weight, bn_bias, running_mean, running_var, eps) -> None:
+        dtype = accumulation_type(stage.dtype)
+        self.kernels, self.stage = kernels, stage
+        self.affine = [Affine(g.to(dtype), b.to(dtype), e) for g, b, e in zip(bn_weight, bn_bias, eps, strict=True)]
+        self.running = [t.to(dtype) for t in running_mean], [t.to(dtype) for t in running_var]
+        self.kept: list[Tensor] = []
+        self.rows: list[Tensor] = []
+
+    def run(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        stream = x
+        for k, chain in enumerate(self.stage.blocks):
+            if k > 0 and self.stage.keeps_input(k):
+                self.kept.append(stream)
+            stream = self.block(chain, stream, residual)
+        return stream
+
+    def block(self, chain: Chain, stream: Tensor, residual: Tensor | None) -> Tensor:
+        stage, dtype = self.stage, self.stage.dtype
+        x = stream.to(dtype)
+        # The batch norm in front has its rows from the block before, unless there is none that read the same values.
+        if len(self.rows) == chain.first:
+            self.rows.append(self.norm_rows(chain.first, x))
+        a = Activation(x, self.rows[chain.first])
+        across = residual
+        if chain.shortcut == "identity":
+            across = stream
+        elif chain.shortcut != "none":
+            source = a if chain.shortcut == "activated" else Activation(x, None)
+            across, _ = self.kernels.forward(chain.conv[-1], source, chain.weight[-1], None, None, None)
+        # A stream of another type than the convolutions' is added apart.
+        apart = across is not None and across.dtype != dtype
+        for i in range(chain.units):
+            last, unit = i == chain.units - 1, chain.first + i
+            if i > 0:
+                a = Activation(h, self.rows[unit])  # noqa: F821  (the h of the turn before)
+            following = None
+            if unit + 1 < len(self.affine) and stage.training[unit + 1] and not (last and apart):
+                following = self.affine[unit + 1]
+            added = across if last and not apart else None
+            h, rows = self.kernels.forward(chain.conv[i], a, chain.weight[i], stage.bias_of(unit), added, following)
+            if rows is not None:
+                self.rows.append(rows)
+            elif not last:
+                self.rows.append(self.norm_rows(unit + 1, h))
+            if not last and stage.keeps_hidden(chain, i):
+                self.kept.append(h)
+        return across + h if apart else h.to(stream.dtype)
+
+    def norm_rows(self, unit: int, x: Tensor) -> Tensor:
+        if self.stage.training[unit]:
+            return self.kernels.statistics(x, self.affine[unit])
+        mean, var = self.running
+        return self.kernels.running(mean[unit], var[unit], self.affine[unit])
 
 
 def forward(
@@ -111,96 +231,164 @@ def forward(
     bn_bias: Sequence[Tensor],
     running_mean: Sequence[Tensor],
     running_var: Sequence[Tensor],
-    shortcut_weight: Tensor | None,
+    shortcut_weight: Sequence[Tensor],
     training: Sequence[bool],
     eps: Sequence[float],
     geometry: Sequence[int],
-    shortcut: str,
+    units: Sequence[int],
+    shortcut: Sequence[int],
+    dtype: torch.dtype,
+    memory: int,
+    _tf32: bool,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """(y, hidden, rows) of the chain; see `fused_preact.ops` for the arguments."""
-    n, conv, layout = len(weight), convolutions(geometry), memory_format(x)
-    accumulation = accumulation_type(x.dtype)
-    affine = [Affine(bn_weight[i].to(accumulation), bn_bias[i].to(accumulation), eps[i]) for i in range(n)]
+    """(y, kept, rows) of the stage; see docs/design.md for the arguments."""
+    stage = Stage.parse(weight, bias, shortcut_weight, training, geometry, units, shortcut, dtype, memory)
+    run = _Forward(kernels, stage, bn_weight, bn_bias, running_mean, running_var, eps)
+    y = run.run(_dense(x), residual)
+    return y.contiguous(memory_format=memory_format(x)), run.kept, run.rows
 
-    def running(i: int) -> Tensor:
-        return kernels.running(running_mean[i].to(accumulation), running_var[i].to(accumulation), affine[i])
 
-    h = x = _dense(x)
-    norm = kernels.statistics(x, affine[0]) if training[0] else running(0)
-    hidden, rows = [], [norm]
-    for i in range(n):
-        last = i == n - 1
-        a = Activation(h, norm)
-        if i == 0 and shortcut != "none":
-            if shortcut == "identity":
-                residual = x
-            else:
-                source = a if shortcut == "activated" else Activation(x, None)
-                residual, _ = kernels.forward(conv[n], source, shortcut_weight, None, None, None)
-        following = affine[i + 1] if not last and training[i + 1] else None
-        offset, added = bias[i] if bias else None, residual if last else None
-        h, norm = kernels.forward(conv[i], a, weight[i], offset, added, following)
-        if not last:
-            norm = running(i + 1) if norm is None else norm
-            hidden.append(h)
-            rows.append(norm)
-    return h.contiguous(memory_format=layout), hidden, rows
+@dataclass(slots=True)
+class Needs:
+    """Which gradients are wanted: of x, by unit of the weights, biases and batch norms, by block of the projections."""
+
+    x: bool
+    weight: Sequence[bool]
+    bias: Sequence[bool]
+    bn: Sequence[bool]
+    shortcut: Sequence[bool]
+
+    @classmethod
+    def parse(cls, needs: Sequence[bool], units: Sequence[int]) -> Needs:
+        """The operators' ``needs`` by kind."""
+        n = sum(units)
+        weight, bias, bn = (needs[1 + k * n : 1 + (k + 1) * n] for k in range(3))
+        return cls(needs[0], weight, bias, bn, needs[1 + 3 * n :])
+
+    def flat(self) -> list[bool]:
+        """The operators' ``needs``."""
+        return [self.x, *self.weight, *self.bias, *self.bn, *self.shortcut]
+
+
+class _Backward:
+    def __init__(self, kernels, stage, kept, rows, needs) -> None:
+        self.kernels, self.stage, self.kept, self.rows, self.needs = kernels, stage, list(kept), rows, needs
+        n, empty = len(stage.training), rows[0].new_empty
+        self.dweight = [empty(0, dtype=stage.dtype) for _ in range(n)]
+        self.dbias = [empty(0, dtype=stage.dtype) for _ in range(n)]
+        self.dshortcut = [empty(0, dtype=stage.dtype) for _ in stage.blocks]
+        self.dbn_weight, self.dbn_bias = [empty(0) for _ in range(n)], [empty(0) for _ in range(n)]
+
+    def run(self, dy: Tensor, x: Tensor, y: Tensor | None) -> Tensor:
+        for k in reversed(range(len(self.stage.blocks))):
+            need_x = self.needs.x or self.wanted_before(k)
+            if not need_x and not self.wanted_before(k + 1):
+                break
+            y, inputs = self.restore(k, x, y)
+            dy = self.block(k, dy, inputs, need_x)
+        return dy if self.needs.x else self.rows[0].new_empty(0, dtype=x.dtype)
+
+    def wanted_before(self, k: int) -> bool:
+        """Whether a parameter of the blocks before block k wants a gradient."""
+        blocks, needs = self.stage.blocks, self.needs
+        end = blocks[k].first if k < len(blocks) else len(self.stage.training)
+        return any(any(flags[:end]) for flags in (needs.weight, needs.bias, needs.bn)) or any(needs.shortcut[:k])
+
+    def restore(self, k: int, x: Tensor, y: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+        """The stream in front of block k, and what each of its units read; y is the stream behind."""
+        stage, chain = self.stage, self.stage.blocks[k]
+        hidden = [self.kept.pop() if stage.keeps_hidden(chain, i) else None for i in reversed(range(chain.units - 1))]
+        if k > 0:
+            x = self.kept.pop() if stage.keeps_input(k) else self.rebuild(chain, y, hidden[0])
+        inputs = [x.to(stage.dtype)]
+        for i, h in enumerate(reversed(hidden)):
+            inputs.append(self.convolve(chain, i, inputs[i]) if h is None else h)
+        return x, inputs
+
+    def rebuild(self, chain: Chain, y: Tensor, h: Tensor) -> Tensor:
+        """x = y - conv(a, W) - bias for the last convolution of a block whose shortcut is the identity."""
+        return y - self.convolve(chain, chain.units - 1, h)
+
+    def convolve(self, chain: Chain, i: int, h: Tensor) -> Tensor:
+        unit = chain.first + i
+        a, bias = Activation(h, self.rows[unit]), self.stage.bias_of(unit)
+        return self.kernels.forward(chain.conv[i], a, chain.weight[i], bias, None, None)[0]
+
+    def block(self, k: int, dstream: Tensor, inputs: list[Tensor], need_x: bool) -> Tensor:
+        """The gradient of the stream in front of block k from the one behind it, where it is needed."""
+        kernels, needs, chain = self.kernels, self.needs, self.stage.blocks[k]
+        x, dy = inputs[0], dstream.to(self.stage.dtype)
+
+        def shortcut_dgrad() -> Tensor:
+            return kernels.dgrad(chain.conv[-1], Gradient(dy), chain.weight[-1], Activation(x, None), None, False).g
+
+        def shortcut_wgrad(a: Activation) -> None:
+            if needs.shortcut[k]:
+                self.dshortcut[k], _ = kernels.wgrad(chain.conv[-1], Gradient(dy), a, chain.weight[-1], False)
+
+        g = Gradient(dy)
+        for i in reversed(range(chain.units)):
+            unit, add = chain.first + i, None
+            a = Activation(inputs[i], self.rows[unit])
+            before = slice(chain.first, unit)
+            # Whether anything at or before this batch norm wants a gradient.
+            wanted = need_x or needs.bn[unit] or any(any(f[before]) for f in (needs.weight, needs.bias, needs.bn))
+            if i == 0 and chain.shortcut == "activated":
+                shortcut_wgrad(a)
+                if wanted:
+                    add = shortcut_dgrad()
+            if needs.weight[unit] or needs.bias[unit]:
+                dweight, dbias = kernels.wgrad(chain.conv[i], g, a, chain.weight[i], needs.bias[unit])
+                if needs.weight[unit]:
+                    self.dweight[unit] = dweight
+                if needs.bias[unit]:
+                    self.dbias[unit] = dbias
+            if not wanted:
+                continue
+            g = kernels.dgrad(chain.conv[i], g, chain.weight[i], a, add, self.stage.training[unit])
+            if needs.bn[unit]:
+                self.dbn_weight[unit], self.dbn_bias[unit] = g.grad[DGAMMA], g.grad[DBETA]
+        if chain.shortcut == "raw":
+            shortcut_wgrad(Activation(x, None))
+        if not need_x:
+            return dstream
+        identity, apart = chain.shortcut == "identity", dstream.dtype != self.stage.dtype
+        add = dy if identity and not apart else shortcut_dgrad() if chain.shortcut == "raw" else None
+        dx = kernels.dx(g, add)
+        return dstream + dx if identity and apart else dx.to(dstream.dtype)
 
 
 def backward(
     kernels: Any,
     dy: Tensor,
     x: Tensor,
-    hidden: Sequence[Tensor],
+    y: Tensor | None,
+    kept: Sequence[Tensor],
     rows: Sequence[Tensor],
     weight: Sequence[Tensor],
-    shortcut_weight: Tensor | None,
+    bias: Sequence[Tensor],
+    shortcut_weight: Sequence[Tensor],
     training: Sequence[bool],
     geometry: Sequence[int],
-    shortcut: str,
+    units: Sequence[int],
+    shortcut: Sequence[int],
+    dtype: torch.dtype,
+    memory: int,
+    _tf32: bool,
     needs: Sequence[bool],
-) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor], list[Tensor], Tensor]:
-    """(dx, dweight, dbias, dbn_weight, dbn_bias, dshortcut_weight) of the chain; empty where ``needs`` says no."""
-    n, conv, layout = len(weight), convolutions(geometry), memory_format(x)
-    need_x, need_weight, need_bias, need_bn, need_shortcut = split_needs(needs, n)
-    dx, dshortcut = dy.new_empty(0), dy.new_empty(0)
-    dweight, dbias = [dy.new_empty(0) for _ in range(n)], [dy.new_empty(0) for _ in range(n)]
-    dbn_weight, dbn_bias = [rows[0].new_empty(0) for _ in range(n)], [rows[0].new_empty(0) for _ in range(n)]
-
-    x, dy = _dense(x), _dense(dy)
-    inputs = [x, *hidden]
-    g, add = Gradient(dy), None
-    for i in reversed(range(n)):
-        a = Activation(inputs[i], rows[i])
-        # Whether anything at or before batch norm i wants a gradient.
-        wanted = need_x or any(need_bn[: i + 1]) or any(need_weight[:i]) or any(need_bias[:i])
-        if i == 0 and shortcut == "activated":
-            if need_shortcut:
-                dshortcut, _ = kernels.wgrad(conv[n], Gradient(dy), a, shortcut_weight, False)
-            if wanted:
-                add = kernels.dgrad(conv[n], Gradient(dy), shortcut_weight, Activation(x, None), None, False).g
-        if need_weight[i] or need_bias[i]:
-            dw, db = kernels.wgrad(conv[i], g, a, weight[i], need_bias[i])
-            if need_weight[i]:
-                dweight[i] = dw
-            if need_bias[i]:
-                dbias[i] = db
-        if not wanted:
-            continue
-        g = kernels.dgrad(conv[i], g, weight[i], a, add, training[i])
-        if need_bn[i]:
-            dbn_weight[i], dbn_bias[i] = g.grad[DGAMMA], g.grad[DBETA]
-    if shortcut == "raw" and need_shortcut:
-        dshortcut, _ = kernels.wgrad(conv[n], Gradient(dy), Activation(x, None), shortcut_weight, False)
-    if need_x:
-        add = dy if shortcut == "identity" else None
-        if shortcut == "raw":
-            add = kernels.dgrad(conv[n], Gradient(dy), shortcut_weight, Activation(x, None), None, False).g
-        dx = kernels.dx(g, add).contiguous(memory_format=layout)
-    return dx, dweight, dbias, dbn_weight, dbn_bias, dshortcut
+) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    """(dx, dweight, dbias, dbn_weight, dbn_bias, dshortcut_weight) of the stage; empty where ``needs`` says no."""
+    stage = Stage.parse(weight, bias, shortcut_weight, training, geometry, units, shortcut, dtype, memory)
+    run = _Backward(kernels, stage, kept, rows, Needs.parse(needs, units))
+    dx = run.run(_dense(dy), _dense(x), None if y is None else _dense(y))
+    if needs[0]:
+        dx = dx.contiguous(memory_format=memory_format(x))
+    projections = iter(shortcut_weight)
+    across = [next(projections) if code > 1 else dx for code in shortcut]
+    dweight, dbias = _typed(run.dweight, weight), _typed(run.dbias, bias) if bias else run.dbias
+    return dx, dweight, dbias, run.dbn_weight, run.dbn_bias, _typed(run.dshortcut, across)
 
 
-def split_needs(needs: Sequence[bool], n: int) -> tuple[bool, list[bool], list[bool], list[bool], bool]:
-    """The operators' ``needs`` by kind: x, n weights, n biases, n batch norms, the shortcut's weight."""
-    weight, bias, bn = (list(needs[1 + k * n : 1 + (k + 1) * n]) for k in range(3))
-    return needs[0], weight, bias, bn, needs[-1]
+def _typed(grads: Sequence[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients in the type of what they are the gradient of."""
+    return [grad.to(parameter.dtype) for grad, parameter in zip(grads, parameters, strict=True)]

@@ -9,6 +9,15 @@ from cases import PYTHON_BACKENDS
 from fused_preact import _extension, tables
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--sanitizer",
+        choices=("none", "address", "thread"),
+        default="none",
+        help="how the CUDA kernels of test_cuda.py are built; see the targets of the Makefile",
+    )
+
+
 def pytest_configure() -> None:
     torch.set_num_threads(1)
 

@@ -13,11 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from cases import CHAINS, UNITS, Case, assert_as_close_as_eager, errors, fused
-from fused_preact import _extension, ops, reference
-from fused_preact.schedule import Activation, Gradient
+from cases import CHAINS, UNITS, Case, assert_as_close_as_eager, assert_exact_on_integers, errors, fused
+from fused_preact import _extension, ops
+from fused_preact.schedule import Gradient
 
 pytestmark = pytest.mark.skipif(
     platform.machine() not in ("x86_64", "AMD64"), reason="AVX-512 kernels are built for x86-64 only"
@@ -79,24 +78,7 @@ def test_a_large_mean_keeps_its_digits(backend: str) -> None:
 @pytest.mark.parametrize("case", UNITS, ids=lambda case: case.id)
 def test_integers_are_exact(kernels: Any, case: Case, dtype: torch.dtype) -> None:
     """A product left out or taken twice cannot hide in a tolerance."""
-    generator = torch.Generator().manual_seed(0)
-
-    def integers(*shape: int) -> Tensor:
-        values = torch.randint(-1, 2, shape, generator=generator).to(dtype)
-        return values.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else values
-
-    layer, x = case.layers[0], integers(*case.shape)
-    weight, bias = integers(layer.K, case.shape[1], *layer.size), integers(layer.K)
-    dy = integers(*layer.conv.output_shape(case.shape, weight.shape))
-
-    def results(table: Any, to: torch.dtype) -> list[Tensor]:
-        a, g, w = Activation(x.to(to), None), Gradient(dy.to(to)), weight.to(to)
-        y, _ = table.forward(layer.conv, a, w, bias.to(to), g.g, None)
-        dx = table.dgrad(layer.conv, g, w, a, a.x, False).g
-        return [y, dx, *table.wgrad(layer.conv, g, a, w, True)]
-
-    for actual, expected in zip(results(kernels, dtype), results(reference, torch.float64), strict=True):
-        assert torch.equal(actual.double(), expected)
+    assert_exact_on_integers(case, kernels, dtype)
 
 
 def test_results_do_not_depend_on_threads(kernels: Any, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:

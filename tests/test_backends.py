@@ -64,13 +64,98 @@ def test_what_the_cpu_kernels_serve(dtype, size, stride):
     assert choice.backend == "cpu"
 
 
+def on_cuda(C=16, K=16, size=3, dtype=torch.float32):
+    """Arguments of a call on a CUDA device, that have no values."""
+    return torch.empty(2, C, 8, 8, dtype=dtype, device="cuda"), torch.empty(
+        K, C, size, size, dtype=dtype, device="cuda"
+    )
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A machine with a GPU of compute capability 9.0, as far as the choice of a backend goes."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    monkeypatch.setattr(_extension, "unavailable", None)
+    monkeypatch.setattr(_extension, "cuda_architectures", lambda: ["9.0"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    with FakeTensorMode():
+        yield monkeypatch
+
+
+def problem(x, weight, stride=1):
+    conv = fused_preact.schedule.Conv(stride, stride, 1, 1, 1, 1, 1)
+    return backends.Problem(x.device.type, x.dtype, tuple(x.shape), ((conv, tuple(weight.shape)),))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("size", "stride"), [(1, 1), (1, 2), (3, 1), (3, 2)])
+def test_what_the_cuda_kernels_serve(gpu, dtype, size, stride):
+    """On a GPU, 1x1 and 3x3 filters of few channels go to the CUDA kernels by themselves."""
+    assert backends.choose("auto", problem(*on_cuda(size=size, dtype=dtype), stride)) == "cuda"
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (dict(C=512), "meant for up to 256 channels, not 512"),
+        (dict(dtype=torch.float64), "float32, bfloat16 and float16, not in torch.float64"),
+        (dict(size=5), "filters of 1x1 and 3x3, not 5x5"),
+    ],
+    ids=["wide", "float64", "5x5"],
+)
+def test_what_the_cuda_kernels_leave_to_eager(gpu, options, reason):
+    """ "auto" runs plain layers and says why; many channels are served to those who ask."""
+    asked = problem(*on_cuda(**options))
+    choice = backends.describe("here", "auto", asked)
+    assert choice.backend == "eager"
+    assert reason in choice.others["cuda"]
+    if "C" in options:
+        assert backends.choose("cuda", asked) == "cuda"
+
+
+def test_why_cuda_cannot_be_used(gpu):
+    """Each thing that is missing is named: the kernels in the binary, a GPU, a new enough one."""
+    asked = problem(*on_cuda())
+    gpu.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    with pytest.raises(ValueError, match=r"compute capability 8\.0 or more"):
+        backends.choose("cuda", asked)
+    gpu.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="has no CUDA device"):
+        backends.choose("cuda", asked)
+    gpu.setattr(_extension, "cuda_architectures", list)
+    with pytest.raises(ValueError, match=r"the CUDA kernels were left out: .*FUSED_PREACT_CUDA=1"):
+        backends.choose("cuda", asked)
+    assert "left out" in backends.status()["cuda"]
+
+
+def test_cuda_is_for_cuda_tensors():
+    """Asked for on the CPU, it says where it runs."""
+    with pytest.raises(ValueError, match="backend='cuda' cannot serve this call: it runs on CUDA devices, not on cpu"):
+        bn_relu_conv2d(*arguments(), training=True, backend="cuda")
+
+
+def test_torch_says_whether_tf32_is_allowed(monkeypatch):
+    """The switch of torch's own convolutions, whichever of its names is used."""
+    conv = torch.backends.cudnn.conv
+    before = conv.fp32_precision
+    try:
+        conv.fp32_precision = "ieee"
+        assert not backends.allows_tf32()
+        conv.fp32_precision = "tf32"
+        assert backends.allows_tf32()
+    finally:
+        conv.fp32_precision = before
+
+
 def test_explain_computes_and_changes_nothing():
     """The call is made on fake tensors: running statistics and their count stay, and no gradient appears."""
     net = models.create("resnet20")
     before = {name: t.clone() for name, t in net.state_dict().items()}
     text = str(fused_preact.explain(net, torch.randn(2, 3, 32, 32)))
     assert "layer1.0" in text
-    assert "layer3.2" in text
+    assert "layer3" in text
     for name, t in net.state_dict().items():
         assert torch.equal(t, before[name]), name
     mean, var = torch.zeros(4), torch.ones(4)

@@ -38,6 +38,14 @@ def toolchain(backend):
 
 
 @pytest.fixture
+def nvcc(backend, monkeypatch):
+    """The module nvcc, as on a machine that says nothing of CUDA."""
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.delenv("FUSED_PREACT_CUDA", raising=False)
+    return importlib.import_module("nvcc")
+
+
+@pytest.fixture
 def pretend(monkeypatch, torch_location, tmp_path):
     """A function that makes a torch of one version (None: no torch) be what this process, or its environment, has."""
 
@@ -126,11 +134,83 @@ def test_flags_of_the_environment_reach_the_compiler(toolchain, torch_location, 
     assert "/d$ e.so: link " in text
 
 
-def test_every_source_is_compiled(toolchain):
+def test_every_source_is_compiled(toolchain, nvcc, tmp_path):
     """A new file in csrc that the build does not know is an error here, not an undefined symbol for a user."""
-    sources = {str(path.relative_to(ROOT / "csrc").with_suffix("")) for path in (ROOT / "csrc").rglob("*.cpp")}
-    kernels = {f"cpu/{name}" for name in toolchain.KERNEL_SOURCES}
-    assert sources == {*toolchain.HOST_SOURCES, *kernels}
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib/libcudart_static.a").touch()
+    cuda = nvcc.Cuda(tmp_path, "13.0", ("9.0",))
+    torch = toolchain.Torch(tmp_path, "2.13.0")
+    text = toolchain.Toolchain(torch, "g++", ROOT / "csrc", tmp_path, ["baseline"], cuda).ninja_file(tmp_path / "C.so")
+    compiled = set(re.findall(r"^build \S+\.o: (?:compile|cuda) (\S+)$", text, re.MULTILINE))
+    assert compiled == {str(path) for path in (ROOT / "csrc").rglob("*.c*") if path.suffix in (".cpp", ".cu")}
+
+
+def fake_nvcc(folder: Path, home: Path) -> Path:
+    """A script, as packages put on PATH, in front of an nvcc that lives in `home`."""
+    (folder / "bin").mkdir(parents=True)
+    script = folder / "bin" / "nvcc"
+    script.write_text(f"#!/bin/sh\necho '#$ _HERE_={home}/bin' >&2\necho 'Cuda compilation tools, release 13.0, V13'\n")
+    script.chmod(0o755)
+    return script
+
+
+def test_nvcc_on_path_may_be_a_script(nvcc, monkeypatch, tmp_path):
+    """The toolkit's own folder is used, not that of the link or script in front of its nvcc."""
+    monkeypatch.setenv("PATH", f"{fake_nvcc(tmp_path / 'front', tmp_path / 'toolkit').parent}:/usr/bin:/bin")
+    found = nvcc.find(("8.0",))
+    assert found == nvcc.Cuda(tmp_path / "toolkit", "13.0", ("8.0",))
+    assert found.flags()[0] == "-gencode=arch=compute_80,code=[sm_80,compute_80]"
+
+
+def test_cuda_home_comes_before_path(nvcc, monkeypatch, tmp_path):
+    """CUDA_HOME says which toolkit is meant, as everywhere."""
+    fake_nvcc(tmp_path / "asked", tmp_path / "asked")
+    monkeypatch.setenv("PATH", f"{fake_nvcc(tmp_path / 'other', tmp_path / 'other').parent}:/usr/bin:/bin")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "asked"))
+    assert nvcc.find().home == tmp_path / "asked"
+
+
+def test_cuda_can_be_left_out(nvcc, monkeypatch, tmp_path):
+    """FUSED_PREACT_CUDA=0 leaves the CUDA kernels out although nvcc is there."""
+    monkeypatch.setenv("PATH", str(fake_nvcc(tmp_path, tmp_path).parent))
+    monkeypatch.setenv("FUSED_PREACT_CUDA", "0")
+    assert nvcc.find() is None
+
+
+def test_without_nvcc_cuda_is_left_out_unless_asked_for(nvcc, monkeypatch):
+    """Unset, a machine without nvcc builds the CPU kernels; FUSED_PREACT_CUDA=1 is an error that says what to do."""
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(nvcc.Path, "exists", lambda path: False)
+    assert nvcc.find() is None
+    monkeypatch.setenv("FUSED_PREACT_CUDA", "1")
+    with pytest.raises(CompileError, match="no nvcc: put it on PATH, or set CUDA_HOME"):
+        nvcc.find()
+    monkeypatch.setenv("FUSED_PREACT_CUDA", "yes")
+    with pytest.raises(CompileError, match="FUSED_PREACT_CUDA: expected 0, 1 or nothing, got 'yes'"):
+        nvcc.find()
+
+
+def test_architectures_are_checked(backend):
+    """A compute capability that is none, or too old, is named before anything is compiled."""
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--cuda-archs", "9.0,7.5", "--inplace"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode != 0
+    assert "--cuda-archs: expected numbers like 9.0, from 8.0 on, got 9.0,7.5" in result.stderr
+
+
+has_cuda = pytest.mark.skipif(
+    _extension.unavailable is not None or not _extension.cuda_architectures(),
+    reason="the extension was built without CUDA",
+)
+
+
+@has_cuda
+def test_one_binary_serves_a_torch_without_cuda():
+    """What only a CUDA torch has is asked for weakly, so the binary with the CUDA kernels loads on every torch."""
+    symbols = elf_symbols(_extension.BINARY, ".dynsym")
+    shims = {name: entry for name, entry in symbols if entry["st_shndx"] == "SHN_UNDEF" and "cuda_stream" in name}
+    assert set(shims) == {"aoti_torch_get_current_cuda_stream"}
+    assert all(entry["st_info"]["bind"] == "STB_WEAK" for entry in shims.values()), shims
 
 
 def elf_symbols(path: Path, section: str) -> list:

@@ -12,6 +12,7 @@ import torch
 from fused_preact import reference, schedule
 
 C, K, H, W = 5, 7, 6, 5
+NONE, IDENTITY, ACTIVATED, _ = range(4)  # codes of the shortcuts
 
 
 def make(N: int = 2, *, training: bool = True, dtype: torch.dtype = torch.float32) -> SimpleNamespace:
@@ -34,15 +35,18 @@ def make(N: int = 2, *, training: bool = True, dtype: torch.dtype = torch.float3
         bn_bias=rows(),
         running_mean=rows(),
         running_var=rows(low=0.5),
-        shortcut_weight=normal(4, C, 1, 1),
+        shortcut_weight=[normal(4, C, 1, 1)],
         training=[training] * 2,
         eps=[1e-5] * 2,
         geometry=[2, 2, 1, 1, 1, 1, 1, *[1, 1, 0, 0, 1, 1, 1], 2, 2, 0, 0, 1, 1, 1],
-        shortcut="activated",
-        backend="cpu",
+        units=[2],
+        shortcut=[ACTIVATED],
+        dtype=dtype,
+        memory=0,
         needs=[True] * 8,
         dy=normal(N, 4, 3, 3),
-        hidden=[normal(N, K, 3, 3)],
+        y=None,
+        kept=[normal(N, K, 3, 3)],
         rows=[normal(5, n, dtype=accumulation) for n in (C, K)],
     )
 
@@ -50,14 +54,15 @@ def make(N: int = 2, *, training: bool = True, dtype: torch.dtype = torch.float3
 def forward(a: SimpleNamespace):
     return torch.ops.fused_preact.forward(
         a.x, a.residual, a.weight, a.bias, a.bn_weight, a.bn_bias, a.running_mean, a.running_var, a.shortcut_weight,
-        a.training, a.eps, a.geometry, a.shortcut, a.backend,
+        a.training, a.eps, a.geometry, a.units, a.shortcut, a.dtype, a.memory, False,
     )  # fmt: skip
 
 
 def backward(a: SimpleNamespace):
     return torch.ops.fused_preact.backward(
-        a.dy, a.x, a.hidden, a.rows, a.weight, a.shortcut_weight, a.training, a.geometry, a.shortcut, a.needs, a.backend
-    )
+        a.dy, a.x, a.y, a.kept, a.rows, a.weight, a.bias, a.shortcut_weight, a.training, a.geometry, a.units,
+        a.shortcut, a.dtype, a.memory, False, a.needs,
+    )  # fmt: skip
 
 
 def geometry(index: int, value: int) -> list[int]:
@@ -71,34 +76,41 @@ BAD_FOR_BOTH = {
     "x has three dimensions": (dict(x=F(2, C, H)), "x: expected 4 dimensions, got 3"),
     "x has no channel": (dict(x=F(2, 0, H, W)), "x: expected no empty dimension"),
     "x has no row": (dict(x=F(2, C, 0, W)), "x: expected no empty dimension"),
-    "x is integer": (dict(x=F(2, C, H, W, dtype=torch.int32)), "x: expected float32, .*got Int"),
-    "x is half": (dict(x=F(2, C, H, W).half()), "x: expected float32, bfloat16 or float64, got Half"),
+    "x is integer": (dict(x=F(2, C, H, W, dtype=torch.int32)), "x: expected Float .*got Int"),
+    "x is half": (dict(x=F(2, C, H, W).half()), "x: expected Float .*got Half"),
+    "dtype is half": (dict(dtype=torch.float16), "dtype: expected float32, bfloat16 or float64, got Half"),
     "weight is missing": (dict(weight=[F(K, C, 3, 3)]), "weight: expected 2 tensors, got 1"),
     "weight has other channels": (dict(weight=[F(K, C + 1, 3, 3), F(4, K, 1, 1)]), r"weight\[0\]: .*got .*\[7, 6,"),
     "weights do not meet": (dict(weight=[F(K, C, 3, 3), F(4, K - 1, 1, 1)]), r"weight\[1\]: expected .*\[4, 7, 1, 1\]"),
-    "weight is of another type": (dict(weight=[F(K, C, 3, 3).double(), F(4, K, 1, 1)]), r"weight\[0\]: .*got Double"),
+    "weight is of another type": (dict(weight=[F(K, C, 3, 3).int(), F(4, K, 1, 1)]), r"weight\[0\]: .*got Int"),
     "weight has no output": (dict(weight=[F(0, C, 3, 3), F(4, 0, 1, 1)]), r"weight\[0\]: expected no empty dimension"),
     "filter is larger than x": (dict(weight=[F(K, C, 9, 3), F(4, K, 1, 1)]), r"weight\[0\]: expected a filter within"),
     "weight is a matrix": (dict(weight=[F(K, C), F(4, K, 1, 1)]), r"weight\[0\]: expected 4 dimensions"),
-    "no unit": (dict(weight=[], training=[]), "training: expected one value for each unit"),
-    "shortcut is unknown": (dict(shortcut="long"), "shortcut: expected none, .*got long"),
-    "shortcut has no weight": (dict(shortcut_weight=None), "shortcut_weight: expected a tensor"),
-    "shortcut needs no weight": (dict(shortcut="none"), "shortcut_weight: expected none"),
-    "shortcut does not fit": (dict(geometry=geometry(14, 1)), "shortcut_weight: expected an output of .*3, 3.*got"),
-    "identity changes the shape": (
-        dict(shortcut="identity", shortcut_weight=None, geometry=make().geometry[:14]), "shortcut: identity expects"
+    "no unit": (dict(weight=[], training=[], units=[], shortcut=[]), "units: expected one value for each"),
+    "shortcut is unknown": (dict(shortcut=[4]), "shortcut: expected 0 .*got 4"),
+    "memory is unknown": (dict(memory=4), "memory: expected 0 .*got 4"),
+    "a block has no unit": (dict(units=[0]), "units: expected from 1 to 2 units, got 0"),
+    "a block has too many units": (dict(units=[3]), "units: expected from 1 to 2 units, got 3"),
+    "units are left over": (dict(units=[1], shortcut=[NONE]), "geometry: expected weights.* of 1, 0 and 7 values"),
+    "two blocks without a shortcut": (
+        dict(units=[1, 1], shortcut=[NONE, NONE]), "shortcut: none is for a stage of one block"
     ),
-    "geometry is short": (dict(geometry=make().geometry[:-1]), "geometry: expected 21 integers, got 20"),
+    "shortcut has no weight": (dict(shortcut_weight=[]), r"shortcut_weight\[0\]: expected a tensor"),
+    "shortcut needs no weight": (dict(shortcut=[NONE]), "geometry: expected .*of 2, 0 and 14 values, got 2, 1 and 21"),
+    "shortcut does not fit": (dict(geometry=geometry(14, 1)), r"shortcut_weight\[0\]: expected an output of"),
+    "identity changes the shape": (
+        dict(shortcut=[IDENTITY], shortcut_weight=[], geometry=make().geometry[:14]), "shortcut: identity expects"
+    ),
+    "geometry is short": (dict(geometry=make().geometry[:-1]), "geometry: expected 7 integers for each"),
     "stride is zero": (dict(geometry=geometry(0, 0)), "geometry: expected strides.*got 0"),
     "padding is negative": (dict(geometry=geometry(2, -1)), "geometry: .*paddings from 0, got -1"),
     "padding overflows": (dict(geometry=geometry(3, 2**62)), "geometry: .*got 4611686018427387904"),
     "dilation": (dict(geometry=geometry(4, 2)), "geometry: expected dilation and groups of 1, got 2, 1 and 1"),
     "groups": (dict(geometry=geometry(6, 5)), "geometry: expected dilation and groups of 1"),
-    "backend is another": (dict(backend="library"), "backend: expected cpu, got library"),
-}  # fmt: skip
-BAD_FORWARD = {
     "bias is short": (dict(bias=[F(K)]), "bias: expected 2 tensors"),
     "bias has other channels": (dict(bias=[F(K), F(5)]), r"bias\[1\]: expected .*\[4\].*got .*\[5\]"),
+}  # fmt: skip
+BAD_FORWARD = {
     "gamma is short": (dict(bn_weight=[F(C)]), "bn_weight: expected 2 tensors"),
     "gamma has other channels": (dict(bn_weight=[F(C - 1), F(K)]), r"bn_weight\[0\]: expected .*\[5\].*got .*\[4\]"),
     "beta is of another type": (dict(bn_bias=[F(C), F(K).half()]), r"bn_bias\[1\]: expected Float.*got Half"),
@@ -107,7 +119,7 @@ BAD_FORWARD = {
     "eps is short": (dict(eps=[1e-5]), "eps: expected 2 numbers, got 1"),
     "residual beside a shortcut": (dict(residual=F(2, 4, 3, 3)), "residual: expected none beside"),
     "residual has another shape": (
-        dict(residual=F(2, 4, 3, 1), shortcut="none", shortcut_weight=None, geometry=make().geometry[:14]),
+        dict(residual=F(2, 4, 3, 1), shortcut=[NONE], shortcut_weight=[], geometry=make().geometry[:14]),
         r"residual: expected .*\[2, 4, 3, 3\].*got .*\[2, 4, 3, 1\]",
     ),
     "batch is empty": (dict(x=F(0, C, H, W)), "x: expected at least one image"),
@@ -115,11 +127,13 @@ BAD_FORWARD = {
 BAD_BACKWARD = {
     "dy has another shape": (dict(dy=F(2, 4, 3, 2)), r"dy: expected .*\[2, 4, 3, 3\].*got .*\[2, 4, 3, 2\]"),
     "dy is of another type": (dict(dy=F(2, 4, 3, 3).double()), "dy: expected Float .*got Double"),
-    "hidden is missing": (dict(hidden=[]), "hidden: expected 1 tensors, got 0"),
-    "hidden has another shape": (dict(hidden=[F(2, K, 3, 2)]), r"hidden\[0\]: expected"),
+    "kept is short": (dict(kept=[]), "kept: expected more than 0 tensors"),
+    "kept is long": (dict(kept=[F(2, K, 3, 3)] * 2), "kept: expected 1 tensors, got 2"),
+    "kept has another shape": (dict(kept=[F(2, K, 3, 2)]), r"kept\[0\]: expected"),
     "rows are missing": (dict(rows=[F(5, C)]), "rows: expected 2 tensors"),
     "rows have other channels": (dict(rows=[F(5, C), F(5, K - 1)]), r"rows\[1\]: expected .*\[5, 7\]"),
     "rows are of another type": (dict(rows=[F(5, C).double(), F(5, K)]), r"rows\[0\]: expected Float .*got Double"),
+    "nothing was kept": (dict(memory=3), "memory: expected what forward kept for backward, got none"),
     "needs is short": (dict(needs=[True] * 7), "needs: expected 8 values, got 7"),
 }  # fmt: skip
 
@@ -142,9 +156,9 @@ def test_backward_refuses(change, message):
 def test_an_empty_batch_in_eval(dtype, isa):
     """No image gives empty results, and zero for every gradient that is a sum over images."""
     a = make(0, training=False, dtype=dtype)
-    y, hidden, a.rows = forward(a)
+    y, kept, a.rows = forward(a)
     assert y.shape == (0, 4, 3, 3)
-    assert [h.shape for h in hidden] == [(0, K, 3, 3)]
+    assert [h.shape for h in kept] == [(0, K, 3, 3)]
     dx, *sums = backward(a)
     assert dx.shape == a.x.shape
     sums = torch.utils._pytree.tree_leaves(sums)
@@ -166,13 +180,13 @@ def test_any_strides_are_read_right(training, isa):
     b.weight = [w.transpose(0, 1).contiguous().transpose(0, 1) for w in a.weight]
     for name in "bias", "bn_weight", "bn_bias", "running_mean", "running_var":
         setattr(b, name, [torch.stack([t, t], -1)[:, 0] for t in getattr(a, name)])
-    y, hidden, rows = forward(a)
-    y2, hidden2, rows2 = forward(b)
+    y, kept, rows = forward(a)
+    y2, kept2, rows2 = forward(b)
     a.dy = b.dy = torch.ones(()).expand_as(y)
-    a.hidden, a.rows = hidden, rows
-    b.hidden = [h.contiguous() for h in hidden2]
+    a.kept, a.rows = kept, rows
+    b.kept = [h.contiguous() for h in kept2]
     b.rows = [r.t().contiguous().t() for r in rows2]
-    assert all(map(torch.equal, [y, *hidden, *rows], [y2, *hidden2, *rows2]))
+    assert all(map(torch.equal, [y, *kept, *rows], [y2, *kept2, *rows2]))
     results, results2 = (torch.utils._pytree.tree_leaves(backward(arguments)) for arguments in (a, b))
     assert all(map(torch.equal, results, results2))
 
@@ -180,7 +194,7 @@ def test_any_strides_are_read_right(training, isa):
 def test_needs_change_no_other_result(isa):
     """A gradient has the same bits whichever others are asked for, and those not asked for are empty."""
     a = make()
-    _, a.hidden, a.rows = forward(a)
+    _, a.kept, a.rows = forward(a)
     every = torch.utils._pytree.tree_leaves(backward(a))
     # Where the results of each entry of needs stand: dx, dweight, dbias, gamma with beta, the shortcut's weight.
     places = [[0], [1], [2], [3], [4], [5, 7], [6, 8], [9]]
@@ -197,18 +211,20 @@ def test_needs_change_no_other_result(isa):
 def test_any_geometry_stays_inside(size, stride, pad, isa):
     """Filters, strides and paddings that no network has give right results too: a caller may come with any."""
     a = make()
-    a.weight, a.bias, a.shortcut, a.shortcut_weight = [torch.randn(K, C, *size)], a.bias[:1], "none", None
+    a.weight, a.bias, a.shortcut, a.shortcut_weight = [torch.randn(K, C, *size)], a.bias[:1], [NONE], []
     a.geometry, a.training, a.eps, a.needs = [stride, stride, pad, pad, 1, 1, 1], [True], [1e-5], [True] * 4 + [False]
+    a.units = [1]
     for name in "bn_weight", "bn_bias", "running_mean", "running_var":
         setattr(a, name, getattr(a, name)[:1])
-    y, a.hidden, a.rows = forward(a)
+    y, a.kept, a.rows = forward(a)
     a.dy = torch.randn_like(y)
 
     x, *norms = a.x.double(), a.weight, a.bias, a.bn_weight, a.bn_bias, a.running_mean, a.running_var
     norms = [[t.double() for t in tensors] for tensors in norms]
-    tail = a.training, a.geometry, a.shortcut
-    expected, hidden, rows = schedule.forward(reference, x, None, *norms, None, a.training, a.eps, *tail[1:])
-    gradients = schedule.backward(reference, a.dy.double(), x, hidden, rows, norms[0], None, *tail, a.needs)
+    facts = a.units, a.shortcut, torch.float64, a.memory, False
+    expected, kept, rows = schedule.forward(reference, x, None, *norms, [], a.training, a.eps, a.geometry, *facts)
+    saved = a.dy.double(), x, None, kept, rows, norms[0], norms[1], []
+    gradients = schedule.backward(reference, *saved, a.training, a.geometry, *facts, a.needs)
     results = zip(*map(torch.utils._pytree.tree_leaves, ([y, backward(a)], [expected, gradients])), strict=True)
     for got, right in results:
         torch.testing.assert_close(got.double(), right, rtol=1e-4, atol=1e-4)
@@ -219,8 +235,8 @@ def test_calls_from_many_threads_do_not_meet(isa):
 
     def run(N: int) -> list[torch.Tensor]:
         a = make(N)
-        y, a.hidden, a.rows = forward(a)
-        return torch.utils._pytree.tree_leaves([y, a.hidden, a.rows, backward(a)])
+        y, a.kept, a.rows = forward(a)
+        return torch.utils._pytree.tree_leaves([y, a.kept, a.rows, backward(a)])
 
     sizes = [1, 7, 2, 19] * 8
     alone = {N: run(N) for N in set(sizes)}

@@ -6,7 +6,6 @@ from cases import (
     BACKENDS,
     CHAINS,
     UNITS,
-    Sample,
     assert_as_close_as_eager,
     backward_arguments,
     eager,
@@ -89,8 +88,8 @@ def test_frozen_parameters(name, backend):
         for leaf_name, leaf in leaves.items():
             leaf.grad = None
             leaf.requires_grad_(leaf_name in wanted)
-        plan = functional.make_plan(sample.x, sample.units, sample.shortcut, sample.residual, backend)
-        y, _ = functional.execute(plan, sample.x, sample.units, sample.shortcut, sample.residual)
+        plan = functional.make_plan(sample.x, sample.blocks, sample.residual, backend)
+        y, _ = functional.execute(plan, sample.x, functional.Arguments.of(sample.blocks), sample.residual)
         y.backward(sample.dy)
         for leaf_name, leaf in leaves.items():
             if leaf_name in wanted:
@@ -118,12 +117,13 @@ def test_what_is_saved_for_backward(name, backend):
     sample = BY_ID[name].draw(0)
     saved = []
     sample.leaves()
-    plan = functional.make_plan(sample.x, sample.units, sample.shortcut, sample.residual, backend)
+    plan = functional.make_plan(sample.x, sample.blocks, sample.residual, backend)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        functional.execute(plan, sample.x, sample.units, sample.shortcut, sample.residual)
-    _, hidden, rows = ops._operators(backend)[0](*forward_arguments(sample, backend))
-    weights = [unit.weight for unit in sample.units] + [sample.shortcut.weight] * (sample.shortcut.weight is not None)
-    assert sorted(t.numel() for t in saved) == sorted(t.numel() for t in [sample.x, *hidden, *rows, *weights])
+        functional.execute(plan, sample.x, functional.Arguments.of(sample.blocks), sample.residual)
+    _, kept, rows = ops._operators(backend)[0](*forward_arguments(sample, backend))
+    parameters = [t for unit in sample.units for t in unit[:2]] + [sample.shortcut.weight]
+    expected = [sample.x, *kept, *rows, *(t for t in parameters if t is not None)]
+    assert sorted(t.numel() for t in saved) == sorted(t.numel() for t in expected)
 
 
 @pytest.mark.parametrize("name", ["one-channel", "basic-residual", "bottleneck-first", "frozen-second"])
@@ -144,8 +144,9 @@ def test_gradcheck(name, backend):
             for i, unit in enumerate(sample.units, start=1)
         ]
         shortcut, residual = sample.shortcut._replace(weight=given.get("dshortcut")), given.get("dresidual")
-        plan = functional.make_plan(given["dx"], units, shortcut, residual, backend)
-        return functional.execute(plan, given["dx"], units, shortcut, residual)[0]
+        changed = sample.replace(units, shortcut, x=given["dx"], residual=residual)
+        plan = functional.make_plan(changed.x, changed.blocks, residual, backend)
+        return functional.execute(plan, changed.x, functional.Arguments.of(changed.blocks), residual)[0]
 
     torch.autograd.gradcheck(run, list(leaves.values()), fast_mode=True)
 
@@ -155,8 +156,8 @@ def test_a_second_derivative_is_refused(backend):
     """create_graph=True gives first gradients; differentiating those says in one sentence that it cannot be done."""
     sample = BY_ID["bottleneck-stride-2"].draw(0)
     first = fused(sample, backend)
-    plan = functional.make_plan(sample.x, sample.units, sample.shortcut, None, backend)
-    y, _ = functional.execute(plan, sample.x, sample.units, sample.shortcut)
+    plan = functional.make_plan(sample.x, sample.blocks, None, backend)
+    y, _ = functional.execute(plan, sample.x, functional.Arguments.of(sample.blocks))
     (dx,) = torch.autograd.grad(y, sample.x, sample.dy, create_graph=True)
     assert torch.equal(dx, first["dx"])
     with pytest.raises(RuntimeError, match=r"cannot be differentiated twice.*backend='eager'"):
@@ -214,7 +215,7 @@ def test_integers_are_exact(name, backend):
         bn_bias=integers(ones), running_mean=integers(ones), running_var=ones, eps=0.0,
     )  # fmt: skip
     residual = None if sample.residual is None else integers(sample.residual)
-    sample = Sample(integers(sample.x), [unit], sample.shortcut, residual, integers(sample.dy))
+    sample = sample.replace([unit], x=integers(sample.x), residual=residual, dy=integers(sample.dy))
     exact = eager(sample.to(torch.float64))
     results = fused(sample, backend)
     for key in [key for key in results if key in ("y", "dW1", "dbias1", "dresidual")]:

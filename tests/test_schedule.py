@@ -21,7 +21,7 @@ def test_both_schedules_agree(case, layout):
     ours, theirs = (ops._operators(name)[0](*forward_arguments(sample, name)) for name in ("cpu", "reference"))
     compare(ours, theirs)
     arguments = backward_arguments(sample, "reference")
-    ours, theirs = (ops._operators(name)[1](*arguments[:-1], name) for name in ("cpu", "reference"))
+    ours, theirs = (ops._operators(name)[1](*arguments) for name in ("cpu", "reference"))
     compare(ours, theirs)
 
 
@@ -32,14 +32,13 @@ def test_both_schedules_leave_out_the_same(seed):
     case = CHAINS[seed % len(CHAINS)]
     sample = case.draw(0, torch.float64)
     arguments = backward_arguments(sample, "reference")
-    every = arguments[-2]
+    every = arguments[-1]
     chosen = torch.rand(len(every), generator=torch.Generator().manual_seed(seed)) < 0.4
     needs = [bool(need and choice) for need, choice in zip(every, chosen, strict=True)]
-    ours, theirs = (ops._operators(name)[1](*arguments[:-2], needs, name) for name in ("cpu", "reference"))
+    ours, theirs = (ops._operators(name)[1](*arguments[:-1], needs) for name in ("cpu", "reference"))
     compare(ours, theirs)
-    n = len(sample.units)
-    need_x, need_weight, need_bias, need_bn, need_shortcut = schedule.split_needs(needs, n)
-    expected = [need_x, *need_weight, *need_bias, *need_bn, *need_bn, need_shortcut]
+    kinds = schedule.Needs.parse(needs, [len(sample.units)])
+    expected = [kinds.x, *kinds.weight, *kinds.bias, *kinds.bn, *kinds.bn, *kinds.shortcut]
     assert [t.numel() > 0 for t in tree_leaves(ours)] == expected
 
 
@@ -77,6 +76,8 @@ def test_memory_format():
 
 
 def test_needs_are_split_by_kind():
-    """x, weights, biases, batch norms, shortcut: in this order."""
-    needs = [True, False, True, False, False, True, True, False]
-    assert schedule.split_needs(needs, 2) == (True, [False, True], [False, False], [True, True], False)
+    """x, weights, biases, batch norms, shortcuts: in this order."""
+    flat = [True, False, True, True, False, False, False, True, True, False, True, False]
+    needs = schedule.Needs.parse(flat, [2, 1])
+    assert needs == schedule.Needs(True, [False, True, True], [False, False, False], [True, True, False], [True, False])
+    assert needs.flat() == flat

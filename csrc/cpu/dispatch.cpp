@@ -5,6 +5,7 @@
 #include <cstring>
 #include <stdexcept>
 
+#include "pool.h"
 #include "workspace.h"
 
 namespace fused_preact::cpu {
@@ -72,8 +73,11 @@ void set_isa(const std::string& name) {
 }
 
 Device device() {
-  return {chosen().load()->kernels(), scratch(),
-          [](void* to, const void* from, size_t bytes) { std::memcpy(to, from, bytes); }};
+  const std::shared_ptr<void> not_owned;
+  return {chosen().load()->kernels(),
+          {not_owned, &scratch()},
+          &ActivationPool::instance(),
+          [](void* to, const void* from, size_t bytes, void*) { std::memcpy(to, from, bytes); }};
 }
 
 }  // namespace fused_preact::cpu

@@ -32,7 +32,7 @@ void dx_of(int64_t pixels, int64_t C, const Gradient& dy, const void* add, void*
 
 }  // namespace
 
-void dx(Dtype dtype, int64_t pixels, int64_t C, const Gradient& dy, const void* add, void* to) {
+void dx(Dtype dtype, int64_t pixels, int64_t C, const Gradient& dy, const void* add, void* to, Workspace&) {
   with_storage(dtype, [&](auto s) { dx_of<decltype(s)>(pixels, C, dy, add, to); });
 }
 

@@ -9,8 +9,8 @@ void dgrad(const Conv&, Dtype, const Gradient&, const Weight&, const Activation&
            Workspace&);
 void wgrad(const Conv&, Dtype, const Gradient&, const Activation&, const WeightGrad&, void*, Workspace&);
 void statistics(Dtype, int64_t, int64_t, const void*, const Affine&, void*, Workspace&);
-void running(Dtype, int64_t, const void*, const void*, const Affine&, void*);
-void dx(Dtype, int64_t, int64_t, const Gradient&, const void*, void*);
+void running(Dtype, int64_t, const void*, const void*, const Affine&, void*, Workspace&);
+void dx(Dtype, int64_t, int64_t, const Gradient&, const void*, void*, Workspace&);
 
 const Kernels& kernels() {
   static constexpr Kernels table{forward, dgrad, wgrad, statistics, running, dx};

@@ -48,15 +48,21 @@ struct PackedVector {
 
 // Calls visit(stored index, packed vector, n) for every vector of a packed filter: n output channels, `step_outer` apart
 // in the stored one. The loops follow the order in which the filter is stored, since a large one is not in the cache.
-template <class T, class Pointer, class Visit>
-FUSED_PREACT_INLINE void for_each_weights(const FilterView<Pointer>& f, const Visit& visit) {
+// Where that has its summed channels next to each other, square(stored index, packed vector) takes kLanes of the next rows
+// at once, whole vectors of as many output channels: a transpose.
+template <class T, class Pointer, class Visit, class Square>
+FUSED_PREACT_INLINE void for_each_weights(const FilterView<Pointer>& f, const Visit& visit, const Square& square) {
   const Panels<T> panels{f.outer, f.depth()};
-  const auto at = [&](int64_t i, int64_t h, int64_t w, int64_t v) __attribute__((always_inline)) {
+  const auto stored = [&](int64_t i, int64_t h, int64_t w, int64_t v) __attribute__((always_inline)) {
+    return v * kLanes<T> * f.step_outer + i * f.step_inner + h * f.step_h + w * f.step_w;
+  };
+  const auto packed = [&](int64_t i, int64_t h, int64_t w, int64_t v) __attribute__((always_inline)) {
     const int64_t panel = v / kColumns, row = (h * f.taps_w + w) * f.inner + i;
-    with_lanes<T>(f.outer - v * kLanes<T>, [&](auto n) __attribute__((always_inline)) {
-      visit(v * kLanes<T> * f.step_outer + i * f.step_inner + h * f.step_h + w * f.step_w,
-            PackedVector{panels.offset(panel), row, panels.width(panel), v % kColumns * kLanes<T>}, n);
-    });
+    return PackedVector{panels.offset(panel), row, panels.width(panel), v % kColumns * kLanes<T>};
+  };
+  const auto at = [&](int64_t i, int64_t h, int64_t w, int64_t v) __attribute__((always_inline)) {
+    with_lanes<T>(f.outer - v * kLanes<T>,
+                  [&](auto n) __attribute__((always_inline)) { visit(stored(i, h, w, v), packed(i, h, w, v), n); });
   };
   const auto each = [&](int64_t count, const auto& body) {
     if (panels.size() >= kWorthThreads) return parallel(count, body);
@@ -70,9 +76,12 @@ FUSED_PREACT_INLINE void for_each_weights(const FilterView<Pointer>& f, const Vi
     });
   else if (f.step_inner == 1)
     each(panels.vectors(), [&](int64_t v) {
+      const int64_t squares = (v + 1) * kLanes<T> <= f.outer ? f.inner - f.inner % kLanes<T> : 0;
       for (int64_t h = 0; h < f.taps_h; ++h)
-        for (int64_t w = 0; w < f.taps_w; ++w)
-          for (int64_t i = 0; i < f.inner; ++i) at(i, h, w, v);
+        for (int64_t w = 0; w < f.taps_w; ++w) {
+          for (int64_t i = 0; i < squares; i += kLanes<T>) square(stored(i, h, w, v), packed(i, h, w, v));
+          for (int64_t i = squares; i < f.inner; ++i) at(i, h, w, v);
+        }
     });
   else
     each(panels.vectors(), [&](int64_t v) {
@@ -120,9 +129,17 @@ E* pack(const FilterView<const S*>& f, Workspace& workspace) {
   using T = Accumulate<S>;
   const Panels<T> panels{f.outer, f.depth()};
   E* to = static_cast<E*>(workspace.take(panels.size() * sizeof(E)));
-  for_each_weights<T>(f, [&](int64_t stored, const PackedVector& at, auto n) __attribute__((always_inline)) {
+  const auto vector = [&](int64_t stored, const PackedVector& at, auto n) __attribute__((always_inline)) {
     store_strided(to + at.paired_index(kPair<E>), kPair<E>, load_strided(f.data + stored, f.step_outer, n), kLanes<T>);
-  });
+  };
+  const auto square = [&](int64_t stored, PackedVector at) __attribute__((always_inline)) {
+    Vec<T> rows[kLanes<T>];
+    for (int l = 0; l < kLanes<T>; ++l) rows[l] = load(f.data + stored + l * f.step_outer);
+    transpose<T>(rows);
+    for (int l = 0; l < kLanes<T>; ++l, ++at.row)
+      store_strided(to + at.paired_index(kPair<E>), kPair<E>, rows[l], kLanes<T>);
+  };
+  for_each_weights<T>(f, vector, square);
   return to;
 }
 

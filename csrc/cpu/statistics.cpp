@@ -51,7 +51,8 @@ void statistics(Dtype dtype, int64_t pixels, int64_t C, const void* x, const Aff
   with_storage(dtype, [&](auto s) { statistics_of<decltype(s)>(pixels, C, x, next, rows, workspace); });
 }
 
-void running(Dtype dtype, int64_t C, const void* mean, const void* variance, const Affine& next, void* rows) {
+void running(Dtype dtype, int64_t C, const void* mean, const void* variance, const Affine& next, void* rows,
+             Workspace&) {
   with_storage(dtype, [&](auto s) {
     using T = Accumulate<decltype(s)>;
     const T* var = static_cast<const T*>(variance);

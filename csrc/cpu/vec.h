@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #include "../kernels.h"
 
@@ -169,6 +170,34 @@ FUSED_PREACT_INLINE void store_lanes(S* to, Vec<Accumulate<S>> v, int64_t n) {
     store(to, v);
   else
     store_first(to, v, n);
+}
+
+// Lane l is element I[l] of a followed by b.
+template <class T, int... I>
+FUSED_PREACT_INLINE Vec<T> shuffle(Vec<T> a, Vec<T> b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, I...);
+#else
+  typedef std::conditional_t<sizeof(T) == 4, int32_t, int64_t> Index __attribute__((vector_size(kVectorBytes)));
+  return __builtin_shuffle(a, b, Index{I...});
+#endif
+}
+
+// One step of a transpose: of rows that are Half apart, the halves (lanes with and without the bit Half) are exchanged.
+template <class T, int Half, int... I>
+FUSED_PREACT_INLINE void exchange(Vec<T> (&rows)[kLanes<T>], std::integer_sequence<int, I...>) {
+  for (int l = 0; l < kLanes<T>; ++l) {
+    if (l & Half) continue;
+    const Vec<T> a = rows[l], b = rows[l + Half];
+    rows[l] = shuffle<T, ((I & Half) ? kLanes<T> + I - Half : I)...>(a, b);
+    rows[l + Half] = shuffle<T, ((I & Half) ? kLanes<T> + I : I + Half)...>(a, b);
+  }
+}
+
+template <class T, int Half = kLanes<T> / 2>
+FUSED_PREACT_INLINE void transpose(Vec<T> (&rows)[kLanes<T>]) {
+  exchange<T, Half>(rows, std::make_integer_sequence<int, kLanes<T>>{});
+  if constexpr (Half > 1) transpose<T, Half / 2>(rows);
 }
 
 // max(z, 0) that keeps a NaN, as torch.relu does.

@@ -107,9 +107,16 @@ void finish(const Accumulate<S>* partial, const double* bias_partial, const Plan
     for (int64_t g = 1; g < plan.groups; ++g) sum += load(partial + g * plan.panels.size() + i);
     return sum;
   };
-  for_each_weights<T>(dweight, [&](int64_t stored, const PackedVector& at, auto n) __attribute__((always_inline)) {
+  const auto vector = [&](int64_t stored, const PackedVector& at, auto n) __attribute__((always_inline)) {
     store_strided(dweight.data + stored, dweight.step_outer, total(at.index()), n);
-  });
+  };
+  const auto square = [&](int64_t stored, PackedVector at) __attribute__((always_inline)) {
+    Vec<T> rows[kLanes<T>];
+    for (int l = 0; l < kLanes<T>; ++l, ++at.row) rows[l] = total(at.index());
+    transpose<T>(rows);
+    for (int l = 0; l < kLanes<T>; ++l) store(dweight.data + stored + l * dweight.step_outer, rows[l]);
+  };
+  for_each_weights<T>(dweight, vector, square);
   if (dbias == nullptr) return;
   const int64_t padded = plan.panels.padded_channels();
   for_each_vector<T>(plan.panels.channels, [&](int64_t k, int64_t n) __attribute__((always_inline)) {

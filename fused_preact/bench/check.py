@@ -84,11 +84,12 @@ def _answers(contender: Contender, problem: Problem, dtype: torch.dtype | None =
     if dtype is not None:
         module, x = module.to(dtype), x.to(dtype)
     x.requires_grad_()
-    with autocast(problem.case if dtype is None else replace(problem.case, dtype="fp32")):
+    target = problem.target.to(contender.device)
+    with autocast(problem.case if dtype is None else replace(problem.case, dtype="fp32"), contender.device):
         y = module(x)
-        loss = F.cross_entropy(y, problem.target) if problem.case.net else None
+        loss = F.cross_entropy(y, target) if problem.case.net else None
     if loss is None:
-        y.backward(problem.target.to(y.dtype))
+        y.backward(target.to(y.dtype))
     else:
         loss.backward()
     gradients = [p.grad for p in module.parameters()]
@@ -107,13 +108,13 @@ def error(tensors: Iterable[Tensor], reference: Iterable[Tensor]) -> float:
     return math.sqrt(sum(squares) / len(squares))
 
 
-def verify(problem: Problem) -> dict[str, dict[str, float]]:
+def verify(problem: Problem, device: str = "cpu") -> dict[str, dict[str, float]]:
     """Errors of each contender against float64: name -> {y, dx, dW, dbn: relative error}.
 
     Raises:
         CheckError: an error is over twice the greatest of the eager contenders, or not finite.
     """
-    entrants = contenders(problem.case)
+    entrants = contenders(problem.case, device=device)
     truth = _answers(next(c for c in entrants if c.backend == "eager"), problem, torch.float64)
     errors: dict[str, dict[str, float]] = {}
     for contender in entrants:

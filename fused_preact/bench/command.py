@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fused_preact.errors import UserError
 
-from . import environment, picture, report, suite
+from . import cuda, environment, picture, report, suite
 from .cases import Case, default_cases, full_cases, table_cases
 from .check import CheckError
 
@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     extent.add_argument("--full", action="store_true", help="the long version: more cases, torch.compile, both mallocs")
     extent.add_argument("--table", action="store_true", help="time every backend over a grid of units (backend='auto')")
     extent.add_argument("--show", type=Path, metavar="JSON", help="measure nothing; print and draw a result file again")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: blocks and kernels on a GPU")
     parser.add_argument("--only", metavar="TEXT", default="", help="only cases whose name contains TEXT")
     parser.add_argument("--list", action="store_true", help="name the cases and stop")
     parser.add_argument("--output", type=Path, metavar="STEM", help="write STEM.json and STEM.png (default: bench)")
@@ -71,6 +72,9 @@ def run(arguments: argparse.Namespace) -> int:
         console.print("\n".join(case.name for case in cases), markup=False, highlight=False)
         return 0
     output = arguments.output or Path("bench")
+    if arguments.device == "cuda":
+        report.write(cuda.run(console), _suffixed(output, ".json"))
+        return 0
     malloc = arguments.malloc or ("both" if arguments.full else None)
     if malloc == "both":
         return _child(arguments, "default", output) or _child(arguments, "tuned", _suffixed(output, "-tuned"))

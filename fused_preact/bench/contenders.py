@@ -14,10 +14,11 @@ from .measure import Step
 
 @dataclass(frozen=True)
 class Contender:
-    """A backend ("eager", "compiled", or one of fused_preact's) in a memory format."""
+    """A backend ("eager", "compiled", or one of fused_preact's) in a memory format on a device."""
 
     backend: str
     layout: str
+    device: str = "cpu"
 
     @property
     def name(self) -> str:
@@ -35,17 +36,17 @@ class Problem:
     state: dict[str, Tensor]
 
 
-def contenders(case: Case, compiled: bool = False) -> list[Contender]:
+def contenders(case: Case, compiled: bool = False, device: str = "cpu") -> list[Contender]:
     """The contenders of a case; `compiled` adds torch.compile of the eager module, a block at a time."""
     backends = case.backends + (("compiled",) if compiled else ())
-    return [Contender(backend, layout) for layout in case.layouts for backend in backends]
+    return [Contender(backend, layout, device) for layout in case.layouts for backend in backends]
 
 
 def build(contender: Contender, problem: Problem) -> nn.Module:
     """The contender's module, in training mode, with the problem's parameters."""
     module = problem.case.make("eager" if contender.backend == "compiled" else contender.backend)
     module.load_state_dict(problem.state)
-    module = module.to(memory_format=LAYOUTS[contender.layout]).train()
+    module = module.to(contender.device, memory_format=LAYOUTS[contender.layout]).train()
     if contender.backend == "compiled":
         # Block by block: a deep net takes minutes to trace whole.
         for part in [m for m in module.modules() if isinstance(m, Fused)]:
@@ -53,14 +54,14 @@ def build(contender: Contender, problem: Problem) -> nn.Module:
     return module
 
 
-def autocast(case: Case) -> torch.autocast:
+def autocast(case: Case, device: str) -> torch.autocast:
     """bf16 autocast where the case asks for it, else a context that does nothing."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=case.dtype == "bf16")
+    return torch.autocast(device, torch.bfloat16, enabled=case.dtype == "bf16")
 
 
 def place(x: Tensor, contender: Contender) -> Tensor:
-    """x in the contender's memory format."""
-    return x.detach().to(memory_format=LAYOUTS[contender.layout], copy=True)
+    """x in the contender's memory format, on its device."""
+    return x.detach().to(contender.device, memory_format=LAYOUTS[contender.layout], copy=True)
 
 
 def step(contender: Contender, problem: Problem, module: nn.Module) -> Step:
@@ -77,7 +78,7 @@ def _block_step(contender: Contender, problem: Problem, module: nn.Module) -> St
         module.zero_grad(set_to_none=True)
 
     def forward() -> Tensor:
-        with autocast(problem.case):
+        with autocast(problem.case, contender.device):
             return module(x)
 
     return Step(prepare, forward, lambda y: y.backward(dy))
@@ -88,7 +89,7 @@ def _net_step(contender: Contender, problem: Problem, module: nn.Module) -> Step
     optimizer = torch.optim.SGD(module.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4, fused=True)
 
     def forward() -> Tensor:
-        with autocast(problem.case):
+        with autocast(problem.case, contender.device):
             return F.cross_entropy(module(x), problem.target)
 
     def backward(loss: Tensor) -> None:

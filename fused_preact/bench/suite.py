@@ -117,7 +117,8 @@ def measure(case: Case, settings: Settings) -> dict[str, Any]:
         "errors": ready.errors,
         "contenders": {
             c.name: {
-                **asdict(c),
+                "backend": c.backend,
+                "layout": c.layout,
                 "forward": asdict(spread(t.forward)),
                 "total": asdict(spread(t.total)),
                 "saved_bytes": b,

@@ -1,0 +1,69 @@
+"""Where the CUDA compiler is, and what the CUDA kernels are compiled for."""
+
+import os
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from setuptools.errors import CompileError
+
+# Compute capabilities whose machine code goes into the binary; it runs on later ones of the same major version too. The
+# driver compiles the PTX that is there too for all others.
+ARCHITECTURES = ("8.0", "9.0")
+OLDEST = "8.0"
+
+
+@dataclass(frozen=True)
+class Cuda:
+    """A CUDA toolkit."""
+
+    home: Path
+    version: str  # of nvcc
+    architectures: tuple[str, ...]
+
+    def flags(self) -> tuple[str, ...]:
+        """Of nvcc. No kernel needs more than the oldest, so one pass makes the PTX from which all code is made."""
+        ptx = f"compute_{OLDEST.replace('.', '')}"
+        code = ",".join([*(f"sm_{name.replace('.', '')}" for name in self.architectures), ptx])
+        return f"-gencode=arch={ptx},code=[{code}]", "-std=c++17", "-O3", "--compiler-options=-fPIC,-fvisibility=hidden"
+
+    def library(self) -> Path:
+        """Folder of the CUDA runtime."""
+        for name in "lib64", "lib", "targets/x86_64-linux/lib":
+            if (self.home / name / "libcudart_static.a").exists():
+                return self.home / name
+        raise CompileError(f"the CUDA toolkit in {self.home} has no libcudart_static.a")
+
+
+def find(architectures: tuple[str, ...] = ARCHITECTURES) -> Cuda | None:
+    """The toolkit of CUDA_HOME, of PATH, or in /usr/local/cuda; None without one, or with FUSED_PREACT_CUDA=0.
+
+    Raises:
+        CompileError: FUSED_PREACT_CUDA=1 and there is none, or its value is another.
+    """
+    wanted = os.environ.get("FUSED_PREACT_CUDA", "")
+    if wanted not in ("", "0", "1"):
+        raise CompileError(f"FUSED_PREACT_CUDA: expected 0, 1 or nothing, got {wanted!r}")
+    if wanted == "0":
+        return None
+    home = os.environ.get("CUDA_HOME")
+    for nvcc in (home and f"{home}/bin/nvcc", shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"):
+        if nvcc and Path(nvcc).exists():
+            return _toolkit(nvcc, architectures)
+    if wanted == "1":
+        raise CompileError(
+            "FUSED_PREACT_CUDA=1, and there is no nvcc: put it on PATH, or set CUDA_HOME to the folder of the toolkit"
+        )
+    return None
+
+
+def _toolkit(nvcc: str, architectures: tuple[str, ...]) -> Cuda:
+    """The toolkit that an nvcc belongs to, which may be a link or a script: it says itself where it is."""
+    plan = subprocess.run([nvcc, "--dryrun", "-c", "none.cu"], capture_output=True, text=True, check=False).stderr
+    here = re.search(r"^#\$ _HERE_=(.+)$", plan, re.MULTILINE)
+    release = re.search(r"release ([\d.]+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout)
+    if here is None or release is None:
+        raise CompileError(f"{nvcc} does not say which CUDA toolkit it belongs to")
+    return Cuda(Path(here[1]).parent, release[1], architectures)

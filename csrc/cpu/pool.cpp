@@ -1,0 +1,102 @@
+#include "pool.h"
+
+#include <algorithm>
+#include <chrono>
+#include <map>
+#include <mutex>
+#include <new>
+#include <vector>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace fused_preact::cpu {
+
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+// AddressSanitizer sees what is used after it was freed: there nothing waits.
+#if defined(__SANITIZE_ADDRESS__)
+constexpr bool kKeep = false;
+#else
+constexpr bool kKeep = true;
+#endif
+
+constexpr size_t kHugePage = size_t{2} << 20;
+
+// Eight sizes for each power of two: blocks serve tensors up to an eighth smaller than they are.
+size_t size_class(size_t bytes) {
+  size_t step = 64;
+  while (step * 16 <= bytes) step *= 2;
+  return (bytes + step - 1) / step * step;
+}
+
+std::align_val_t alignment(size_t bytes) { return std::align_val_t(bytes < kHugePage ? 64 : kHugePage); }
+
+void* allocate(size_t bytes) {
+  void* data = ::operator new(bytes, alignment(bytes));
+#if defined(__linux__)
+  if (bytes >= kHugePage) madvise(data, bytes / kHugePage * kHugePage, MADV_HUGEPAGE);  // advice: may be refused
+#endif
+  return data;
+}
+
+void release(void* data, size_t bytes) { ::operator delete(data, alignment(bytes)); }
+
+struct Idle {
+  void* data;
+  Clock::time_point since;
+};
+
+}  // namespace
+
+struct ActivationPool::State {
+  std::mutex mutex;
+  std::map<size_t, std::vector<Idle>> idle;  // by size, the longest idle first
+  Clock::time_point checked = Clock::now();
+
+  void drop_before(Clock::time_point time) {
+    for (auto& [bytes, blocks] : idle) {
+      const auto end =
+          std::find_if(blocks.begin(), blocks.end(), [&](const Idle& block) { return block.since > time; });
+      for (auto block = blocks.begin(); block != end; ++block) release(block->data, bytes);
+      blocks.erase(blocks.begin(), end);
+    }
+  }
+};
+
+ActivationPool::ActivationPool() : state_(*new State) {}
+
+ActivationPool& ActivationPool::instance() {
+  static ActivationPool& pool = *new ActivationPool;
+  return pool;
+}
+
+void* ActivationPool::take(size_t bytes) {
+  const size_t size = size_class(bytes);
+  if (kKeep) {
+    const std::lock_guard lock(state_.mutex);
+    const auto found = state_.idle.find(size);
+    if (found != state_.idle.end() && !found->second.empty()) {
+      void* data = found->second.back().data;
+      found->second.pop_back();
+      return data;
+    }
+  }
+  return allocate(size);
+}
+
+void ActivationPool::give_back(void* data, size_t bytes) {
+  const size_t size = size_class(bytes);
+  if (!kKeep) return release(data, size);
+  const std::lock_guard lock(state_.mutex);
+  const Clock::time_point now = Clock::now();
+  state_.idle[size].push_back({data, now});
+  if (now - state_.checked < std::chrono::seconds(1)) return;
+  state_.checked = now;
+  state_.drop_before(now - std::chrono::seconds(kMostIdleSeconds));
+}
+
+}  // namespace fused_preact::cpu

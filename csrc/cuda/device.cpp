@@ -1,0 +1,68 @@
+#include "device.h"
+
+#include <cuda_runtime_api.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "kernels.h"
+
+// A torch that was built without CUDA does not have it, and loads this binary all the same.
+#pragma weak aoti_torch_get_current_cuda_stream
+
+namespace fused_preact::cuda {
+
+namespace {
+
+constexpr size_t kAlignment = 256, kLeastBytes = size_t{1} << 20;
+
+// One tensor that is cut into pieces, and another one when it is full. All work is queued on one stream, so pieces may be
+// handed out again as soon as the kernel that used them is queued, and a tensor may be given back then.
+class TensorScratch final : public Scratch {
+ public:
+  explicit TensorScratch(const Tensor& like) : guard_(like.get_device_index()), like_(like) {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream));
+    counters_ = empty(like, ScalarType::Int, {kCounters});
+    torch::stable::zero_(*counters_);
+    counters = static_cast<uint32_t*>(counters_->mutable_data_ptr());
+  }
+
+  void* take(size_t bytes) override {
+    bytes = (bytes + kAlignment - 1) / kAlignment * kAlignment;
+    if (bytes_ - used_ < bytes) {
+      bytes_ = std::max(bytes, kLeastBytes);
+      full_.push_back(std::exchange(block_, empty(like_, ScalarType::Byte, {static_cast<int64_t>(bytes_)})));
+      used_ = 0;
+    }
+    return static_cast<char*>(block_->mutable_data_ptr()) + std::exchange(used_, used_ + bytes);
+  }
+
+  void release() override {
+    full_.clear();
+    used_ = 0;
+  }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  Tensor like_;
+  std::optional<Tensor> counters_, block_;
+  std::vector<std::optional<Tensor>> full_;
+  size_t bytes_ = 0, used_ = 0;  // of the block
+};
+
+void copy(void* to, const void* from, size_t bytes, void* stream) {
+  const cudaError_t error =
+      cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, static_cast<cudaStream_t>(stream));
+  if (error != cudaSuccess) throw std::runtime_error(std::string("copy of a row: ") + cudaGetErrorString(error));
+}
+
+}  // namespace
+
+Device device(const Tensor& like) { return {kernels(), std::make_shared<TensorScratch>(like), nullptr, copy}; }
+
+}  // namespace fused_preact::cuda

@@ -1,0 +1,177 @@
+// dgrad: dz = (conv_transpose(dy, weight) + add) * [z > 0], and the sums over dz that the batch norm's gradient needs.
+//
+// The transpose of a convolution of stride (a, b) is a*b correlations of stride 1, one for each class of input pixels
+// (h mod a, w mod b), with the filter taps that reach the class, in reverse: the windows of one launch (correlate.h).
+// dy is formed from dz' and x' of the unit behind while it is read. The epilogue applies the mask, writes dz, and adds up
+// sum dz and sum dz*(x - mean), merged by the last block (merge.h).
+// Bytes: dy (or dz' and x') read once a column of blocks, x and add read once, dz written once.
+#include "correlate.h"
+
+namespace fused_preact::cuda {
+
+namespace {
+
+// The two sums of every group and channel in global memory, and the rows that come of them.
+struct GradSlots {
+  double* data;       // [groups][2][C]
+  float* rows;        // [kGradRows][C], or null: then there are no sums
+  const float* norm;  // [kNormRows][C]
+  int64_t C;
+  double count;  // values of a channel; 0 where the batch norm used running statistics
+
+  static size_t bytes(int64_t groups, int64_t C) { return groups * 2 * C * sizeof(double); }
+
+  __device__ double* slot(int group, int64_t c) const { return data + group * 2 * C + c; }
+  __device__ void write(int group, int64_t c, double dz, double dz_x) const {
+    slot(group, c)[0] = dz, slot(group, c)[C] = dz_x;
+  }
+
+  __device__ void merge(int64_t begin, int64_t end, int first, int members, int step, bool finish) const {
+    for (int64_t c = begin + threadIdx.x; c < end; c += blockDim.x) {
+      double dz = 0, dz_x = 0;
+      for (int i = 0; i < members; ++i) {
+        const double* from = slot(first + i * step, c);
+        dz += from[0], dz_x += from[C];
+      }
+      if (finish)
+        write_rows(c, dz, dz_x);
+      else
+        write(first, c, dz, dz_x);
+    }
+  }
+
+  __device__ void write_rows(int64_t c, double dbeta, double dz_x) const {
+    const double rstd = norm[kRstd * C + c], scale = norm[kScale * C + c], dgamma = dz_x * rstd;
+    rows[kDgamma * C + c] = static_cast<float>(dgamma);
+    rows[kDbeta * C + c] = static_cast<float>(dbeta);
+    if (count == 0) return;
+    rows[kSlope * C + c] = static_cast<float>(-scale * rstd * dgamma / count);
+    rows[kOffset * C + c] = static_cast<float>(-scale * dbeta / count);
+  }
+};
+
+template <class Op>
+struct DgradEpilogue {
+  using S = typename Op::Storage;
+  static constexpr int L = kLanes<S>;
+
+  struct Output {
+    const S* x;
+    const S* add;  // or null
+    S* dz;
+    int C;
+    bool aligned;
+    GradSlots slots;
+
+    __device__ bool has_sums() const { return slots.rows != nullptr; }
+    __device__ void merge(int begin, int end, int first, int count, int step, bool finish) const {
+      slots.merge(begin, end, first, count, step, finish);
+    }
+  };
+  struct Beside {
+    uint4 x, add;
+  };
+
+  const Output& out;
+  float dz[L], dz_x[L];
+  double total_dz = 0, total_dz_x = 0;  // of channel threadIdx.x of the block
+
+  __device__ explicit DgradEpilogue(const Output& output) : out(output) {}
+
+  __device__ Beside read(int64_t pixel, int c) const {
+    Beside beside{};
+    if (pixel < 0) return beside;
+    if (out.has_sums()) beside.x = load_piece(out.x + pixel * out.C, c, out.C, out.aligned);
+    if (out.add != nullptr) beside.add = load_piece(out.add + pixel * out.C, c, out.C, out.aligned);
+    return beside;
+  }
+
+  __device__ void write(float (&v)[L], const Beside& beside, int64_t pixel, int c, int start) {
+    if (out.add != nullptr) {
+      float add[L];
+      unpack<S>(add, beside.add);
+#pragma unroll
+      for (int i = 0; i < L; ++i) v[i] += add[i];
+    }
+    if (!out.has_sums()) {
+      if (pixel >= 0) store_piece(out.dz + pixel * out.C, c, out.C, out.aligned, pack<S>(v));
+      return;
+    }
+    float x[L], scale[L], shift[L];
+    unpack<S>(x, beside.x);
+    load_row(scale, out.slots.norm + kMean * out.C, c, out.C, out.aligned);
+#pragma unroll
+    for (int i = 0; i < L; ++i) x[i] -= scale[i];
+    load_row(scale, out.slots.norm + kScale * out.C, c, out.C, out.aligned);
+    load_row(shift, out.slots.norm + kShift * out.C, c, out.C, out.aligned);
+#pragma unroll
+    for (int i = 0; i < L; ++i)
+      if (fmaf(x[i], scale[i], shift[i]) <= 0.0f) v[i] = 0;
+    const uint4 stored = pack<S>(v);
+    if (pixel >= 0) store_piece(out.dz + pixel * out.C, c, out.C, out.aligned, stored);
+    unpack<S>(v, stored);
+#pragma unroll
+    for (int i = 0; i < L; ++i) {
+      const float kept = pixel >= 0 ? v[i] : 0.0f;
+      dz[i] = start > 0 ? kept : dz[i] + kept;
+      dz_x[i] = start > 0 ? kept * x[i] : fmaf(kept, x[i], dz_x[i]);
+    }
+  }
+
+  __device__ void store_sums(float4* to, int lane, int stride) {
+    sum_lanes(dz, stride);
+    sum_lanes(dz_x, stride);
+    if (lane >= stride) return;
+#pragma unroll
+    for (int i = 0; i < L; ++i) to[lane * L + i] = {dz[i], dz_x[i], 0, 0};
+  }
+  __device__ void merge_sums(const float4& of_warp) { total_dz += of_warp.x, total_dz_x += of_warp.y; }
+  __device__ void write_slot(int group, int c) const { out.slots.write(group, c, total_dz, total_dz_x); }
+};
+
+// The classes of input pixels; those of no pixel are left out.
+template <class Op>
+void add_windows(Correlation<Op, GradientSource<Op>>& c, const Conv& conv) {
+  if (conv.stride_h * conv.stride_w > kMostWindows)
+    throw std::runtime_error("the CUDA kernels have strides of 1 and 2");
+  c.window_count = 0;
+  for (int64_t i = 0; i < conv.stride_h; ++i)
+    for (int64_t j = 0; j < conv.stride_w; ++j) {
+      const Axis h = Axis::transposed(conv.P, conv.H, conv.R, conv.stride_h, conv.pad_h, i);
+      const Axis w = Axis::transposed(conv.Q, conv.W, conv.S, conv.stride_w, conv.pad_w, j);
+      if (h.count > 0 && w.count > 0) c.windows[c.window_count++] = window(conv.N, h, w, kLogPixels);
+    }
+}
+
+}  // namespace
+
+void dgrad(const Conv& conv, Dtype dtype, const Gradient& dy, const Weight& weight, const Activation& x,
+           const void* add, void* dz, void* grad_rows, bool batch, Workspace& workspace) {
+  with_product(dtype, [&](auto op) {
+    using Op = decltype(op);
+    using S = typename Op::Storage;
+    using Source = GradientSource<Op>;
+    const int K = static_cast<int>(conv.K), C = static_cast<int>(conv.C);
+    Correlation<Op, Source> c{
+        Source(dy, conv.K),
+        {static_cast<const S*>(weight.data), weight.stride_c, weight.stride_k, weight.stride_r, weight.stride_s, C, K}};
+    add_windows(c, conv);
+    const bool sums = x.norm != nullptr;
+    const bool aligned =
+        conv.C % kLanes<S> == 0 && is_aligned(dz) && is_aligned(x.x) && is_aligned(add) && is_aligned(x.norm);
+    const double count = batch ? static_cast<double>(conv.N * conv.H * conv.W) : 0;
+    launch_correlate<DgradEpilogue<Op>>(c, workspace, [&](const Teams& teams) {
+      double* slots = nullptr;
+      if (sums) slots = static_cast<double*>(workspace.take(GradSlots::bytes(teams.groups, conv.C)));
+      return typename DgradEpilogue<Op>::Output{
+          static_cast<const S*>(x.x),
+          static_cast<const S*>(add),
+          static_cast<S*>(dz),
+          C,
+          aligned,
+          {slots, sums ? static_cast<float*>(grad_rows) : nullptr, static_cast<const float*>(x.norm), conv.C, count}};
+    });
+  });
+}
+
+}  // namespace fused_preact::cuda

@@ -1,0 +1,96 @@
+// forward: y = conv(a, weight) + bias + residual, and the batch norm rows that the next unit needs of y.
+//
+// Layout: x, residual, y NHWC; the filter by its strides. One block is a run of tiles of at most 128 output pixels and 16 or
+// 64 output channels (correlate.h). Statistics are of y as stored, a tile at a time, merged by the last block (merge.h).
+// Bytes: x read once a column of blocks, residual read once, y written once.
+#include "correlate.h"
+#include "moments.h"
+
+namespace fused_preact::cuda {
+
+namespace {
+
+template <class Op>
+struct ForwardEpilogue {
+  using S = typename Op::Storage;
+  static constexpr int L = kLanes<S>;
+
+  struct Output {
+    const S* bias;      // or null
+    const S* residual;  // or null
+    S* y;
+    int K;
+    bool aligned;
+    MomentSlots slots;
+
+    __device__ bool has_sums() const { return slots.rows != nullptr; }
+    __device__ void merge(int begin, int end, int first, int count, int step, bool finish) const {
+      slots.merge(begin, end, first, count, step, finish);
+    }
+  };
+  using Beside = uint4;
+
+  const Output& out;
+  MomentSums<L> sums;
+  Moments moments;  // of channel threadIdx.x of the block
+
+  __device__ explicit ForwardEpilogue(const Output& output) : out(output) {}
+
+  __device__ Beside read(int64_t pixel, int c) const {
+    if (out.residual == nullptr || pixel < 0) return {0, 0, 0, 0};
+    return load_piece(out.residual + pixel * out.K, c, out.K, out.aligned);
+  }
+
+  __device__ void write(float (&v)[L], const Beside& beside, int64_t pixel, int c, int start) {
+    if (out.bias != nullptr)
+#pragma unroll
+      for (int i = 0; i < L; ++i) v[i] += c + i < out.K ? widen(out.bias[c + i]) : 0.0f;
+    if (out.residual != nullptr) {
+      float residual[L];
+      unpack<S>(residual, beside);
+#pragma unroll
+      for (int i = 0; i < L; ++i) v[i] += residual[i];
+    }
+    const uint4 stored = pack<S>(v);
+    if (pixel >= 0) store_piece(out.y + pixel * out.K, c, out.K, out.aligned, stored);
+    if (!out.has_sums()) return;
+    unpack<S>(v, stored);
+    if (start > 0) sums.start(v, pixel >= 0, start);
+    if (pixel >= 0) sums.add(v);
+  }
+
+  __device__ void store_sums(float4* to, int lane, int stride) { sums.store(to, lane, stride); }
+  __device__ void merge_sums(const float4& of_warp) { moments.merge(of_warp); }
+  __device__ void write_slot(int group, int c) const { out.slots.write(group, c, moments); }
+};
+
+}  // namespace
+
+void forward(const Conv& conv, Dtype dtype, const Activation& x, const Weight& weight, const void* bias,
+             const void* residual, void* y, const Affine& next, void* next_rows, Workspace& workspace) {
+  with_product(dtype, [&](auto op) {
+    using Op = decltype(op);
+    using S = typename Op::Storage;
+    using Source = ActivationSource<Op>;
+    const int K = static_cast<int>(conv.K), C = static_cast<int>(conv.C);
+    Correlation<Op, Source> c{
+        Source(x, conv.C),
+        {static_cast<const S*>(weight.data), weight.stride_k, weight.stride_c, weight.stride_r, weight.stride_s, K, C}};
+    c.windows[0] = window(conv.N, Axis::forward(conv.H, conv.P, conv.R, conv.stride_h, conv.pad_h),
+                          Axis::forward(conv.W, conv.Q, conv.S, conv.stride_w, conv.pad_w), kLogPixels);
+    c.window_count = 1;
+    const bool aligned = conv.K % kLanes<S> == 0 && is_aligned(y) && is_aligned(residual);
+    launch_correlate<ForwardEpilogue<Op>>(c, workspace, [&](const Teams& teams) {
+      double* slots = nullptr;
+      if (next_rows != nullptr) slots = static_cast<double*>(workspace.take(MomentSlots::bytes(teams.groups, conv.K)));
+      return typename ForwardEpilogue<Op>::Output{static_cast<const S*>(bias),
+                                                  static_cast<const S*>(residual),
+                                                  static_cast<S*>(y),
+                                                  K,
+                                                  aligned,
+                                                  {slots, static_cast<float*>(next_rows), conv.K, next}};
+    });
+  });
+}
+
+}  // namespace fused_preact::cuda

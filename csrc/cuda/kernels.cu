@@ -1,0 +1,20 @@
+// The table of the CUDA kernels.
+#include "kernels.h"
+
+namespace fused_preact::cuda {
+
+void forward(const Conv&, Dtype, const Activation&, const Weight&, const void*, const void*, void*, const Affine&,
+             void*, Workspace&);
+void dgrad(const Conv&, Dtype, const Gradient&, const Weight&, const Activation&, const void*, void*, void*, bool,
+           Workspace&);
+void wgrad(const Conv&, Dtype, const Gradient&, const Activation&, const WeightGrad&, void*, Workspace&);
+void statistics(Dtype, int64_t, int64_t, const void*, const Affine&, void*, Workspace&);
+void running(Dtype, int64_t, const void*, const void*, const Affine&, void*, Workspace&);
+void dx(Dtype, int64_t, int64_t, const Gradient&, const void*, void*, Workspace&);
+
+const Kernels& kernels() {
+  static constexpr Kernels table{forward, dgrad, wgrad, statistics, running, dx};
+  return table;
+}
+
+}  // namespace fused_preact::cuda

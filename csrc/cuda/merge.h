@@ -1,0 +1,88 @@
+// Sums over the blocks of a launch, in a fixed order and in the same launch.
+//
+// Each group of pixels has a slot of partial results in global memory. Groups stand in teams; the last block of a team to
+// arrive merges its slots into the first of them, and the last team to be merged merges those. Who is last does not change
+// the order in which slots are merged, so results are the same bits every time.
+#pragma once
+#include <stdexcept>
+
+#include "values.h"
+
+namespace fused_preact::cuda {
+
+struct Teams {
+  int groups = 1, size = 1;
+
+  Teams() = default;
+  // The square root makes both steps equally long.
+  explicit Teams(int64_t of) : groups(static_cast<int>(of)) {
+    while (size * size < groups) ++size;
+  }
+  __host__ __device__ int count() const { return ceil_div(groups, size); }
+  __host__ __device__ int counters() const { return groups > 1 ? 1 + count() : 0; }
+};
+
+// Tiles in equal runs, one for each group of pixels, of which `columns` blocks take a part each: as many as `blocks` at once
+// have, or tiles.
+struct Runs {
+  int tiles = 0, length = 1;
+
+  Runs() = default;
+  Runs(int64_t tile_count, int64_t columns, int64_t blocks) {
+    if (tile_count > INT32_MAX) throw std::runtime_error("too many pixels for the CUDA kernels");
+    tiles = static_cast<int>(tile_count);
+    length = static_cast<int>(ceil_div(tile_count * columns, blocks));
+  }
+  int count() const { return ceil_div(tiles, length); }
+  __device__ int begin(int group) const { return group * length; }
+  __device__ int end(int group) const { return minimum(begin(group) + length, tiles); }
+};
+
+// The counters of `columns` independent sums over the groups.
+inline uint32_t* take_counters(const Workspace& workspace, const Teams& teams, int64_t columns) {
+  if (teams.counters() * columns > kCounters) throw std::runtime_error("too many channels for the CUDA kernels");
+  return workspace.counters;
+}
+
+// Whether this is the last of `members` blocks to get here; what they wrote before is then visible. The counter is zero
+// before and, after the last one, zero again.
+__device__ __forceinline__ bool last_to_arrive(uint32_t* counter, int members) {
+  __syncthreads();
+  bool last = false;
+  if (threadIdx.x == 0) {
+    __threadfence();
+    last = atomicInc(counter, members - 1) == static_cast<uint32_t>(members - 1);
+    __threadfence();
+  }
+  return __syncthreads_or(last) != 0;
+}
+
+// Calls merge(first, count, step, finish) in the blocks that merge the slots first, first + step, ... (`count` of them),
+// into the first of them or, where finish, into the result. Every block calls this when its slot is written.
+template <class Merge>
+__device__ __forceinline__ void merge_groups(uint32_t* counters, const Teams& teams, int group, const Merge& merge) {
+  if (teams.groups == 1) {
+    __syncthreads();
+    return merge(0, 1, 1, true);
+  }
+  const int team = group / teams.size, first = team * teams.size;
+  const int members = minimum(teams.size, teams.groups - first);
+  if (!last_to_arrive(counters + 1 + team, members)) return;
+  if (teams.count() > 1) {
+    merge(first, members, 1, false);
+    if (!last_to_arrive(counters, teams.count())) return;
+    merge(0, teams.count(), teams.size, true);
+  } else {
+    merge(first, members, 1, true);
+  }
+}
+
+// Sums s1, s2 of `Values` channels over the lanes that share them: those whose numbers differ by multiples of `stride`.
+template <int Values>
+__device__ __forceinline__ void sum_lanes(float (&v)[Values], int stride) {
+#pragma unroll
+  for (int i = 0; i < Values; ++i)
+    for (int offset = stride; offset < 32; offset *= 2) v[i] += __shfl_xor_sync(0xffffffffu, v[i], offset);
+}
+
+}  // namespace fused_preact::cuda

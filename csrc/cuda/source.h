@@ -1,0 +1,171 @@
+// Operands that kernels form while they read: the activation a, and the incoming dy.
+//
+// A strip lies in shared memory as [pixel][piece], each pixel followed by 16 bytes that spread rows over the banks. A thread
+// copies pieces there without waiting; when they have come it forms those that it copied itself, in place, so no
+// barrier stands between. Padding is zero after forming: it is copied as zeros and left alone.
+#pragma once
+#include "window.h"
+
+namespace fused_preact::cuda {
+
+// Queues the copy of channels [c, c + kLanes) of a pixel, zeros where there is no such pixel (-1) or channel.
+template <class S>
+__device__ __forceinline__ void copy_piece(std::byte* shared, const S* x, int64_t pixel, int c, int C, bool aligned) {
+  if (aligned) {
+    const bool valid = pixel >= 0 && c < C;
+    cp_async<kPieceBytes>(shared, valid ? x + pixel * C + c : x, valid);
+  } else {
+#pragma unroll 1
+    for (int i = 0; i < kLanes<S>; ++i)
+      reinterpret_cast<S*>(shared)[i] = pixel >= 0 && c + i < C ? x[pixel * C + c + i] : narrow<S>(0.0f);
+  }
+}
+
+// a = max(scale*(x - mean) + shift, 0), or x where there is no norm.
+template <class Op>
+struct ActivationSource {
+  using S = typename Op::Storage;
+  static constexpr int L = kLanes<S>;
+  const S* x;
+  const float* norm;
+  int C;
+  bool aligned;
+
+  ActivationSource(const Activation& a, int64_t channels)
+      : x(static_cast<const S*>(a.x)),
+        norm(static_cast<const float*>(a.norm)),
+        C(static_cast<int>(channels)),
+        aligned(channels % L == 0 && is_aligned(a.x) && is_aligned(a.norm)) {}
+
+  __host__ __device__ int tensors() const { return 1; }
+  __device__ bool forms() const { return norm != nullptr || Op::kRounds; }
+  __device__ void copy(std::byte* to, int, int64_t pixel, int c) const { copy_piece(to, x, pixel, c, C, aligned); }
+
+  struct Rows {
+    float mean[4], scale[4], shift[4];
+  };
+  __device__ Rows rows(int c) const {
+    Rows rows{};
+    if (norm == nullptr) return rows;
+    load_row(rows.mean, norm + kMean * C, c, C, aligned);
+    load_row(rows.scale, norm + kScale * C, c, C, aligned);
+    load_row(rows.shift, norm + kShift * C, c, C, aligned);
+    return rows;
+  }
+  __device__ void form(std::byte* at, int, const Rows& rows) const {
+    float v[4];
+    unpack_four(v, *reinterpret_cast<const Four<S>*>(at), S{});
+    if (norm != nullptr)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) v[i] = relu(fmaf(v[i] - rows.mean[i], rows.scale[i], rows.shift[i]));
+    *reinterpret_cast<Four<S>*>(at) = Op::operand(v);
+  }
+};
+
+// dy = scale*g + slope*(x - mean) + offset; scale*g without grad; g without norm.
+template <class Op>
+struct GradientSource {
+  using S = typename Op::Storage;
+  static constexpr int L = kLanes<S>;
+  const S* g;
+  const S* x;
+  const float* norm;
+  const float* grad;
+  int C;
+  bool aligned;
+
+  GradientSource(const Gradient& dy, int64_t channels)
+      : g(static_cast<const S*>(dy.g)),
+        x(static_cast<const S*>(dy.x)),
+        norm(static_cast<const float*>(dy.norm)),
+        grad(static_cast<const float*>(dy.grad)),
+        C(static_cast<int>(channels)),
+        aligned(channels % L == 0 && is_aligned(dy.g) && is_aligned(dy.x) && is_aligned(dy.norm) &&
+                is_aligned(dy.grad)) {}
+
+  // x is read beside g where the batch's statistics depend on it; its piece lies `second` bytes behind that of g.
+  __host__ __device__ int tensors() const { return grad != nullptr ? 2 : 1; }
+  __device__ bool forms() const { return norm != nullptr || Op::kRounds; }
+  __device__ void copy(std::byte* to, int second, int64_t pixel, int c) const {
+    copy_piece(to, g, pixel, c, C, aligned);
+    if (grad != nullptr) copy_piece(to + second, x, pixel, c, C, aligned);
+  }
+
+  struct Rows {
+    float mean[4], scale[4], slope[4], offset[4];
+  };
+  __device__ Rows rows(int c) const {
+    Rows rows{};
+    if (norm == nullptr) return rows;
+    load_row(rows.scale, norm + kScale * C, c, C, aligned);
+    load_row(rows.mean, norm + kMean * C, c, C, aligned);
+    load_row(rows.slope, grad != nullptr ? grad + kSlope * C : nullptr, c, C, aligned);
+    load_row(rows.offset, grad != nullptr ? grad + kOffset * C : nullptr, c, C, aligned);
+    return rows;
+  }
+  // dy of four channels from g, of which it takes the place, and x.
+  __device__ void form(float* v, const float* input, const Rows& rows) const {
+    if (norm == nullptr) return;
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      v[i] = fmaf(input[i] - rows.mean[i], rows.slope[i], fmaf(v[i], rows.scale[i], rows.offset[i]));
+  }
+  __device__ void form(std::byte* at, int second, const Rows& rows) const {
+    float v[4], input[4] = {};
+    unpack_four(v, *reinterpret_cast<const Four<S>*>(at), S{});
+    if (grad != nullptr) unpack_four(input, *reinterpret_cast<const Four<S>*>(at + second), S{});
+    form(v, input, rows);
+    *reinterpret_cast<Four<S>*>(at) = Op::operand(v);
+  }
+};
+
+// Where the strips of a kernel lie: 2^log_pieces pieces of a pixel, of as many tensors as the source reads.
+struct StripLayout {
+  int log_pieces, tensor_bytes, bytes;
+
+  StripLayout() = default;
+  StripLayout(int log, int pixels, int tensors)
+      : log_pieces(log), tensor_bytes(pixels * ((kPieceBytes << log) + kPieceBytes)), bytes(tensors * tensor_bytes) {}
+  __host__ __device__ int pixel_bytes() const { return (kPieceBytes << log_pieces) + kPieceBytes; }
+};
+
+// body(pixel of the strip, its piece) for every piece that belongs to this thread, always of the same channels.
+template <int Threads, class Body>
+__device__ __forceinline__ void for_own_pieces(const StripLayout& layout, int pixels, const Body& body) {
+  const int piece = threadIdx.x & ((1 << layout.log_pieces) - 1);
+#pragma unroll 1
+  for (int q = threadIdx.x >> layout.log_pieces; q < pixels; q += Threads >> layout.log_pieces)
+    body(q, q * layout.pixel_bytes() + piece * kPieceBytes);
+}
+
+template <class Source>
+__device__ __forceinline__ int own_channel(const StripLayout& layout, int first) {
+  return first + (threadIdx.x & ((1 << layout.log_pieces) - 1)) * Source::L;
+}
+
+// Queues the copies of a strip of `pixels` pixels, of channels from `first` on; pixel_of(q) is the pixel of the tensor that
+// belongs at pixel q of the strip, or -1 for zeros.
+template <int Threads, class Source, class PixelOf>
+__device__ __forceinline__ void copy_strip(const Source& source, int first, const StripLayout& layout, std::byte* strip,
+                                           int pixels, const PixelOf& pixel_of) {
+  const int c = own_channel<Source>(layout, first);
+  for_own_pieces<Threads>(layout, pixels,
+                          [&](int q, int at) { source.copy(strip + at, layout.tensor_bytes, pixel_of(q), c); });
+}
+
+// Forms the strip when its copies have come: four channels at a time, whose rows stay in registers.
+template <int Threads, class Source, class PixelOf>
+__device__ __forceinline__ void form_strip(const Source& source, int first, const StripLayout& layout, std::byte* strip,
+                                           int pixels, const PixelOf& pixel_of) {
+  if (!source.forms()) return;
+#pragma unroll 1
+  for (int i = 0; i < Source::L; i += 4) {
+    const auto rows = source.rows(own_channel<Source>(layout, first) + i);
+    std::byte* const four = strip + i * sizeof(typename Source::S);
+    for_own_pieces<Threads>(layout, pixels, [&](int q, int at) {
+      if (pixel_of(q) >= 0) source.form(four + at, layout.tensor_bytes, rows);
+    });
+  }
+}
+
+}  // namespace fused_preact::cuda

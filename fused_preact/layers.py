@@ -1,0 +1,174 @@
+"""The plain layers of a block: whether they can be fused, what the fused call reads of them, what it writes back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
+
+from . import checks
+from .checks import Block, Shortcut, Unit
+from .functional import recomputing, update_running
+from .schedule import MEAN, VARIANCE
+
+
+class Pair(NamedTuple):
+    """The two layers of a unit, and the names by which its module knows them."""
+
+    bn_name: str
+    bn: nn.Module
+    conv_name: str
+    conv: nn.Module
+
+
+class Layers(NamedTuple):
+    """The layers of a block. ``container`` is the nn.Sequential of the shortcut's convolution, where it has one."""
+
+    pairs: list[Pair]
+    shortcut: str = "none"
+    container_name: str = ""
+    container: nn.Module | None = None
+
+    def obstacle(self) -> str | None:
+        """Why the layers must run one after the other, or None where they can be fused."""
+        for bn_name, bn, conv_name, conv in self.pairs:
+            reason = _obstacle(bn_name, bn, nn.BatchNorm2d) or _obstacle(conv_name, conv, nn.Conv2d)
+            if reason is not None:
+                return reason
+        name, box = self.container_name, self.container
+        if box is None:
+            return None
+        if type(box) is not nn.Sequential or len(box._modules) != 1:
+            return f"{name} is not an nn.Sequential of one convolution"
+        reason = _obstacle(name, box, nn.Sequential) or _obstacle(f"{name}.0", box[0], nn.Conv2d)
+        if reason is None and box[0].bias is not None:
+            return f"{name}.0 has a bias"
+        return reason
+
+    def block(self) -> Block:
+        """What a fused call reads."""
+        units = [_unit(pair.bn, pair.conv) for pair in self.pairs]
+        if self.container is None:
+            return Block(units, Shortcut(self.shortcut))
+        projection = self.container._modules["0"]
+        weight = projection._parameters["weight"]
+        return Block(units, Shortcut(self.shortcut, weight, conv_geometry(projection)))
+
+    def overwritable(self) -> bool:
+        """Whether ReLU and addition may overwrite what each of the layers returns."""
+        return all(overwritable(pair.bn) and overwritable(pair.conv) for pair in self.pairs)
+
+
+def fingerprint(module: nn.Module) -> list[object]:
+    """All that a fused call reads of a module and those inside of it, but the numbers: equal lists, equal calls.
+
+    It is made for every call, so the dictionaries are read directly. What it names by its address must be kept alive
+    for as long as it is compared.
+    """
+    facts: list[object] = [nn_module._has_any_global_hook()]
+    waiting = [module]
+    while waiting:
+        s = waiting.pop().__dict__
+        facts += (
+            s["training"],
+            s.get("backend"),
+            s.get("shortcut_input"),
+            s.get("eps"),
+            s.get("momentum"),
+            s.get("track_running_stats"),
+        )
+        facts += (s.get("stride"), s.get("padding"), s.get("dilation"), s.get("groups"), s.get("padding_mode"))
+        facts += (len(s["_forward_hooks"]), len(s["_forward_pre_hooks"]))
+        facts += (len(s["_backward_hooks"]), len(s["_backward_pre_hooks"]), s.get("_compiled_call_impl") is None)
+        for child in s["_modules"].values():
+            facts.append(id(child))
+            waiting.append(child)
+        for t in s["_parameters"].values():
+            facts += (id(t), t is None or t.dtype)
+        facts += map(id, s["_buffers"].values())
+    return facts
+
+
+def hooked(child: nn.Module) -> bool:
+    """Whether calling the module runs more than its forward."""
+    s = child.__dict__
+    return bool(s["_forward_hooks"] or s["_forward_pre_hooks"] or s["_backward_hooks"] or s["_backward_pre_hooks"])
+
+
+def _obstacle(name: str, child: nn.Module, kind: type[nn.Module]) -> str | None:
+    if type(child) is not kind:
+        return f"{name} is of type {type(child).__name__}, not a plain nn.{kind.__name__}"
+    if hooked(child):
+        return f"{name} has hooks, which run only when the layer itself is called"
+    if kind is nn.Conv2d and child.padding_mode != "zeros":
+        return f"{name} has padding_mode={child.padding_mode!r}, not 'zeros'"
+    if kind is nn.Conv2d and child.padding == "same" and checks.lopsided(child.dilation, child.kernel_size):
+        return f"{name} has padding='same' with a filter of {child.kernel_size}, which pads one side more"
+    return None
+
+
+def overwritable(child: nn.Module) -> bool:
+    """Whether what a layer returns may be overwritten: it makes a new tensor, and no hook has kept it."""
+    return type(child) in (nn.BatchNorm2d, nn.Conv2d) and not hooked(child) and not nn_module._has_any_global_hook()
+
+
+def add(y: Tensor, residual: Tensor, inplace: bool) -> Tensor:
+    """y + residual, in y where that is allowed."""
+    return y.add_(residual) if inplace else y + residual
+
+
+def conv_geometry(conv: nn.Conv2d) -> checks.Conv:
+    """Geometry of a plain convolution layer."""
+    if isinstance(conv.padding, str):
+        return checks.geometry(conv.stride, conv.padding, conv.dilation, conv.groups, conv.weight)
+    return checks.Conv(*conv.stride, *conv.padding, *conv.dilation, conv.groups)
+
+
+def _unit(bn: nn.BatchNorm2d, conv: nn.Conv2d) -> Unit:
+    # The dictionaries are read directly: attributes of modules cost ten times as much, and this runs for every layer.
+    buffers, affine, filters = bn._buffers, bn._parameters, conv._parameters
+    mean, var = buffers["running_mean"], buffers["running_var"]
+    batch = bn.training or (mean is None and var is None)
+    geometry = conv_geometry(conv)
+    return Unit(
+        filters["weight"], filters["bias"], affine["weight"], affine["bias"], mean, var, batch, bn.eps, geometry
+    )
+
+
+def update(pairs: Iterable[Pair], rows: Sequence[Tensor]) -> None:
+    """Update the running statistics as nn.BatchNorm2d does, from the rows that a fused call made of this batch."""
+    if recomputing():
+        return
+    counts: list[Tensor] = []
+    kept: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
+    seen: set[nn.Module] = set()
+
+    def write() -> None:
+        if counts:
+            torch._foreach_add_(counts, 1)
+        for momentum, (running, batch) in kept.items():
+            update_running(running, batch, momentum)
+        counts.clear(), kept.clear(), seen.clear()
+
+    for (_, bn, _, _), row in zip(pairs, rows, strict=True):
+        if not (bn.training and bn.track_running_stats):
+            continue
+        if bn in seen:  # a layer that is used twice: its second batch comes after its first
+            write()
+        seen.add(bn)
+        buffers, momentum = bn._buffers, bn.momentum
+        mean, var, count = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
+        if count is not None:
+            counts.append(count)
+        if mean is None or var is None:
+            continue
+        if momentum is None:  # A cumulative average: 1/count of the count that includes this batch.
+            update_running([mean, var], [row[MEAN], row[VARIANCE]], 0.0 if count is None else 1.0 / (count + 1))
+        else:
+            running, batch = kept.setdefault(momentum, ([], []))
+            running += (mean, var)
+            batch += (row[MEAN], row[VARIANCE])
+    write()

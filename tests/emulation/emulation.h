@@ -1,0 +1,287 @@
+// CUDA on the CPU, for tests: csrc/cuda/ptx.h takes its names from here where the compiler is not nvcc.
+//
+// Each CUDA thread is a fiber; the fibers of a block run in turn on one CPU thread and change over only where they wait
+// for one another: at barriers and at what a warp does together. The blocks of a launch run one after the other. In
+// which order is the schedule's choice, so that a missing barrier shows as a wrong result in one schedule or another:
+//
+// - threads: in the order of their index, in the reverse, at random, or greedily (whoever completes a barrier goes on,
+//   with its warp, until it must wait again: one warp is as far ahead of the others as barriers allow);
+// - copies: cp.async copies when it is issued (eager), or when its group is waited for (lazy);
+// - blocks: in the order of their index, in the reverse, or at random.
+//
+// Shared memory is filled with NaN, and so is a guard zone behind it, which must be the same when the block is over. What
+// a thread does wrong (addresses, alignment, lanes that do not meet, barriers that not all reach) ends the launch with
+// an Error that says which thread was where. The schedule is one for the process: kernels are launched by one CPU thread.
+//
+// Not emulated: time, bank conflicts, weak memory order, blocks that wait for each other.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime_api.h>
+
+#include <bit>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <source_location>
+#include <stdexcept>
+#include <type_traits>
+#include <utility>
+
+namespace fused_preact::emulation {
+
+using Where = std::source_location;
+
+enum class Order { forward, reverse, random, greedy };
+enum class Copies { lazy, eager };
+
+struct Schedule {
+  Order threads = Order::forward;
+  Order blocks = Order::forward;  // greedy is the same as forward
+  Copies copies = Copies::lazy;
+  uint64_t seed = 0;
+  int multiprocessors = 2;  // that kernels are told of: of few the blocks have much to do
+};
+
+// That of the launches to come.
+void set_schedule(const Schedule&);
+int multiprocessors();
+
+struct Error : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// The built-in variables of the thread that runs.
+struct Indices {
+  uint3 thread, block;
+  dim3 block_size, grid_size;
+};
+extern const Indices* indices;
+
+std::byte* shared_memory();
+
+// Ends the launch with an Error about the thread that runs.
+[[noreturn]] void fail(const char* what, const Where&);
+
+// Waits for all threads of the block that have not returned; how many of them came with a true predicate.
+int block_barrier(bool predicate, const Where&);
+// Waits for all lanes of the warp, then orders memory among them.
+void warp_barrier(uint32_t mask, const Where&);
+
+// Waits for all lanes of the warp; the last to come calls exchange on what the 32 lanes have posted, by lane. This orders
+// no memory.
+void collective(void* posted, void (*exchange)(void* const* posted), const Where&);
+
+void cp_async(void* shared, const void* global, int bytes, bool valid, const Where&);
+void cp_async_commit();
+void cp_async_wait(int pending);
+// A plain read of shared memory, checked.
+void read_shared(void* to, const void* shared, size_t bytes, const Where&);
+
+void ldmatrix(uint32_t* d, int matrices, const void* shared, bool transposed, const Where&);
+
+enum class Operand { half, bfloat16, tf32 };
+
+// An mma.sync of 16 x 8 results; its fragments as csrc/cuda/ptx.h describes them.
+struct Product {
+  float* d;
+  const uint32_t *a, *b;
+};
+template <Operand>
+void multiply(const Product&, const Where&);
+
+void thread_fence();
+
+// Runs every block of a launch, each of its threads by a call of `thread`.
+void run(const std::function<void()>& thread, dim3 grid, unsigned block, size_t shared_bytes);
+
+// Every lane gets the value of the lane that it names.
+template <class T>
+T shuffle(uint32_t mask, T value, int lane, const Where& where) {
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8);
+  struct Slot {
+    T value, result;
+    int lane;
+  } slot{value, value, lane};
+  if (mask != ~0u) fail("a mask that is not full", where);
+  collective(
+      &slot,
+      [](void* const* posted) __attribute__((no_sanitize("thread"))) {
+        for (int i = 0; i < 32; ++i) {
+          Slot& mine = *static_cast<Slot*>(posted[i]);
+          mine.result = static_cast<Slot*>(posted[mine.lane])->value;
+        }
+      },
+      where);
+  return slot.result;
+}
+
+uint32_t ballot(uint32_t mask, bool predicate, const Where&);
+
+inline int lane() { return static_cast<int>(indices->thread.x % 32); }
+
+}  // namespace fused_preact::emulation
+
+// What CUDA C++ has without any header.
+
+#define threadIdx (::fused_preact::emulation::indices->thread)
+#define blockIdx (::fused_preact::emulation::indices->block)
+#define blockDim (::fused_preact::emulation::indices->block_size)
+#define gridDim (::fused_preact::emulation::indices->grid_size)
+
+#undef __launch_bounds__
+#define __launch_bounds__(...)
+#undef __shared__  // a kernel that uses it does not compile: see csrc/cuda/ptx.h
+
+using EmulationWhere = ::fused_preact::emulation::Where;
+
+inline void __syncthreads(EmulationWhere where = EmulationWhere::current()) {
+  ::fused_preact::emulation::block_barrier(false, where);
+}
+inline int __syncthreads_count(bool predicate, EmulationWhere where = EmulationWhere::current()) {
+  return ::fused_preact::emulation::block_barrier(predicate, where);
+}
+inline int __syncthreads_or(bool predicate, EmulationWhere where = EmulationWhere::current()) {
+  return ::fused_preact::emulation::block_barrier(predicate, where) > 0;
+}
+inline int __syncthreads_and(bool predicate, EmulationWhere where = EmulationWhere::current()) {
+  return ::fused_preact::emulation::block_barrier(!predicate, where) == 0;
+}
+inline void __syncwarp(uint32_t mask = ~0u, EmulationWhere where = EmulationWhere::current()) {
+  ::fused_preact::emulation::warp_barrier(mask, where);
+}
+
+template <class T>
+T __shfl_sync(uint32_t mask, T value, int lane, int width = 32, EmulationWhere where = EmulationWhere::current()) {
+  const int mine = ::fused_preact::emulation::lane();
+  return ::fused_preact::emulation::shuffle(mask, value, (mine & -width) | (lane & (width - 1)), where);
+}
+template <class T>
+T __shfl_xor_sync(uint32_t mask, T value, int bits, int width = 32, EmulationWhere where = EmulationWhere::current()) {
+  const int mine = ::fused_preact::emulation::lane(), other = mine ^ bits;
+  return ::fused_preact::emulation::shuffle(mask, value, other < (mine & -width) + width ? other : mine, where);
+}
+template <class T>
+T __shfl_down_sync(uint32_t mask, T value, int by, int width = 32, EmulationWhere where = EmulationWhere::current()) {
+  const int mine = ::fused_preact::emulation::lane(), other = mine + by;
+  return ::fused_preact::emulation::shuffle(mask, value, other < (mine & -width) + width ? other : mine, where);
+}
+template <class T>
+T __shfl_up_sync(uint32_t mask, T value, int by, int width = 32, EmulationWhere where = EmulationWhere::current()) {
+  const int mine = ::fused_preact::emulation::lane(), other = mine - by;
+  return ::fused_preact::emulation::shuffle(mask, value, other >= (mine & -width) ? other : mine, where);
+}
+
+inline uint32_t __ballot_sync(uint32_t mask, bool predicate, EmulationWhere where = EmulationWhere::current()) {
+  return ::fused_preact::emulation::ballot(mask, predicate, where);
+}
+inline int __any_sync(uint32_t mask, bool predicate, EmulationWhere where = EmulationWhere::current()) {
+  return ::fused_preact::emulation::ballot(mask, predicate, where) != 0;
+}
+inline int __all_sync(uint32_t mask, bool predicate, EmulationWhere where = EmulationWhere::current()) {
+  return ::fused_preact::emulation::ballot(mask, predicate, where) == ~0u;
+}
+
+inline void __threadfence() { ::fused_preact::emulation::thread_fence(); }
+
+// Integers alone: the order in which atomics on floats happen would show in the result.
+template <class T>
+T atomicAdd(T* address, std::type_identity_t<T> value) {
+  static_assert(std::is_integral_v<T>);
+  return __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
+}
+template <class T>
+T atomicExch(T* address, std::type_identity_t<T> value) {
+  static_assert(std::is_integral_v<T>);
+  return __atomic_exchange_n(address, value, __ATOMIC_RELAXED);
+}
+template <class T>
+T atomicCAS(T* address, std::type_identity_t<T> compare, std::type_identity_t<T> value) {
+  static_assert(std::is_integral_v<T>);
+  __atomic_compare_exchange_n(address, &compare, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
+  return compare;
+}
+inline unsigned atomicInc(unsigned* address, unsigned last) {
+  unsigned old = __atomic_load_n(address, __ATOMIC_RELAXED);
+  while (!__atomic_compare_exchange_n(address, &old, old >= last ? 0 : old + 1, false, __ATOMIC_RELAXED,
+                                      __ATOMIC_RELAXED)) {
+  }
+  return old;
+}
+
+template <class T>
+T __ldg(const T* address) {
+  return *address;
+}
+inline float __uint_as_float(uint32_t bits) { return std::bit_cast<float>(bits); }
+inline uint32_t __float_as_uint(float value) { return std::bit_cast<uint32_t>(value); }
+inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
+inline double rsqrt(double x) { return 1 / std::sqrt(x); }
+template <class T>
+constexpr T min(T a, T b) {
+  return b < a ? b : a;
+}
+template <class T>
+constexpr T max(T a, T b) {
+  return a < b ? b : a;
+}
+
+// The wrappers of csrc/cuda/ptx.h, where they are described.
+namespace fused_preact::cuda {
+
+using emulation::Where;
+
+inline std::byte* shared_memory() { return emulation::shared_memory(); }
+
+template <int Bytes>
+void cp_async(void* shared, const void* global, bool valid, Where where = Where::current()) {
+  static_assert(Bytes == 4 || Bytes == 8 || Bytes == 16);
+  emulation::cp_async(shared, global, Bytes, valid, where);
+}
+inline void cp_async_commit() { emulation::cp_async_commit(); }
+template <int Pending>
+void cp_async_wait() {
+  emulation::cp_async_wait(Pending);
+}
+
+inline void ldmatrix_x4(uint32_t (&d)[4], const void* shared, Where where = Where::current()) {
+  emulation::ldmatrix(d, 4, shared, false, where);
+}
+inline void ldmatrix_x4_trans(uint32_t (&d)[4], const void* shared, Where where = Where::current()) {
+  emulation::ldmatrix(d, 4, shared, true, where);
+}
+inline void ldmatrix_x2(uint32_t (&d)[2], const void* shared, Where where = Where::current()) {
+  emulation::ldmatrix(d, 2, shared, false, where);
+}
+inline void ldmatrix_x2_trans(uint32_t (&d)[2], const void* shared, Where where = Where::current()) {
+  emulation::ldmatrix(d, 2, shared, true, where);
+}
+
+template <class T>
+void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Where where = Where::current()) {
+  static_assert(std::is_same_v<T, __half> || std::is_same_v<T, __nv_bfloat16>);
+  constexpr auto kOperand = std::is_same_v<T, __half> ? emulation::Operand::half : emulation::Operand::bfloat16;
+  emulation::multiply<kOperand>({d, a, b}, where);
+}
+inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                             Where where = Where::current()) {
+  emulation::multiply<emulation::Operand::tf32>({d, a, b}, where);
+}
+
+// Half a unit of the last of ten bits is added to the magnitude, the rest cut off: ties go away from zero. A NaN stays.
+inline uint32_t to_tf32(float x) {
+  const uint32_t bits = std::bit_cast<uint32_t>(x);
+  return (x != x ? bits : bits + 0x1000u) & ~0x1fffu;
+}
+
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), dim3 grid, unsigned block, size_t shared_bytes, cudaStream_t,
+            const Arguments&... arguments) {
+  emulation::run([&] { kernel(arguments...); }, grid, block, shared_bytes);
+}
+inline void zero(void* global, size_t bytes, cudaStream_t) { std::memset(global, 0, bytes); }
+inline int multiprocessors() { return emulation::multiprocessors(); }
+
+}  // namespace fused_preact::cuda

@@ -1,0 +1,180 @@
+"""The table of csrc/kernels.h as a table like `fused_preact.reference`, wherever its functions and their memory are."""
+
+from __future__ import annotations
+
+import struct
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from fused_preact.schedule import OFFSET, SLOPE, Activation, Affine, Conv, Gradient, accumulation_type
+
+NAMES = ("forward", "dgrad", "wgrad", "statistics", "running", "dx")  # struct Kernels
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # enum Dtype
+NORM_ROWS, GRAD_ROWS = 5, 4
+
+
+class RawTable(ABC):
+    """Takes tensors in any memory and gives new ones; what a kernel leaves unwritten is NaN.
+
+    A subclass says where the functions find their arguments, and calls them.
+    """
+
+    @abstractmethod
+    def call(self, name: str, *arguments: int) -> None:
+        """Call a function of the table with numbers and addresses, in the order of csrc/kernels.h, and a workspace."""
+
+    @abstractmethod
+    def clear(self) -> None:
+        """Forget what has been placed: a new call begins."""
+
+    @abstractmethod
+    def place(self, tensor: Tensor) -> Tensor:
+        """Copy of a tensor, of the same strides, where the functions find it."""
+
+    @abstractmethod
+    def place_words(self, *words: int) -> int:
+        """Address of a struct of 64-bit words."""
+
+    @abstractmethod
+    def address(self, placed: Tensor | None) -> int:
+        """Address of a tensor that `place` gave; null for None."""
+
+    def dtype(self, dtype: torch.dtype) -> int:
+        """The number that the functions know a type by."""
+        return DTYPES.index(dtype)
+
+    def _place(self, tensor: Tensor | None) -> int:
+        """Address of a copy; of activations as NHWC."""
+        if tensor is None:
+            return 0
+        layout = torch.channels_last if tensor.dim() == 4 else torch.contiguous_format
+        return self.address(self.place(tensor.contiguous(memory_format=layout)))
+
+    def _result(self, like: Tensor) -> Tensor:
+        return self.place(torch.full_like(like, torch.nan))
+
+    def _conv(self, conv: Conv, x: Tensor, weight: Tensor) -> int:
+        N, C, H, W = x.shape
+        K, _, R, S = weight.shape
+        P, Q = conv.output_shape(x.shape, weight.shape)[2:]
+        return self.place_words(N, H, W, C, P, Q, K, R, S, *conv.stride, *conv.padding)
+
+    def _activation(self, a: Activation) -> int:
+        return self.place_words(self._place(a.x), self._place(a.norm))
+
+    def _gradient(self, dy: Gradient) -> int:
+        if dy.norm is None:
+            return self.place_words(self._place(dy.g), 0, 0, 0)
+        # With running statistics slope and offset are 0, and the kernels get no rows of them.
+        grad = dy.grad if dy.grad[SLOPE].any() or dy.grad[OFFSET].any() else None
+        return self.place_words(*(self._place(t) for t in (dy.g, dy.x, dy.norm, grad)))
+
+    def _filter(self, placed: Tensor) -> int:
+        return self.place_words(self.address(placed), *placed.stride())
+
+    def _affine(self, affine: Affine | None) -> int:
+        if affine is None:
+            return self.place_words(0, 0, 0)
+        (eps,) = struct.unpack("q", struct.pack("d", affine.eps))
+        return self.place_words(self._place(affine.gamma), self._place(affine.beta), eps)
+
+    def _rows(self, count: int, like: Tensor, channels: int) -> Tensor:
+        return self._result(torch.empty(count, channels, dtype=accumulation_type(like.dtype)))
+
+    def forward(
+        self,
+        conv: Conv,
+        x: Activation,
+        weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        following: Affine | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        self.clear()
+        shape = conv.output_shape(x.x.shape, weight.shape)
+        y = self._result(x.x.new_empty(shape).contiguous(memory_format=torch.channels_last))
+        rows = self._rows(NORM_ROWS, y, y.size(1)) if following is not None else None
+        self.call(
+            "forward",
+            self._conv(conv, x.x, weight),
+            self.dtype(y.dtype),
+            self._activation(x),
+            self._filter(self.place(weight)),
+            self._place(bias),
+            self._place(residual),
+            self.address(y),
+            self._affine(following),
+            self.address(rows),
+        )
+        return y.clone(), None if rows is None else rows.clone()
+
+    def dgrad(
+        self, conv: Conv, dy: Gradient, weight: Tensor, x: Activation, add: Tensor | None, batch: bool
+    ) -> Gradient:
+        self.clear()
+        dz = self._result(x.x.contiguous(memory_format=torch.channels_last))
+        rows = self._rows(GRAD_ROWS, dz, dz.size(1))
+        if not batch:
+            rows[[SLOPE, OFFSET]] = 0
+        self.call(
+            "dgrad",
+            self._conv(conv, x.x, weight),
+            self.dtype(dz.dtype),
+            self._gradient(dy),
+            self._filter(self.place(weight)),
+            self._activation(x),
+            self._place(add),
+            self.address(dz),
+            self.address(rows) if x.norm is not None else 0,
+            batch,
+        )
+        return Gradient(dz.clone()) if x.norm is None else Gradient(dz.clone(), x.x, x.norm, rows.clone())
+
+    def wgrad(
+        self, conv: Conv, dy: Gradient, x: Activation, weight: Tensor, bias: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        self.clear()
+        dweight = self._result(weight)
+        dbias = self._result(weight.new_empty(weight.size(0))) if bias else None
+        self.call(
+            "wgrad",
+            self._conv(conv, x.x, weight),
+            self.dtype(weight.dtype),
+            self._gradient(dy),
+            self._activation(x),
+            self._filter(dweight),
+            self.address(dbias),
+        )
+        return dweight.clone(), None if dbias is None else dbias.clone()
+
+    def statistics(self, x: Tensor, affine: Affine) -> Tensor:
+        self.clear()
+        C = x.size(1)
+        rows = self._rows(NORM_ROWS, x, C)
+        self.call(
+            "statistics",
+            self.dtype(x.dtype),
+            x.numel() // C,
+            C,
+            self._place(x),
+            self._affine(affine),
+            self.address(rows),
+        )
+        return rows.clone()
+
+    def running(self, mean: Tensor, variance: Tensor, affine: Affine) -> Tensor:
+        self.clear()
+        rows = self._rows(NORM_ROWS, mean, len(mean))
+        arguments = self._place(mean), self._place(variance), self._affine(affine), self.address(rows)
+        self.call("running", self.dtype(mean.dtype), len(mean), *arguments)
+        return rows.clone()
+
+    def dx(self, dy: Gradient, add: Tensor | None) -> Tensor:
+        self.clear()
+        result = self._result(dy.g.contiguous(memory_format=torch.channels_last))
+        C = result.size(1)
+        arguments = self._gradient(dy), self._place(add), self.address(result)
+        self.call("dx", self.dtype(result.dtype), result.numel() // C, C, *arguments)
+        return result.clone()

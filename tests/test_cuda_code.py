@@ -1,0 +1,104 @@
+"""The machine code of the CUDA kernels for every architecture, read without a GPU.
+
+The built extension holds its kernels' PTX; ptxas makes the code of each architecture from it, as build or driver do.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import cuda_toolkit
+from cuda_toolkit import ROOT
+
+pytestmark = pytest.mark.skipif(cuda_toolkit.home() is None, reason=cuda_toolkit.NO_NVCC)
+
+ARCHITECTURES = ["8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]
+SOURCES = sorted(path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu") if path.stem != "kernels")  # the table
+REGISTERS, GRANULE, WARP = 65536, 256, 32  # of a multiprocessor; a warp takes them by so many
+# Matrix products by the type in a kernel's name: the shape, and the types, as the disassembler writes them.
+PRODUCTS = {
+    "MmaHalfI6__half": "HMMA.16816.F32 ",
+    "MmaHalfI13__nv_bfloat16": "HMMA.16816.F32.BF16",
+    "MmaTf32": "HMMA.1688.F32.TF32",
+    "3Fma": "FFMA",
+}
+
+
+class Kernel(NamedTuple):
+    name: str  # mangled
+    threads: int  # of a block
+    blocks: int  # on a multiprocessor, that __launch_bounds__ counts on
+    registers: int  # of a thread
+    memory: tuple[int, ...]  # bytes of stack frame, spill stores, spill loads
+    code: str  # disassembled
+
+
+def run(*command: object, cwd: Path | None = None) -> str:
+    result = subprocess.run([str(part) for part in command], cwd=cwd, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout + result.stderr
+
+
+def disassemble(source: str, architecture: str, folder: Path) -> list[Kernel]:
+    """The kernels of a source for an architecture; files are left in the folder."""
+    built = ROOT / "build" / "objects" / "cuda" / f"{source}.o"
+    run(cuda_toolkit.tool("cuobjdump"), "-xptx", "all", built, cwd=folder)
+    (ptx,) = folder.glob("*.ptx")
+    bounds = {
+        name: (int(threads), int(blocks or 1))
+        for name, threads, blocks in re.findall(
+            r"\.entry (\w+)\([^)]*\)\s*\.maxntid (\d+)(?:, \d+)*\s*(?:\.minnctapersm (\d+))?", ptx.read_text()
+        )
+    }
+    number = architecture.replace(".", "")
+    log = run(cuda_toolkit.home() / "bin/ptxas", "-O3", "-v", f"-arch=sm_{number}", ptx, "-o", folder / "cubin")
+    code = run(cuda_toolkit.tool("nvdisasm"), "-c", folder / "cubin")
+    _, *sections = re.split(r"^\s*\.section\s+\.text\.(\w+).*$", code, flags=re.MULTILINE)
+    codes = dict(zip(sections[::2], sections[1::2], strict=True))
+    found = re.findall(
+        r"entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?"
+        r"Used (\d+) registers",
+        log,
+        re.DOTALL,
+    )
+    assert {name for name, *_ in found} == set(bounds) == set(codes)
+    return [
+        Kernel(name, *bounds[name], int(registers), tuple(map(int, memory)), codes[name])
+        for name, *memory, registers in found
+    ]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("source", SOURCES)
+def test_machine_code(source: str, architecture: str, tmp_path: Path) -> None:
+    """No spills, room for the blocks that the design counts on, and the matrix instructions that are meant."""
+    for kernel in disassemble(source, architecture, tmp_path):
+        assert_registers_are_enough(kernel)
+        assert_blocks_fit(kernel)
+        assert_instructions(kernel)
+
+
+def assert_registers_are_enough(kernel: Kernel) -> None:
+    """Nothing is kept in local memory, which costs the bandwidth that the kernels are about."""
+    assert not any(kernel.memory), f"{kernel.name}: stack, spill stores and loads of {kernel.memory} bytes"
+    assert not re.search(r"\b(LDL|STL)\b", kernel.code), kernel.name
+
+
+def assert_blocks_fit(kernel: Kernel) -> None:
+    """Registers leave room for the blocks that __launch_bounds__ names."""
+    warps, a_warp = kernel.threads // WARP, -(-kernel.registers * WARP // GRANULE) * GRANULE
+    assert kernel.blocks * warps * a_warp <= REGISTERS, f"{kernel.name}: {kernel.registers} registers"
+
+
+def assert_instructions(kernel: Kernel) -> None:
+    """Tensor cores multiply in the type that was asked for, and only there; copies bypass the registers."""
+    for name, instruction in PRODUCTS.items():
+        if name in kernel.name:
+            assert instruction in kernel.code, f"{kernel.name}: no {instruction}"
+            assert ("HMMA" in kernel.code) == (name != "3Fma"), kernel.name
+            assert "LDGSTS" in kernel.code, kernel.name

@@ -1,0 +1,114 @@
+"""The CUDA backend on a GPU, by the cases that the emulated kernels pass; `make gpu` runs them where there is one."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from cases import Case, Results, Sample, assert_no_worse, eager, errors, fused, laid_out
+from fused_preact import PreActBottleneck
+from test_cuda import CASES, PRODUCTS
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device on this machine")
+
+BY_ID = {case.id: case for case in CASES}
+each_product = pytest.mark.parametrize("product", PRODUCTS)
+
+
+@pytest.fixture(autouse=True)
+def poisoned() -> Iterator[None]:
+    """Fill every new tensor with NaN, so that a value which is never written shows; torch's own TF32 stays off."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.allow_tf32 = True
+
+
+def to_gpu(sample: Sample) -> Sample:
+    def move(t: Tensor | None) -> Tensor | None:
+        return None if t is None else t.detach().cuda()
+
+    units = [unit._replace(**{name: move(getattr(unit, name)) for name in unit._fields[:6]}) for unit in sample.units]
+    shortcut = sample.shortcut._replace(weight=move(sample.shortcut.weight))
+    return Sample(move(sample.x), units, shortcut, move(sample.residual), move(sample.dy))
+
+
+def on_gpu(run, product: str):
+    """A function that runs a sample on the GPU, float32 with torch's switch for TF32 as the product wants it."""
+
+    def moved(sample: Sample) -> Results:
+        torch.backends.cudnn.allow_tf32 = product == "tf32"
+        return {name: value.cpu() for name, value in run(to_gpu(sample)).items()}
+
+    return moved
+
+
+fused_on_gpu = functools.partial(fused, backend="cuda")
+
+
+@each_product
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_as_close_to_float64_as_plain_layers(case: Case, product: str) -> None:
+    """At most twice the error of eager torch on the same device, in the same dtype, with the same TF32 switch."""
+    dtype = PRODUCTS[product]
+    assert_no_worse(
+        errors(case, dtype, on_gpu(fused_on_gpu, product)), errors(case, dtype, on_gpu(eager, product)), dtype
+    )
+
+
+def test_a_large_mean_keeps_its_digits() -> None:
+    """Statistics whose squares would cancel."""
+    case = replace(BY_ID["35-channels-1x1"], mean=1000.0)
+    ours = errors(case, torch.float32, on_gpu(fused_on_gpu, "fp32"))
+    assert_no_worse(ours, errors(case, torch.float32, on_gpu(eager, "fp32")), torch.float32)
+
+
+@each_product
+@pytest.mark.parametrize("name", ["odd", "many-pixels", "many-images", "bottleneck-stride-2"])
+def test_two_runs_agree_to_the_bit(name: str, product: str) -> None:
+    """Blocks arrive in another order each time, and sums do not depend on it."""
+    run, sample = on_gpu(fused_on_gpu, product), BY_ID[name].draw(0, PRODUCTS[product])
+    first = run(sample)
+    for _ in range(5):
+        assert all(torch.equal(value, first[name]) for name, value in run(sample).items())
+
+
+@each_product
+@pytest.mark.parametrize("layout", ["nchw", "sliced"])
+def test_layouts_give_the_same_bits(layout: str, product: str) -> None:
+    """NCHW, channels_last and slices of larger tensors differ in speed only."""
+    sample, run = BY_ID["bottleneck-stride-2"].draw(0, PRODUCTS[product]), on_gpu(fused_on_gpu, product)
+    expected = run(sample)
+    sample.x = laid_out(sample.x, layout)
+    assert all(torch.equal(value, expected[name]) for name, value in run(sample).items())
+
+
+def test_a_cuda_graph_replays_a_training_step() -> None:
+    """Forward and backward of a block are captured, and replays give the bits of the calls themselves."""
+    torch.use_deterministic_algorithms(False)  # its NaN would be captured too
+    block = PreActBottleneck(64, 16, backend="cuda").cuda().to(memory_format=torch.channels_last)
+    x = torch.randn(4, 64, 9, 9, device="cuda").contiguous(memory_format=torch.channels_last).requires_grad_()
+    dy = torch.randn_like(x)
+
+    def step() -> list[Tensor]:
+        return [*torch.autograd.grad(block(x), [x, *block.parameters()], dy)]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        expected = step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for _ in range(3):
+        for gradient in captured:
+            gradient.fill_(torch.nan)
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))

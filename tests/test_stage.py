@@ -1,0 +1,321 @@
+import copy
+import io
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
+
+from cases import BACKENDS, Sample, backward_arguments, forward_arguments
+from fused_preact import PreActBlock, PreActBottleneck, PreActStage, _extension, explain, ops
+from test_blocks import assert_same, step
+from test_schedule import compare, needs_cpu
+
+Kind = Callable[[str], list[nn.Module]]
+
+
+def bottlenecks(backend: str) -> list[nn.Module]:
+    """A projection of the activated input in front and one of the raw input in the middle."""
+    shapes = [(8, 4, 2), (16, 4, 1), (16, 4, 1), (16, 6, 1), (24, 6, 1), (24, 6, 1)]
+    return [PreActBottleneck(*s, shortcut_input="raw" if s[1] == 6 else "activated", backend=backend) for s in shapes]
+
+
+def basics(backend: str) -> list[nn.Module]:
+    """An identity in front, a projection in the middle."""
+    return [PreActBlock(*shape, backend=backend) for shape in [(8, 8, 1), (8, 8, 1), (8, 12, 2), (12, 12, 1)]]
+
+
+MODES = [(kind, memory) for kind in (bottlenecks, basics) for memory in ("fast", "lean", "min")][:-1]
+modes = pytest.mark.parametrize(("kind", "memory"), MODES, ids=lambda v: v if isinstance(v, str) else v.__name__)
+
+
+def make(kind: Kind, memory: str = "fast", backend: str = "auto", dtype: torch.dtype = torch.float64) -> PreActStage:
+    """A stage with batch norms away from their initial state; the same parameters for every backend and mode."""
+    torch.manual_seed(0)
+    stage = PreActStage(*kind(backend), memory=memory)
+    for child in stage.modules():
+        if isinstance(child, nn.BatchNorm2d):
+            nn.init.uniform_(child.weight, 0.5, 1.5)
+            nn.init.uniform_(child.bias, -0.5, 0.5)
+    return stage.to(dtype)
+
+
+def x_of(dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(2, 8, 7, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(dtype)
+
+
+CLOSE = {"rtol": 1e-9, "atol": 1e-10}
+FUSED = "cpu" if _extension.unavailable is None else "reference"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@modes
+def test_a_stage_is_its_blocks(kind, memory, backend):
+    """In every mode a training step in float64 leaves what plain layers leave: y, gradients, statistics, counts."""
+    stage, plain = make(kind, memory, backend), make(kind, backend="eager")
+    assert_same(step(stage, x_of()), step(plain, x_of()), **CLOSE)
+    stage.eval(), plain.eval()
+    assert_close(stage(x_of()), plain(x_of()))
+
+
+@modes
+def test_a_stage_is_one_node(kind, memory):
+    """Neither Python nor autograd stands between the blocks."""
+    stage = make(kind, memory, FUSED)
+    inputs = [edge for edge, _ in stage(x_of()).grad_fn.next_functions if edge is not None]
+    assert len(inputs) == len(list(stage.parameters()))
+    assert all(type(edge).__name__ == "AccumulateGrad" for edge in inputs)
+
+
+@modes
+def test_what_a_mode_keeps(kind, memory):
+    """Inputs and hidden tensors as the table of docs/memory.md counts them, and no other activation."""
+    stage, saved, x = make(kind, memory, FUSED), {}, x_of()
+    plain, inputs, hidden = make(kind, backend="eager"), [], []
+    for block in plain:
+        block.register_forward_pre_hook(lambda _, args: inputs.append(args[0].numel()))
+        last = block.layers().pairs[-1].conv
+        for *_, conv in block.layers().pairs:
+            if conv is not last:
+                conv.register_forward_hook(lambda _, __, y: hidden.append(y.numel()))
+    y = plain(x)
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: saved.setdefault(t.data_ptr(), t) if t.dim() == 4 and t.size(0) == 2 else t, lambda t: t
+    ):
+        stage(x)
+    changed = [i for i, block in enumerate(stage) if block.layers().container is not None]
+    if memory != "fast":  # x itself, the inputs of blocks that change the shape, and y to rebuild the others from
+        inputs = [inputs[i] for i in sorted({0, *changed})] + [y.numel()]
+    if memory == "min":
+        hidden = hidden[1::2]
+    assert sorted(t.numel() for t in saved.values()) == sorted(inputs + hidden)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_is_kept_where_there_is_no_backward(backend):
+    """Without gradients a deep net needs the memory of one block: the operator returns nothing to keep."""
+    stage, kept = make(bottlenecks, backend=backend), []
+    call, ops._call_forward = ops._call_forward, lambda *args: kept.append(call(*args)) or kept[-1]
+    try:
+        with torch.no_grad():
+            stage(x_of())
+        stage.requires_grad_(False)(x_of())
+    finally:
+        ops._call_forward = call
+    assert [len(result[1]) for result in kept] == [0, 0]
+
+
+def sample_of(kind: Kind, memory: str, dtype: torch.dtype = torch.float64) -> Sample:
+    stage = make(kind, memory, dtype=dtype)
+    with torch.no_grad():
+        y = stage(x_of(dtype))
+    blocks = [block.layers().block() for block in stage]
+    return Sample(x_of(dtype), blocks, None, torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(dtype))
+
+
+@needs_cpu
+@modes
+def test_both_schedules_agree(kind, memory):
+    """C++ and Python return the same structure of the same numbers for a run of blocks, whatever is wanted of it."""
+    sample = sample_of(kind, memory)
+    with torch.no_grad():
+        compare(*(ops._operators(name)[0](*forward_arguments(sample, name, memory)) for name in ("cpu", "reference")))
+        *arguments, every = backward_arguments(sample, "reference", memory=memory)
+        generator = torch.Generator().manual_seed(0)
+        for share in (1.0, 0.4, 0.1, 0.02, 0.0):
+            chosen = torch.rand(len(every), generator=generator) < share
+            needs = [bool(need and choice) for need, choice in zip(every, chosen, strict=True)]
+            compare(*(ops._operators(name)[1](*arguments, needs) for name in ("cpu", "reference")))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@modes
+def test_opcheck(kind, memory, backend):
+    """Schema, fake kernels and autograd registration fit what the operators return for a run of blocks."""
+    sample, tests = sample_of(kind, memory, torch.float32), ["test_schema", "test_faketensor"]
+    forward, backward = ops._operators(backend)
+    torch.library.opcheck(forward, forward_arguments(sample, backend, memory), test_utils=tests)
+    torch.library.opcheck(backward, backward_arguments(sample, backend, memory=memory), test_utils=tests)
+
+
+def errors(results: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
+    return {
+        name: ((r.double() - exact[name]).norm() / (exact[name].double().norm() + 1e-30)).item()
+        for name, r in results.items()
+    }
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("memory", ["fast", "lean", "min"])
+def test_rebuilt_inputs_leave_float32_gradients_as_close_as_eager(memory, backend):
+    """Over many blocks the gradients are as close to float64 as those of plain float32 layers."""
+
+    def deep(backend: str) -> list[nn.Module]:
+        return [PreActBottleneck(16, 4, backend=backend) for _ in range(24)]
+
+    x = torch.randn(4, 16, 6, 6, generator=torch.Generator().manual_seed(3))
+    exact = step(make(deep, backend="eager"), x.double())
+    theirs = errors(step(make(deep, backend="eager", dtype=torch.float32), x), exact)
+    ours = errors(step(make(deep, memory, backend, torch.float32), x), exact)
+    gradients = [name for name in ours if name.startswith("d")]
+    # A ReLU near zero falls on either side by rounding, in eager too: what is compared is all gradients together.
+    assert sum(ours[name] for name in gradients) <= 2 * sum(theirs[name] for name in gradients)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("memory", ["fast", "lean", "min"])
+def test_autocast(memory, backend):
+    """Under bf16 autocast results are as close as eager autocast's; a rebuilding stage hands on a float32 stream."""
+    x = x_of(torch.float32)
+
+    def run(stage: PreActStage) -> dict[str, Tensor]:
+        leaf = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            y = stage(leaf)
+        y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype))
+        return {"y": y.detach(), "dx": leaf.grad, **{f"d{name}": p.grad for name, p in stage.named_parameters()}}
+
+    exact = step(make(bottlenecks, backend="eager"), x.double())
+    stage = make(bottlenecks, memory, backend, torch.float32)
+    results, plain = run(stage), run(make(bottlenecks, backend="eager", dtype=torch.float32))
+    assert results["y"].dtype == (torch.bfloat16 if memory == "fast" else torch.float32)
+    assert all(p.grad.dtype == torch.float32 for p in stage.parameters())
+    ours, theirs = errors(results, exact), errors(plain, exact)
+    assert sum(ours.values()) <= 2 * sum(theirs.values())
+
+
+def test_a_half_precision_model_gets_its_dtype_back():
+    """Parameters in bfloat16: the stream inside is float32, and y is bfloat16 as x is."""
+    stage = make(bottlenecks, "lean", FUSED, torch.bfloat16)
+    y = stage(x_of(torch.bfloat16).requires_grad_())
+    y.sum().backward()
+    assert y.dtype == torch.bfloat16
+    assert all(p.grad.dtype == torch.bfloat16 for p in stage.parameters())
+
+
+def test_keys_are_those_of_nn_sequential():
+    """state_dict goes to nn.Sequential of the same blocks and back."""
+    stage = make(bottlenecks)
+    plain = nn.Sequential(*bottlenecks("eager")).double()
+    plain.load_state_dict(stage.state_dict())
+    stage.load_state_dict(plain.state_dict())
+    assert list(stage.state_dict()) == list(plain.state_dict())
+
+
+@pytest.mark.parametrize("memory", ["fast", "lean"])
+def test_a_hooked_block_runs_by_itself(memory):
+    """A hook in one block is called once, the others stay fused, and explain says why; results are the same."""
+    stage, plain, calls = make(bottlenecks, memory, FUSED), make(bottlenecks, backend="eager"), []
+    stage[2].conv2.register_forward_hook(lambda *_: calls.append("conv"))
+    stage[4].register_forward_hook(lambda *_: calls.append("block"))
+    assert_same(step(stage, x_of()), step(plain, x_of()), **CLOSE)
+    assert calls == ["conv", "block"]
+    choices = explain(stage, x_of())
+    assert [(choice.where, choice.backend) for choice in choices] == [
+        ("0", FUSED), ("2", "eager"), ("3", FUSED), ("4", FUSED), ("5", FUSED),
+    ]  # fmt: skip
+    assert "conv2 has hooks" in str(choices)
+
+
+def test_explain_names_the_stage():
+    """A stage that runs as one node is one choice."""
+    net = nn.Sequential(make(bottlenecks, backend=FUSED))
+    assert [(choice.where, choice.backend) for choice in explain(net, x_of())] == [("0", FUSED)]
+
+
+@pytest.mark.parametrize("memory", ["fast", "lean", "min"])
+def test_frozen_layers(memory):
+    """Frozen parameters, batch norms in eval mode and a frozen x leave the other gradients as they are."""
+
+    def freeze(stage: PreActStage) -> PreActStage:
+        stage[1].eval()
+        stage[4].bn2.eval()
+        stage[0].requires_grad_(False)
+        stage[3].conv1.weight.requires_grad_(False)
+        stage[5].bn3.bias.requires_grad_(False)
+        return stage
+
+    stage, plain = freeze(make(bottlenecks, memory, FUSED)), freeze(make(bottlenecks, backend="eager"))
+    for module in (stage, plain):
+        y = module(x_of())
+        y.backward(torch.ones_like(y) * torch.linspace(-1, 1, y.size(1), dtype=y.dtype).view(1, -1, 1, 1))
+    for (name, ours), theirs in zip(stage.named_parameters(), plain.parameters(), strict=True):
+        assert (ours.grad is None) == (theirs.grad is None), name
+        if ours.grad is not None:
+            assert_close(ours.grad, theirs.grad, msg=name, **CLOSE)
+    assert_same(stage.state_dict(), plain.state_dict(), **CLOSE)
+
+
+@pytest.mark.parametrize("memory", ["fast", "lean", "min"])
+def test_a_block_that_is_used_twice(memory):
+    """Its gradients add up, and its running statistics see both batches, one after the other."""
+    stages = []
+    for backend, mode in ((FUSED, memory), ("eager", "fast")):
+        torch.manual_seed(0)
+        first, second = (PreActBottleneck(8, 2, backend=backend) for _ in range(2))
+        stages.append(PreActStage(first, second, first, memory=mode).double())
+    assert_same(*(step(stage, x_of()) for stage in stages), **CLOSE)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_checkpoint_updates_the_statistics_once(backend, reentrant):
+    """A checkpointed stage repeats its forward; running statistics and counts are those of one pass."""
+    stage, plain = make(bottlenecks, "lean", backend), make(bottlenecks, backend="eager")
+    x = x_of().requires_grad_()
+    y = checkpoint(stage, x, use_reentrant=reentrant)
+    y.backward(torch.ones_like(y))
+    plain(x_of())
+    assert_same(stage.state_dict(), plain.state_dict(), **CLOSE)
+
+
+def test_gradients_accumulate():
+    """Two backward passes add up."""
+    once, twice = make(bottlenecks, "min", FUSED), make(bottlenecks, "min", FUSED)
+    grads = step(once, x_of())
+    step(twice, x_of())
+    step(twice, x_of())
+    for name, p in twice.named_parameters():
+        assert_close(p.grad, 2 * grads[f"d{name}"], **CLOSE)
+
+
+def test_copies():
+    """deepcopy, pickle and slices keep blocks and mode."""
+    stage = make(bottlenecks, "lean", FUSED)
+    buffer = io.BytesIO()
+    torch.save(stage, buffer)
+    buffer.seek(0)
+    expected = copy.deepcopy(stage)(x_of())
+    for other in (copy.deepcopy(stage), torch.load(buffer, weights_only=False)):
+        assert other.memory == "lean"
+        assert torch.equal(other(x_of()), expected)
+    assert stage[1:3].memory == "lean"
+    assert list(stage[1:3]) == [stage[1], stage[2]]
+
+
+def test_compile():
+    """torch.compile traces a stage without a graph break, and its training step is the same."""
+    stage, plain = make(bottlenecks, "lean", FUSED), make(bottlenecks, "lean", FUSED)
+    compiled = torch.compile(stage, backend="aot_eager", fullgraph=True)
+    x = x_of().requires_grad_()
+    y = compiled(x)
+    y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype))
+    grads = {f"d{name}": p.grad for name, p in stage.named_parameters()}
+    assert_same({"y": y.detach(), "dx": x.grad, **grads, **stage.state_dict()}, step(plain, x_of()), **CLOSE)
+
+
+def test_modes_that_cannot_be_had():
+    """The message names the mode and the block that forbids it."""
+    with pytest.raises(ValueError, match=r"memory must be one of 'fast', 'lean', 'min'; got 'tiny'"):
+        PreActStage(memory="tiny")
+    with pytest.raises(ValueError, match=r"memory='min' needs blocks of three.*block 0 is a PreActBlock of 2"):
+        PreActStage(*basics("auto"), memory="min")
+
+
+def test_bad_input_names_the_block():
+    """A mistake inside of a stage is reported by the path of its parameter."""
+    stage = PreActStage(PreActBottleneck(8, 2), PreActBottleneck(8, 2), PreActBottleneck(12, 3))
+    with pytest.raises(ValueError, match=r"2.bn1.weight must have shape \(8,\).*got \(12,\)"):
+        stage(torch.randn(2, 8, 4, 4))
