@@ -14,6 +14,15 @@ constexpr int64_t kAhead = 2 * kRows;
 // a blocked product.
 constexpr int64_t kRun = 144;
 
+// A product's tile: as many pixels as make a strip of kTileBytes, within limits. Tiles are worked on in at most kMostGroups
+// groups, each with sums of its own.
+constexpr int64_t kTileBytes = 1 << 15, kLeastPixels = 48, kMostPixels = 256, kMostGroups = 64;
+
+inline int64_t tile_pixels(const Window& w, int64_t value_bytes) {
+  const int64_t pixels = kTileBytes / maximum<int64_t>(w.C * value_bytes, 1);
+  return minimum(maximum(pixels, kLeastPixels), kMostPixels);
+}
+
 // `rows` rows of `length` values of each pixel, from `offset` on.
 struct Run {
   int64_t offset, rows, length;

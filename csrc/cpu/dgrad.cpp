@@ -13,8 +13,6 @@ namespace fused_preact::cpu::FUSED_PREACT_ISA {
 
 namespace {
 
-constexpr int64_t kTileBytes = 1 << 15, kLeastPixels = 48, kMostPixels = 256, kMostGroups = 64;
-
 // One dimension of a class: its pixels are phase + i*stride; pixel i reads `taps` pixels of dy from i + first on, with
 // the filter taps last_tap, last_tap - stride, ...
 struct Phase {
@@ -122,7 +120,7 @@ struct Pass {
     Window w{conv.N, conv.P, conv.Q, conv.K, h.pixels, v.pixels, h.taps, v.taps, 1, 1, h.first, v.first};
     const bool whole = conv.stride_h == 1 && conv.stride_w == 1;
     if (whole) w = flattened(w);
-    const Tiling tiling(w, tile_pixels(w));
+    const Tiling tiling(w, tile_pixels(w, sizeof(E)));
     const int64_t tiles = tiling.count(), groups = minimum(tiles, kMostGroups);
     const FilterView<const S*> view{filter.data + h.last_tap * filter.step_h + v.last_tap * filter.step_w,
                                     h.taps,
@@ -158,11 +156,6 @@ struct Pass {
   }
 
  private:
-  static int64_t tile_pixels(const Window& w) {
-    const int64_t pixels = kTileBytes / maximum<int64_t>(w.C * sizeof(E), 1);
-    return minimum(maximum(pixels, kLeastPixels), kMostPixels);
-  }
-
   static void list_outputs(int64_t* outputs, const Tile& tile, int64_t H, int64_t W, int64_t phase_h, int64_t phase_w,
                            int64_t stride_h, int64_t stride_w) {
     for (int64_t i = 0; i < tile.rows; ++i) {

@@ -13,13 +13,6 @@ namespace fused_preact::cpu::FUSED_PREACT_ISA {
 
 namespace {
 
-constexpr int64_t kTileBytes = 1 << 15, kLeastPixels = 48, kMostPixels = 256, kMostGroups = 64;
-
-int64_t tile_pixels(const Window& w, int64_t value_bytes) {
-  const int64_t pixels = kTileBytes / maximum<int64_t>(w.C * value_bytes, 1);
-  return minimum(maximum(pixels, kLeastPixels), kMostPixels);
-}
-
 // What is the same for all panels and tiles.
 template <class S>
 struct Output {
@@ -72,7 +65,7 @@ struct Epilogue {
     }
     store_lanes(out.y + at, value, n);
     __builtin_prefetch(out.y + at + kAhead * out.K, 1);
-    if constexpr (sizeof(S) == sizeof(T))
+    if constexpr (std::is_same_v<S, T>)
       return value;
     else
       return out.moments != nullptr ? load_lanes(out.y + at, n) : value;

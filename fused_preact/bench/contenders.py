@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fused_preact import PreActStage
 from fused_preact.modules import Fused
 
 from .cases import LAYOUTS, Case
@@ -14,16 +15,18 @@ from .measure import Step
 
 @dataclass(frozen=True)
 class Contender:
-    """A backend ("eager", "compiled", or one of fused_preact's) in a memory format on a device."""
+    """A backend ("eager", "compiled", or one of fused_preact's) in a memory format, its stages in a memory mode."""
 
     backend: str
     layout: str
+    memory: str = "fast"
     device: str = "cpu"
 
     @property
     def name(self) -> str:
-        """As in the tables: "fused" is what backend="auto" chooses."""
-        return f"{'fused' if self.backend == 'auto' else self.backend} {self.layout}"
+        """As in the tables: "fused" is what backend="auto" chooses, a mode is named where it is not "fast"."""
+        who = "fused" if self.backend == "auto" else self.backend
+        return " ".join((who, *((self.memory,) if self.memory != "fast" else ()), self.layout))
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,10 @@ class Problem:
 
 def contenders(case: Case, compiled: bool = False, device: str = "cpu") -> list[Contender]:
     """The contenders of a case; `compiled` adds torch.compile of the eager module, a block at a time."""
-    backends = case.backends + (("compiled",) if compiled else ())
-    return [Contender(backend, layout, device) for layout in case.layouts for backend in backends]
+    modes = [(backend, mode) for backend in case.backends for mode in (case.memory if backend == "auto" else ("fast",))]
+    if compiled:
+        modes.append(("compiled", "fast"))
+    return [Contender(backend, layout, mode, device) for layout in case.layouts for backend, mode in modes]
 
 
 def build(contender: Contender, problem: Problem) -> nn.Module:
@@ -47,6 +52,8 @@ def build(contender: Contender, problem: Problem) -> nn.Module:
     module = problem.case.make("eager" if contender.backend == "compiled" else contender.backend)
     module.load_state_dict(problem.state)
     module = module.to(contender.device, memory_format=LAYOUTS[contender.layout]).train()
+    for stage in [m for m in module.modules() if isinstance(m, PreActStage)]:
+        stage.memory = contender.memory
     if contender.backend == "compiled":
         # Block by block: a deep net takes minutes to trace whole.
         for part in [m for m in module.modules() if isinstance(m, Fused)]:

@@ -30,7 +30,7 @@ from .report import SCHEMA
 
 BATCH = 128
 ROUNDS, REPEATS = 20, 10
-EAGER, FUSED = (Contender(backend, "channels_last", "cuda") for backend in ("eager", "cuda"))
+EAGER, FUSED = (Contender(backend, "channels_last", device="cuda") for backend in ("eager", "cuda"))
 COPIED = 1 << 30  # bytes
 # What the names of the kernels contain, and how often each reads or writes the unit's input and its output.
 TRAFFIC = {

@@ -1,10 +1,12 @@
 """The result as one picture: how much faster, and how much less is kept for backward."""
 
+import re
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-CONTENDER = "fused channels_last"
+FUSED = re.compile(r"fused (?:(\w+) )?channels_last")  # the contenders that are drawn, and their memory mode
 FORWARD, TOTAL, SAVED = "#5a93cf", "#1f62ab", "#23865f"
 TEXT, GRID, GOAL = "#7a838f", "#9aa4b03c", "#d9822b"
 BAR = 0.36
@@ -21,14 +23,14 @@ def draw(document: dict[str, Any], path: Path) -> None:
     """Writes a PNG with a transparent background, legible on light and on dark pages.
 
     Left: ratio to the fastest eager contender in time, forward and forward + backward, with the spread and the goals.
-    Right: the same of the bytes kept for backward. Only the fused channels_last contender is drawn. Where eager has to
-    emulate bf16, its bars may be cut at the edge: they would shrink all others to nothing.
+    Right: the same of the bytes kept for backward. Only fused channels_last contenders are drawn, in each memory mode.
+    Where eager has to emulate bf16, its bars may be cut at the edge: they would shrink all others to nothing.
     """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    entries = [entry for case in document["cases"] if (entry := _entry(case)) is not None]
+    entries = [entry for case in document["cases"] for entry in _entries(case)]
     figure = Figure(figsize=(9.5, 1.5 + 0.36 * len(entries) + 0.2 * len({e["group"] for e in entries})), dpi=150)
     time, memory = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
     ticks = []
@@ -63,14 +65,17 @@ def draw(document: dict[str, Any], path: Path) -> None:
     figure.savefig(path, transparent=True)
 
 
-def _entry(case: dict[str, Any]) -> dict[str, Any] | None:
-    rows = {row["quantity"]: row for row in case["rows"] if row["contender"] == CONTENDER}
-    if not rows:
-        return None
-    saved = rows["saved_bytes"]
-    before, after = (case["contenders"][saved[who]]["saved_bytes"] / 2**20 for who in ("baseline", "contender"))
-    amounts = f"   {before:.{_digits(before)}f} to {after:.{_digits(after)}f} MiB"
-    return {"group": case["group"], "label": case["label"], "dtype": case["dtype"], "bytes": amounts, **rows}
+def _entries(case: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for name in dict.fromkeys(row["contender"] for row in case["rows"]):
+        fused = FUSED.fullmatch(name)
+        if fused is None:
+            continue
+        rows = {row["quantity"]: row for row in case["rows"] if row["contender"] == name}
+        saved = rows["saved_bytes"]
+        before, after = (case["contenders"][saved[who]]["saved_bytes"] / 2**20 for who in ("baseline", "contender"))
+        amounts = f"   {before:.{_digits(before)}f} to {after:.{_digits(after)}f} MiB"
+        label = ", ".join(filter(None, (case["label"], fused[1])))
+        yield {"group": case["group"], "label": label, "dtype": case["dtype"], "bytes": amounts, **rows}
 
 
 def _extent(entry: dict[str, Any]) -> float:

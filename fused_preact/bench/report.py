@@ -92,6 +92,8 @@ def _table(group: str, cases: list[dict[str, Any]]) -> Table:
         for name in dict.fromkeys(row["contender"] for row in case["rows"]):
             rows = {row["quantity"]: row for row in case["rows"] if row["contender"] == name}
             cells = [_cell(case, rows[quantity]) for quantity in QUANTITIES]
+            if "against_fast" in rows:
+                cells[1] += f"\n{_of_fast(rows['against_fast'])}"
             table.add_row(f"{case['label']}\n[dim]{name}[/]", *cells)
     return table
 
@@ -104,7 +106,16 @@ def _cell(case: dict[str, Any], row: dict[str, Any]) -> str:
     else:
         amounts = f"{before['median'] * 1e3:.4g} > {after['median'] * 1e3:.4g} ms"
         ratio += f" ({row['ratio']['low']:.2f}-{row['ratio']['high']:.2f})"
+    return "\n".join([ratio, f"[dim]{amounts}[/]", *_goal(row)])
+
+
+def _of_fast(row: dict[str, Any]) -> str:
+    """How a memory mode's speed stands to that of the mode "fast"."""
+    return "\n".join([f"{row['ratio']['median']:.2f}x of fast", *_goal(row)])
+
+
+def _goal(row: dict[str, Any]) -> list[str]:
+    """The goal of a row and whether it is reached, or nothing."""
     if row["goal"] is None:
-        return f"{ratio}\n[dim]{amounts}[/]"
-    reached = "[green]reached[/]" if row["reached"] else "[red]not reached[/]"
-    return f"{ratio}\n[dim]{amounts}[/]\ngoal {row['goal']:g}x {reached}"
+        return []
+    return [f"goal {row['goal']:.3g}x {'[green]reached[/]' if row['reached'] else '[red]not reached[/]'}"]

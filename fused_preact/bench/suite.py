@@ -2,10 +2,13 @@
 
     {schema, date, device, versions, platform, commit, malloc, settings, left_out: [str], cases: [case]}
     case:      {group, label, shape, dtype, net, rounds, errors, contenders, rows}
-    contender: {backend, layout, forward, total: {median, low, high} in seconds, saved_bytes, peak_rss_bytes or null}
-    row:       {contender, quantity: forward | total | saved_bytes, baseline, ratio: {median, low, high}, goal, reached}
+    contender: {backend, layout, memory, forward, total: {median, low, high} in seconds, saved_bytes, peak_rss_bytes or
+                null}
+    row:       {contender, quantity: forward | total | saved_bytes | against_fast, baseline, ratio: {median, low, high},
+                goal, reached}
 
-A ratio is the fastest (or least) eager contender's over the row's; goal and reached are null where there is no goal.
+A ratio is the fastest (or least) eager contender's over the row's; that of against_fast, in the memory modes other than
+"fast", is fast's total time over the row's. goal and reached are null where there is no goal.
 """
 
 from collections.abc import Callable, Iterator
@@ -119,6 +122,7 @@ def measure(case: Case, settings: Settings) -> dict[str, Any]:
             c.name: {
                 "backend": c.backend,
                 "layout": c.layout,
+                "memory": c.memory,
                 "forward": asdict(spread(t.forward)),
                 "total": asdict(spread(t.total)),
                 "saved_bytes": b,
@@ -140,15 +144,19 @@ def _rows(case: Case, entrants: list[Contender], times: list[Times], saved: list
     for i, contender in enumerate(entrants):
         if i in eager:
             continue
-        aimed = contender == Contender("auto", "channels_last")
-        for quantity, sample in samples.items():
-            best = min(eager, key=lambda j: spread(sample[j]).median)
-            found: Spread = ratio(sample[best], sample[i])
-            goal = case.goals.get(quantity) if aimed else None
+        best = {quantity: min(eager, key=lambda j: spread(s[j]).median) for quantity, s in samples.items()}
+        if contender.memory != "fast":
+            best["against_fast"] = entrants.index(replace(contender, memory="fast"))
+        aimed = contender.backend == "auto" and contender.layout == "channels_last"
+        goals = case.goals.get(contender.memory, {}) if aimed else {}
+        for quantity, baseline in best.items():
+            sample = samples["total" if quantity == "against_fast" else quantity]
+            found: Spread = ratio(sample[baseline], sample[i])
+            goal = goals.get(quantity)
             yield {
                 "contender": contender.name,
                 "quantity": quantity,
-                "baseline": entrants[best].name,
+                "baseline": entrants[baseline].name,
                 "ratio": asdict(found),
                 "goal": goal,
                 "reached": None if goal is None else found.median >= goal,

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from .. import backends
 from ..errors import UserError
+from ..stage import MEMORY
 from . import checkpoint, settings
 from .data import load
 from .loop import Run, Summary, Trainer
@@ -54,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how = parser.add_argument_group("machine")
     how.add_argument("--amp", choices=["none", "bf16"], help="automatic mixed precision")
     how.add_argument("--backend", choices=backends.NAMES)
+    how.add_argument("--memory", choices=MEMORY, help="what is kept for backward: the less, the slower; default: fast")
     how.add_argument("--device", help="default: cuda where there is one, else cpu")
     how.add_argument("--threads", type=int, help="default: as torch chooses")
 
@@ -182,7 +184,7 @@ def _heading(trainer: Trainer, folder: Path) -> str:
         f"{chosen['model']} ({parameters:,} parameters) on {data.name} ({len(data.train):,} images, {len(data.test):,} "
         f"held out), recipe {chosen['recipe']}: batch {chosen['batch_size']}, rate {chosen['lr']:g}, iterations "
         f"{trainer.iteration} to {chosen['iterations']}; {chosen['device']}, {chosen['threads']} threads, backend "
-        f"{chosen['backend']}, amp {chosen['amp']}; into {folder}"
+        f"{chosen['backend']}, memory {chosen['memory']}, amp {chosen['amp']}; into {folder}"
     )
 
 

@@ -122,7 +122,13 @@ def _model(settings: Settings, classes: int, device: torch.device) -> torch.nn.M
         reason = f"it runs on the CPU, not on {device}"
     if reason is not None:
         raise UserError(f"--backend {settings.backend}: cannot be used here: {reason}")
-    model = models.create(settings.model, num_classes=classes, backend=settings.backend)
+    if settings.backend == "eager" and settings.memory != "fast":
+        raise UserError(f"--memory {settings.memory}: needs fused blocks; --backend eager runs the plain layers")
+    options = {"num_classes": classes, "backend": settings.backend, "memory": settings.memory}
+    try:
+        model = models.create(settings.model, **options)
+    except ValueError as error:
+        raise UserError(f"--memory {settings.memory}: not for {settings.model}: {error}") from error
     return model.to(device, memory_format=torch.channels_last)
 
 

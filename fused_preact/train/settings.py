@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..errors import UserError
+from ..stage import MEMORY
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Settings:
     """Everything that decides what a run computes. Raises UserError for a value out of range.
 
     `milestones`: iterations after which `lr` is divided by 10. `warmup`: iterations at `warmup_lr` before that.
-    `amp`: "none" or "bf16". `eval_every` and `save_every` are in iterations.
+    `amp`: "none" or "bf16". `memory`: a mode of `PreActStage`. `eval_every` and `save_every` are in iterations.
     """
 
     model: str
@@ -67,6 +68,7 @@ class Settings:
     seed: int
     amp: str
     backend: str
+    memory: str
     device: str
     threads: int
     eval_every: int
@@ -88,6 +90,7 @@ class Settings:
         self._expect("nesterov", not self.nesterov or self.momentum > 0, "a --momentum of more than 0 with it")
         self._expect("recipe", self.recipe in RECIPES, f"one of {', '.join(RECIPES)}")
         self._expect("amp", self.amp in ("none", "bf16"), "none or bf16")
+        self._expect("memory", self.memory in MEMORY, f"one of {', '.join(MEMORY)}")
 
     def _expect(self, name: str, fine: bool, expected: str) -> None:
         if not fine:
@@ -101,7 +104,7 @@ class Settings:
 
 
 # What may differ when a run is resumed: none of it decides what one iteration should compute, rounding apart.
-FREE = ("data", "backend", "device", "threads", "eval_every", "save_every", "iterations")
+FREE = ("data", "backend", "memory", "device", "threads", "eval_every", "save_every", "iterations")
 
 
 def flag(name: str) -> str:
@@ -139,6 +142,7 @@ def resolve(given: dict[str, Any], images: int, flip: bool) -> Settings:
         "seed": 0,
         "amp": "none",
         "backend": "auto",
+        "memory": "fast",
         "device": "cuda" if torch.cuda.is_available() else "cpu",
         "threads": torch.get_num_threads(),
         "eval_every": images // batch_size,

@@ -33,9 +33,20 @@ def test_default_covers_formats_and_dtypes():
 def test_goals_of_the_stages():
     """The ratios that the project sets itself for ResNet-1001's stages at N = 16, fp32."""
     found = [dict(case.goals) for case in cases.bottlenecks(16, "fp32")]
-    assert found == [{"forward": f, "total": t} for f, t in ((2.5, 2.0), (1.9, 1.7), (1.5, 1.5))]
+    assert found == [{"fast": {"forward": f, "total": t}} for f, t in ((2.5, 2.0), (1.9, 1.7), (1.5, 1.5))]
     assert [dict(case.goals) for case in cases.bottlenecks(1, "fp32")] == [{}, {}, {}]
-    assert {cases.resnet1001(N).goals["total"] for N in (8, 16, 64)} == {1.6, 1.5, 1.3}
+
+
+def test_goals_of_the_memory_modes():
+    """What ResNet-1001's stages are to keep and to cost in each mode; a bf16 step has no goal in time against eager."""
+    for N, total in ((8, 1.9), (16, 1.75), (64, 1.5)):
+        case = cases.resnet1001(N)
+        assert case.memory == ("fast", "lean", "min")
+        assert [case.goals[memory]["saved_bytes"] for memory in case.memory] == [2.0, 5.8, 11.0]
+        assert [case.goals[memory].get("total") for memory in case.memory] == [total, None, None]
+        slower = [1 / case.goals[memory]["against_fast"] for memory in ("lean", "min")]
+        assert slower == pytest.approx([1.10, 1.20])
+    assert "total" not in cases.resnet1001(8, "bf16").goals["fast"]
 
 
 def test_modules_fit_their_inputs():

@@ -1,6 +1,7 @@
 import argparse
 import json
 import subprocess
+from dataclasses import replace
 
 import pytest
 
@@ -17,7 +18,8 @@ def parse(*arguments):
 @pytest.fixture
 def few(monkeypatch, block, small_net):
     """The default list is two tiny cases, and two rounds are enough."""
-    monkeypatch.setattr(command, "default_cases", lambda: [block, small_net])
+    modes = replace(small_net, memory=("fast", "lean"))
+    monkeypatch.setattr(command, "default_cases", lambda: [block, modes])
     monkeypatch.setattr(command, "_settings", lambda arguments: suite.Settings(budget=0.0, rounds=(2, 2)))
 
 
@@ -31,6 +33,7 @@ def test_writes_json_and_picture_and_prints_the_table(tmp_path, capsys):
     assert stem.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     out = capsys.readouterr().out
     assert "goal 1.5x" in out
+    assert "x of fast" in out
     assert "malloc" in out
 
 

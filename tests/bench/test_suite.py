@@ -23,7 +23,7 @@ def test_document_has_the_schema_and_survives_json(block, small_net):
     case = document["cases"][0]
     assert {"group", "label", "shape", "dtype", "net", "rounds", "errors", "contenders", "rows"} == set(case)
     for found in case["contenders"].values():
-        assert {"backend", "layout", "forward", "total", "saved_bytes", "peak_rss_bytes"} == set(found)
+        assert {"backend", "layout", "memory", "forward", "total", "saved_bytes", "peak_rss_bytes"} == set(found)
         for quantity in ("forward", "total"):
             assert 0 < found[quantity]["low"] <= found[quantity]["median"] <= found[quantity]["high"]
         assert found["forward"]["median"] < found["total"]["median"]
@@ -51,6 +51,26 @@ def test_baseline_is_the_fastest_eager(block):
     assert rows["fused channels_last", "total"]["ratio"]["median"] == 3.0
     assert rows["fused NCHW", "forward"]["ratio"]["median"] == 1.5
     assert rows["fused NCHW", "saved_bytes"]["ratio"]["median"] == 1.5
+
+
+def test_memory_modes_are_contenders(small_net):
+    """Each keeps fewer bytes than the one before, is compared with eager and with fast, and has goals of its own."""
+    goals = {"fast": {"total": 1.5}, "lean": {"saved_bytes": 1.0, "against_fast": 2.0}}
+    case = replace(small_net, memory=("fast", "lean"), goals=goals)
+    found = suite.measure(case, QUICK)
+    fast, lean, eager = "fused channels_last", "fused lean channels_last", "eager channels_last"
+    assert list(found["contenders"]) == [fast, lean, eager]
+    assert [found["contenders"][name]["memory"] for name in (fast, lean)] == ["fast", "lean"]
+    saved = [found["contenders"][name]["saved_bytes"] for name in (lean, fast, eager)]
+    assert saved == sorted(set(saved))
+    rows = {(row["contender"], row["quantity"]): (row["baseline"], row["goal"]) for row in found["rows"]}
+    assert rows[lean, "against_fast"] == (fast, 2.0)
+    assert rows[lean, "saved_bytes"] == (eager, 1.0)
+    assert rows[lean, "total"] == (eager, None)
+    assert rows[fast, "total"] == (eager, 1.5)
+    assert (fast, "against_fast") not in rows
+    (speed,) = [row for row in found["rows"] if row["quantity"] == "against_fast"]
+    assert not speed["reached"]
 
 
 @pytest.mark.usefixtures("broken")

@@ -124,6 +124,14 @@ def test_a_finished_run_can_be_lengthened(tmp_path):
         (["--model", "resnet20", "--data", "nowhere"], "--data nowhere: no such file or folder"),
         (["--model", "resnet20", "--batch-size", "2000"], "--batch-size: expected from 1 to 1437"),
         (["--model", "resnet20", "--lr", "-1"], "--lr: expected more than 0, got -1.0"),
+        (
+            ["--model", "resnet20", "--memory", "min"],
+            "--memory min: not for resnet20: memory='min' needs blocks of three",
+        ),
+        (
+            ["--model", "resnet164", "--memory", "lean", "--backend", "eager"],
+            "--memory lean: needs fused blocks; --backend eager runs the plain layers",
+        ),
         (["--resume"], "--resume: expected --out with the folder of the run"),
         (["--resume", "--model", "resnet20"], "checkpoint.pt: no such checkpoint; leave out --resume"),
         (

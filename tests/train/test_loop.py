@@ -43,8 +43,14 @@ def same(a, b):
 
 @pytest.mark.parametrize(
     "given",
-    [{}, {"amp": "bf16"}, {"nesterov": True, "milestones": [2, 4], "flip": True}, {"backend": "eager"}],
-    ids=["default", "bf16", "nesterov-flip", "eager"],
+    [
+        {},
+        {"amp": "bf16"},
+        {"nesterov": True, "milestones": [2, 4], "flip": True},
+        {"backend": "eager"},
+        {"memory": "lean"},
+    ],
+    ids=["default", "bf16", "nesterov-flip", "eager", "lean"],
 )
 def test_resuming_is_exact(given, dataset, tmp_path):
     """A run that stops after 3 of 6 iterations and goes on from its checkpoint ends with the same bits."""
@@ -97,6 +103,24 @@ def test_a_step_is_sgd_on_the_batch(dataset):
     assert accuracy == (logits.argmax(1) == labels).float().mean()
     for name, parameter in one.model.named_parameters():
         torch.testing.assert_close(parameter.detach(), before[name] - 0.02 * (parameter.grad + 1e-3 * before[name]))
+
+
+def test_a_memory_mode_keeps_less_and_computes_the_same(dataset):
+    """The setting reaches the net: fewer activations are kept for the same loss and gradients."""
+    kept, losses, gradients = {}, {}, {}
+    for memory in ("fast", "lean"):
+        one, storages = trainer(dataset, memory=memory), {}
+
+        def note(t, storages=storages):
+            return storages.setdefault(t.data_ptr(), t)
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+            losses[memory], _ = one.step()
+        kept[memory] = sum(t.nbytes for t in storages.values() if t.dim() == 4)
+        gradients[memory] = torch.cat([parameter.grad.flatten() for parameter in one.model.parameters()])
+    assert kept["lean"] < 0.9 * kept["fast"]
+    assert torch.equal(losses["lean"], losses["fast"])
+    assert (gradients["lean"] - gradients["fast"]).norm() < 1e-2 * gradients["fast"].norm()
 
 
 def test_evaluation_counts_the_held_out_errors(dataset):

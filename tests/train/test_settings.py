@@ -65,6 +65,7 @@ def test_flags_replace_parts_and_milestones_follow_the_length():
         ({"nesterov": True, "momentum": 0.0}, "--nesterov: expected a --momentum of more than 0 with it"),
         ({"recipe": "mine"}, "--recipe: expected one of paper, resnet-1k-layers, digits, got mine"),
         ({"amp": "fp8"}, "--amp: expected none or bf16, got fp8"),
+        ({"memory": "tiny"}, "--memory: expected one of fast, lean, min, got tiny"),
         ({"threads": 0}, "--threads: expected at least 1, got 0"),
         ({"seed": -1}, "--seed: expected at least 0, got -1"),
         ({"padding": -1}, "--padding: expected at least 0, got -1"),
@@ -81,10 +82,10 @@ def test_bad_values(given, message):
 def test_resuming_keeps_what_was_trained():
     """A resumed run has the settings it began with; flags that change nothing about them may be repeated."""
     before = cifar(seed=3, threads=2)
-    given = {"model": "resnet110", "seed": 3, "threads": 1, "iterations": 70_000}
+    given = {"model": "resnet110", "seed": 3, "threads": 1, "memory": "lean", "iterations": 70_000}
     after = settings.resume(asdict(before), given, "run")
-    assert (after.threads, after.iterations) == (1, 70_000)
-    assert {**asdict(after), "threads": 2, "iterations": 64_000} == asdict(before)
+    assert (after.threads, after.memory, after.iterations) == (1, "lean", 70_000)
+    assert {**asdict(after), "threads": 2, "memory": "fast", "iterations": 64_000} == asdict(before)
 
 
 @pytest.mark.parametrize(("name", "value"), [("model", "resnet20"), ("seed", 1), ("batch_size", 32), ("amp", "bf16")])

@@ -1,0 +1,97 @@
+// What the operators expect of their arguments: each ends in an error that names the argument, what was expected and
+// what came. Messages are put together only where they are needed: a net passes here a thousand times a step.
+#pragma once
+#include <algorithm>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <vector>
+
+#include "tensors.h"
+
+namespace fused_preact {
+
+using Sizes = std::vector<int64_t>;
+using Tensors = std::vector<Tensor>;
+
+template <class... Parts>
+void expect(bool condition, const Parts&... parts) {
+  if (condition) return;
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+// Sizes as they are printed.
+template <class Range>
+struct Text {
+  const Range& sizes;
+};
+
+template <class Range>
+std::ostream& operator<<(std::ostream& out, const Text<Range>& text) {
+  out << '[';
+  for (size_t i = 0; i < text.sizes.size(); ++i) out << (i == 0 ? "" : ", ") << text.sizes[i];
+  return out << ']';
+}
+
+template <class Range>
+Text<Range> text(const Range& sizes) {
+  return {sizes};
+}
+
+template <class Name>
+void expect_tensor(const Name& name, const Tensor& x, ScalarType type, const Sizes& sizes) {
+  const auto got = x.sizes();
+  const bool fits = x.scalar_type() == type && std::equal(got.begin(), got.end(), sizes.begin(), sizes.end());
+  expect(fits, name, ": expected ", torch::headeronly::toString(type), " of shape ", text(sizes), ", got ",
+         torch::headeronly::toString(x.scalar_type()), " of shape ", text(got));
+}
+
+// The name of one tensor of a list, as it is printed.
+struct Item {
+  const char* name;
+  size_t index;
+};
+
+inline Item item(const char* name, size_t index) { return {name, index}; }
+
+inline std::ostream& operator<<(std::ostream& out, const Item& i) { return out << i.name << '[' << i.index << ']'; }
+
+inline void expect_tensors(const char* name, const Tensors& tensors, size_t n) {
+  expect(tensors.size() == n, name, ": expected ", n, " tensors, got ", tensors.size());
+}
+
+// Every tensor of a call is on the device of x.
+class SameDevice {
+ public:
+  explicit SameDevice(const Tensor& x) : cuda_(x.is_cuda()), index_(x.get_device_index()) {}
+
+  const SameDevice& operator()(const char* name, const Tensor& tensor) const {
+    expect(tensor.is_cpu() != cuda_ && tensor.is_cuda() == cuda_ && tensor.get_device_index() == index_, name,
+           ": expected on the device of x, got another");
+    return *this;
+  }
+  const SameDevice& operator()(const char* name, const std::optional<Tensor>& tensor) const {
+    return tensor ? (*this)(name, *tensor) : *this;
+  }
+  const SameDevice& operator()(const char* name, const Tensors& tensors) const {
+    for (const Tensor& tensor : tensors) (*this)(name, tensor);
+    return *this;
+  }
+
+ private:
+  bool cuda_;  // else the CPU
+  int32_t index_;
+};
+
+// A parameter of any floating-point type, which is converted to that of the stage.
+template <class Name>
+void expect_parameter(const Name& name, const Tensor& x, const Sizes& sizes) {
+  const ScalarType type = x.scalar_type();
+  const bool floating = type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half ||
+                        type == ScalarType::Double;
+  expect_tensor(name, x, floating ? type : ScalarType::Float, sizes);
+}
+
+}  // namespace fused_preact
