@@ -22,19 +22,9 @@ TYPES = {2: ("bf16", "ieee"), 4: ("fp32", "tf32"), 8: ("fp64", "ieee")}
 GEMMS = {"forward": forward.convolve, "dgrad": dgrad.transposed, "wgrad": wgrad.correlate}
 # Pointers to per-channel rows and partial sums, in the accumulation type; the others are in the storage type.
 ROWS = {
-    "norm",
-    "behind_norm",
-    "slope",
-    "offset",
-    "parts",
-    "bias_parts",
-    "rows",
-    "gamma",
-    "beta",
-    "rstd",
-    "scale",
-}
-ROWS |= {"dgamma", "dbeta"}
+    "norm", "behind_norm", "slope", "offset", "parts", "bias_parts", "rows", "gamma", "beta", "rstd", "scale",
+    "dgamma", "dbeta",
+}  # fmt: skip
 WIDE = {"partial", "merged"}  # in float64
 POINTERS = {"x", "weight", "bias", "residual", "y", "g", "behind", "add", "dz", "out"} | WIDE | ROWS
 

@@ -6,12 +6,12 @@ pytest.importorskip("triton")
 import torch
 import triton
 
-from cases import BACKENDS, CHAINS, UNITS, assert_as_close_as_eager, fused
+from cases import CHAINS, PYTHON_BACKENDS, UNITS, assert_as_close_as_eager, assert_exact_on_integers, fused
 from fused_preact import backends, ops, reference, schedule
 from fused_preact.triton import configurations, launch, statistics
 from fused_preact.triton.launch import Config
 
-interpreted = pytest.mark.skipif("triton" not in BACKENDS, reason="needs TRITON_INTERPRET=1 or a GPU")
+interpreted = pytest.mark.skipif("triton" not in PYTHON_BACKENDS, reason="needs TRITON_INTERPRET=1")
 BY_ID = {case.id: case for case in UNITS + CHAINS}
 
 
@@ -29,6 +29,14 @@ def test_tiles_that_overhang_in_every_direction(name, monkeypatch):
 def test_fp16(name):
     """float16, which the CPU kernels do not serve, has at most twice eager's error."""
     assert_as_close_as_eager(BY_ID[name], "triton", torch.float16)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", ["stride-2-1x1", "wide-padding", "many-pixels"])
+def test_sums_of_integers_are_exact(name, dtype):
+    """In every type a product left out or taken twice shows, over many tiles and over the parts of wgrad, too."""
+    assert_exact_on_integers(BY_ID[name], ops.table("triton"), dtype)
 
 
 @interpreted
@@ -83,9 +91,32 @@ def test_offsets_are_wide_where_a_tensor_is_large():
     assert launch.index_type(torch.empty(4)) == triton.language.int32
 
 
-def test_groups_and_dilation_are_refused_by_name():
-    """What the kernels do not serve is said in a sentence."""
-    conv = schedule.Conv(1, 1, 0, 0, 1, 1, 2)
-    problem = backends.Problem("cuda", torch.float32, (1, 4, 4, 4), ((conv, (4, 2, 1, 1)),))
-    reason = backends._no_triton(problem)
-    assert reason is not None
+@pytest.mark.parametrize(
+    ("changed", "shape", "said"),
+    [({"groups": 2}, (4, 2, 3, 3), "groups=2"), ({"dilation_w": 3}, (4, 4, 3, 3), r"dilation=\(1, 3\)")],
+    ids=["groups", "dilation"],
+)
+def test_groups_and_dilation_are_refused_by_name(changed, shape, said, monkeypatch):
+    """Asked for by name the backend says which of the two it does not have; "auto" takes another."""
+    monkeypatch.setattr(backends, "_triton_unavailable", lambda: None)
+    device = "cpu" if triton.knobs.runtime.interpret else "cuda"
+    plain = schedule.Conv(1, 1, 1, 1, 1, 1, 1)
+    problem = backends.Problem(device, torch.float32, (1, 4, 4, 4), ((plain, (4, 4, 3, 3)),))
+    assert backends.choose("triton", problem) == "triton"
+    problem = problem._replace(convolutions=((plain._replace(**changed), shape),))
+    with pytest.raises(ValueError, match=f"backend='triton' cannot serve this call: .*{said}"):
+        backends.choose("triton", problem)
+    assert backends.choose("auto", problem) == "eager"
+
+
+def test_it_says_why_it_cannot_be_used(monkeypatch):
+    """Without Triton, without a GPU, and on a device that is none of the two, the reason is a sentence."""
+    problem = backends.Problem("meta", torch.float32, (1, 4, 4, 4), ())
+    monkeypatch.setattr(backends, "_INSTALLED", False)
+    assert "pip install 'fused_preact[triton]'" in backends.status()["triton"]
+    monkeypatch.setattr(backends, "_INSTALLED", True)
+    monkeypatch.setattr(backends, "_INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "needs a GPU" in backends.status()["triton"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert "not on meta" in backends.obstacle("triton", problem)

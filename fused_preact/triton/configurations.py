@@ -28,8 +28,9 @@ SHIPPED: dict[str, dict[int, tuple[Config, ...]]] = {
     "sm75": dict.fromkeys((2, 4, 8), (Config(32, 32, 16, 4, 2),)),
     "sm80": _AMPERE,
     "sm90": _AMPERE | {2: (Config(128, 128, 32, 8, 4), Config(128, 64, 32, 4, 3), Config(64, 64, 64, 4, 3))},
-    "sm100": _AMPERE | {2: (Config(128, 128, 64, 8, 3), Config(128, 64, 32, 4, 3), Config(64, 64, 64, 4, 3))},
-    "sm120": _AMPERE,
+    "sm100": _AMPERE | {2: (Config(128, 128, 64, 8, 3), Config(128, 64, 32, 4, 3), Config(64, 64, 64, 4, 2))},
+    # With more stages the second of these, and that of float64, spill there.
+    "sm120": _AMPERE | {2: (_AMPERE[2][0], Config(128, 64, 32, 4, 2), *_AMPERE[2][2:]), 8: (Config(32, 32, 16, 4, 1),)},
     "hip": _AMPERE | {2: (Config(128, 128, 32, 8, 2), Config(64, 64, 32, 4, 2))},
     # A call of the interpreter costs the same for any tile: few and large ones.
     "interpreter": dict.fromkeys((2, 4, 8), (Config(128, 32, 64, 4, 1),)),

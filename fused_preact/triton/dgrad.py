@@ -74,13 +74,14 @@ def transposed(
     within = valid[:, None] & (c < C)[None, :]
     if add is not None:
         acc += tl.load(add + to, mask=within, other=0.0).to(ACC)
+    stored = narrow(acc, dz.dtype.element_ty)
     if norm is None:
-        tl.store(dz + to, narrow(acc, dz.dtype.element_ty), mask=within)
+        tl.store(dz + to, stored, mask=within)
     else:
         values = tl.load(x + to, mask=within, other=0.0)
-        stored = narrow(tl.where(normalise(values, norm, c, C) <= 0, 0.0, acc), dz.dtype.element_ty)
+        stored = tl.where(normalise(values, norm, c, C) <= 0, 0.0, stored)
         tl.store(dz + to, stored, mask=within)
-        masked = tl.where(valid[:, None], stored.to(ACC), 0.0)
+        masked = stored.to(ACC)  # zero beyond the pixels and channels, where dy, add and the filter were read as zeros
         centred = values.to(ACC) - tl.load(norm + MEAN * C + c, mask=c < C, other=0.0)[None, :]
         place = tl.program_id(1) * (tl.num_programs(0) // across) + tile
         store_pair(partial, place, tl.sum(masked * centred, 0), tl.sum(masked, 0), c, C)
@@ -105,13 +106,15 @@ def total(
         ACC: tl.constexpr = rstd.dtype.element_ty
         known = c < C
         deviation = tl.load(rstd + c, mask=known, other=0.0).to(tl.float64)
-        share = tl.load(scale + c, mask=known, other=0.0).to(tl.float64) / pixels
-        if not BATCH:
-            share = share * 0.0
         tl.store(dgamma + c, (product * deviation).to(ACC), mask=known)
         tl.store(dbeta + c, plain.to(ACC), mask=known)
-        tl.store(slope + c, (-share * deviation * deviation * product).to(ACC), mask=known)
-        tl.store(offset + c, (-share * plain).to(ACC), mask=known)
+        if BATCH:
+            share = tl.load(scale + c, mask=known, other=0.0).to(tl.float64) / pixels
+            tl.store(slope + c, (-share * deviation * deviation * product).to(ACC), mask=known)
+            tl.store(offset + c, (-share * plain).to(ACC), mask=known)
+        else:
+            tl.store(slope + c, tl.zeros([COLUMNS], ACC), mask=known)
+            tl.store(offset + c, tl.zeros([COLUMNS], ACC), mask=known)
 
 
 def _gradients(partial: Tensor, norm: Tensor, pixels: int, batch: bool) -> Sequence[Tensor]:

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..backends import allows_tf32
 from ..schedule import Gradient, accumulation_type
 
 
@@ -48,12 +49,8 @@ def run(kernel: Any, grid: tuple[int, ...], config: Config, first: Tensor, *args
 
 def precision(x: Tensor) -> str:
     """How float32 is multiplied: "tf32" where torch's switch for convolutions says so, else exactly ("ieee")."""
-    tf32 = x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"
-    return "tf32" if tf32 and x.is_cuda and torch.version.hip is None and _capability(x.device) >= (8, 0) else "ieee"
-
-
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
+    able = x.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(x.device) >= (8, 0)
+    return "tf32" if able and x.dtype == torch.float32 and allows_tf32() else "ieee"
 
 
 def index_type(*tensors: Tensor) -> tl.dtype:
