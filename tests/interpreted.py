@@ -1,16 +1,16 @@
 """Triton's interpreter in the tests: how it runs, and which part of the shared suite it runs.
 
-It takes a second for forward and backward of one unit, however small: all of the suite would take most of an hour. What
-stays has every kernel, dtype, layout, shortcut and memory mode, and as many draws of a case as for any backend. Left out are
-shapes that give the kernels no other work than those that stay, and tests of the Python around the kernels, which is the
-same for every backend.
+It takes a second for forward and backward of one unit, however small: all of the suite would take most of an hour.
+What stays has every kernel, dtype, layout, shortcut and memory mode, and as many draws of a case as for any backend.
+Left out are shapes that give the kernels no other work than those that stay, and tests of the Python around the
+kernels, which is the same for every backend.
 """
 
 import pytest
 
-# Channels and pixels that fill no tile; bias and residual; no padding, and more than the filter needs; strides that leave a
-# class of pixels without a tap; every shortcut; running statistics in front and in the middle. test_triton.py has shapes of
-# many tiles and parts.
+# Channels and pixels that fill no tile; bias and residual; no padding, and more than the filter needs; strides that
+# leave a class of pixels without a tap; every shortcut; running statistics in front and in the middle. test_triton.py
+# has shapes of many tiles and parts.
 CASES = {
     "one-channel", "odd", "odd-eval", "35-channels-1x1", "stride-2", "stride-2-1x1", "wide-padding",
     "basic-residual", "basic-stride-2", "bottleneck-stride-2", "bottleneck-first", "frozen-second",
