@@ -18,6 +18,8 @@ import fused_preact
 from . import backends, models, tables
 from .bench.measure import Step, Times, alternate, ratio, spread
 from .errors import UserError
+from .modules import Fused
+from .stage import PreActStage
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MODELS = ("resnet110", "resnet1001", "preactresnet18", "preactresnet50")
@@ -27,22 +29,22 @@ ROUNDS = (5, 30)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `fused-preact tune`."""
     parser.description = (
-        "Times forward and backward of every block of some models with each backend on this device, and writes the "
-        "table that backend='auto' reads. On a GPU with Triton also its tiles."
+        "Times forward and backward of every stage and block of some models with each backend on this device, and "
+        "writes the table that backend='auto' reads. On a GPU with Triton also its tiles."
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU, where torch finds one")
     parser.add_argument("--models", nargs="+", choices=models.names(), default=MODELS, metavar="NAME")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=("fp32", "bf16"), metavar="DTYPE")
     parser.add_argument("--batch", type=int, metavar="N", help="images (default: 16 on a CPU, else 128)")
     parser.add_argument("--size", type=int, default=32, metavar="PIXELS", help="height and width of the images")
-    parser.add_argument("--budget", type=float, default=1.0, metavar="SECONDS", help="for a block (default: 1)")
+    parser.add_argument("--budget", type=float, default=1.0, metavar="SECONDS", help="for each call (default: 1)")
     parser.add_argument(
         "--output", type=Path, metavar="JSON", help="file to write (default: in the user's cache folder)"
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measures block by block, prints each result, writes the table; returns 0.
+    """Measures call by call, prints each result, writes the table; returns 0.
 
     Raises:
         UserError: the device is not there, or a number makes no sense.
@@ -90,21 +92,39 @@ def _cast(problem: backends.Problem) -> torch.autocast:
 def _calls(
     names: list[str], device: str, dtype: torch.dtype, batch: int, size: int
 ) -> Iterator[tuple[backends.Problem, nn.Module]]:
-    """The fused calls of the models' training step: what is called, and the module that calls."""
+    """The fused calls of the models' training step, by stages and by blocks: what is called, and by which module."""
     for name in names:
         net = models.create(name, stem="cifar" if size <= 64 else "imagenet").to(device).train()
         images = torch.empty(batch, 3, size, size, device=device)
-        with torch.autocast(device, dtype if dtype != torch.float32 else None, enabled=dtype != torch.float32):
-            choices = backends.explain(net, images)
-        for choice in choices:
-            if choice.problem is not None:
-                yield choice.problem, net.get_submodule(choice.where)
+        for form in (_taken_apart(net, PreActStage.runs), _taken_apart(net, list)):
+            with torch.autocast(device, dtype if dtype != torch.float32 else None, enabled=dtype != torch.float32):
+                # By a backend that serves every call: plain layers would not be one.
+                choices = backends.explain(_served_by("reference", form), images)
+            for choice in choices:
+                if choice.problem is not None:
+                    yield choice.problem, form.get_submodule(choice.where)
+
+
+def _taken_apart(net: nn.Module, parts: Callable[[PreActStage], list[nn.Module]]) -> nn.Module:
+    """A copy of a net with modules of their own for the parts of its stages."""
+    net = copy.deepcopy(net)
+    for name, stage in [(name, m) for name, m in net.named_modules() if isinstance(m, PreActStage)]:
+        net.set_submodule(name, nn.Sequential(*parts(stage)))
+    return net
+
+
+def _served_by(backend: str, module: nn.Module) -> nn.Module:
+    """A copy of a module whose blocks a backend serves."""
+    module = copy.deepcopy(module)
+    for part in module.modules():
+        if isinstance(part, Fused):
+            part.backend = backend
+    return module
 
 
 def _step(problem: backends.Problem, block: nn.Module, backend: str) -> Step:
-    """Forward and backward of a block with a backend, until the device has finished."""
-    module = copy.deepcopy(block)
-    module.backend = backend
+    """Forward and backward of a stage or block with a backend, until the device has finished."""
+    module = _served_by(backend, block)
     layout = torch.channels_last if problem.format == "channels_last" else torch.contiguous_format
     x = torch.randn(problem.shape, device=problem.device, dtype=problem.dtype).to(memory_format=layout).requires_grad_()
     wait: Callable[[], None] = torch.cuda.synchronize if problem.device == "cuda" else lambda: None

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fused_preact
-from fused_preact import PreActBlock, backends, cli, functional, tables, tune
+from fused_preact import PreActBlock, PreActStage, backends, cli, functional, tables, tune
 from fused_preact.bench.measure import Times
 
 
@@ -53,6 +53,20 @@ def test_auto_follows_what_was_measured(folder):
     assert other.backend != "library"
 
 
+@pytest.mark.parametrize("backend", ["library", "eager"])
+def test_what_is_timed_is_the_backend_itself(backend):
+    """A stage and its blocks, one by one, are handed to the backend; the model keeps its own."""
+    calls = list(tune._calls(["resnet20"], "cpu", torch.float32, 2, 8))
+    kinds = [type(module) for _, module in calls]
+    assert (kinds.count(PreActStage), kinds.count(PreActBlock)) == (3, 8)  # the first block is of a third kind
+    for problem, module in calls:
+        x = torch.randn(problem.shape).contiguous(memory_format=torch.channels_last)
+        choices = fused_preact.explain(tune._served_by(backend, module), x)
+        assert {choice.backend for choice in choices} == {backend}
+        assert backend == "eager" or [choice.problem for choice in choices] == [problem]
+        assert {part.backend for part in module.modules() if isinstance(part, PreActBlock)} == {"auto"}
+
+
 def test_a_measured_backend_that_cannot_serve_is_passed_over(folder):
     """A table from another installation does not make a call fail."""
     problem = backends.Problem("cpu", torch.float16, (1, 4, 4, 4), ())
@@ -77,16 +91,21 @@ def test_another_backend_wins_only_if_it_is_faster_nearly_always():
     assert tune._best({"eager": eager, "cpu": noisy, "library": faster}) == "library"
 
 
-def test_large_channels_on_a_gpu_go_to_triton(monkeypatch):
-    """The rule without a table: 16-bit channels_last convolutions of 64 channels and more."""
-    monkeypatch.setitem(backends._OBSTACLES, "triton", lambda problem: None)
-    conv = fused_preact.schedule.Conv(1, 1, 1, 1, 1, 1, 1)
+def test_the_rule_on_a_gpu(monkeypatch):
+    """Without a table: few channels go to cuda, 16-bit channels_last of 64 and more to triton, the rest to eager."""
 
     def chosen(C, dtype=torch.bfloat16, layout="channels_last"):
+        conv = fused_preact.schedule.Conv(1, 1, 1, 1, 1, 1, 1)
         return backends.choose("auto", backends.Problem("cuda", dtype, (8, C, 8, 8), ((conv, (C, C, 3, 3)),), layout))
 
-    assert chosen(64) == "triton"
+    monkeypatch.setitem(backends._OBSTACLES, "triton", lambda problem: None)
+    monkeypatch.setitem(backends._OBSTACLES, "cuda", lambda problem: "it was left out")
+    assert chosen(64) == chosen(512) == "triton"
     assert chosen(32) == chosen(64, torch.float32) == chosen(64, layout="contiguous") == "eager"
+    monkeypatch.setitem(backends._OBSTACLES, "cuda", lambda problem: None)
+    assert chosen(32) == chosen(256) == "cuda"
+    assert chosen(512) == "triton"
+    assert chosen(512, torch.float32) == "eager"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
