@@ -77,18 +77,17 @@ class Block(Fused):
         Raises:
             TypeError, ValueError: x does not fit.
         """
-        layers = self.layers()
+        return self.dispatch(x)
 
-        def eager(inplace: bool) -> Tensor:
-            across = out = x
-            for i, (_, bn, _, conv) in enumerate(layers.pairs):
-                out = F.relu(bn(out), inplace)
-                if i == 0 and layers.container is not None:
-                    across = layers.container(out if layers.shortcut == "activated" else x)
-                out = conv(out)
-            return add(out, across, inplace)
-
-        return self.dispatch(layers, x, eager)
+    def plain(self, layers: Layers, x: Tensor, residual: Tensor | None, inplace: bool) -> Tensor:
+        """The block by its layers."""
+        across = out = x
+        for i, (_, bn, _, conv) in enumerate(layers.pairs):
+            out = F.relu(bn(out), inplace)
+            if i == 0 and layers.container is not None:
+                across = layers.container(out if layers.shortcut == "activated" else x)
+            out = conv(out)
+        return add(out, across, inplace)
 
 
 class PreActBlock(Block):

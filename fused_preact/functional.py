@@ -97,9 +97,9 @@ class Plan(NamedTuple):
 _plans: dict[tuple[Any, ...], Plan] = {}
 
 
-def call_key(x: Tensor) -> tuple[Any, ...]:
-    """What a plan depends on beside the layers: x, and the dtype of autocast where it is on, which comes last."""
-    checks.tensor("x", x)
+def call_key(name: str, x: Tensor) -> tuple[Any, ...]:
+    """What a plan depends on beside the layers, for an argument: the tensor, and last autocast's dtype where it is on."""
+    checks.tensor(name, x)
     device = x.device.type
     cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     order = memory_format(x) if x.dim() == 4 and x.layout == torch.strided else None
@@ -114,7 +114,7 @@ def make_plan(
     Raises:
         TypeError, ValueError: an argument does not fit.
     """
-    *_, cast = given = call_key(x)
+    *_, cast = given = call_key("x", x)
     if torch.compiler.is_compiling():
         return _make_plan(x, blocks, residual, backend, memory, cast)
     key, tensors = [backend, memory, *given], [residual]

@@ -138,37 +138,49 @@ def _unit(bn: nn.BatchNorm2d, conv: nn.Conv2d) -> Unit:
     )
 
 
-def update(pairs: Iterable[Pair], rows: Sequence[Tensor]) -> None:
+class RunningUpdate(NamedTuple):
+    """Batch norms whose running statistics are updated together: each layer once, all with one momentum."""
+
+    momentum: float | None  # None, the cumulative average, is of one layer
+    counts: list[Tensor]
+    units: list[int]  # of which the statistics come
+    mean: list[Tensor]
+    var: list[Tensor]
+
+
+def running_updates(pairs: Iterable[Pair]) -> list[RunningUpdate]:
+    """What a call of these layers updates, in order: of a layer that is used twice, the second batch after the first."""
+    updates: list[RunningUpdate] = []
+    by_momentum: dict[float | None, RunningUpdate] = {}
+    seen: set[nn.Module] = set()
+    for i, (_, bn, _, _) in enumerate(pairs):
+        if not (bn.training and bn.track_running_stats):
+            continue
+        if bn in seen:
+            by_momentum.clear(), seen.clear()
+        seen.add(bn)
+        if bn.momentum is None or bn.momentum not in by_momentum:
+            by_momentum[bn.momentum] = RunningUpdate(bn.momentum, [], [], [], [])
+            updates.append(by_momentum[bn.momentum])
+        update, buffers = by_momentum[bn.momentum], bn._buffers
+        mean, var, count = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
+        if count is not None:
+            update.counts.append(count)
+        if mean is not None and var is not None:
+            update.units.append(i)
+            update.mean.append(mean)
+            update.var.append(var)
+    return updates
+
+
+def update(updates: Iterable[RunningUpdate], rows: Sequence[Tensor]) -> None:
     """Update the running statistics as nn.BatchNorm2d does, from the rows that a fused call made of this batch."""
     if recomputing():
         return
-    counts: list[Tensor] = []
-    kept: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
-    seen: set[nn.Module] = set()
-
-    def write() -> None:
+    for momentum, counts, units, mean, var in updates:
         if counts:
             torch._foreach_add_(counts, 1)
-        for momentum, (running, batch) in kept.items():
-            update_running(running, batch, momentum)
-        counts.clear(), kept.clear(), seen.clear()
-
-    for (_, bn, _, _), row in zip(pairs, rows, strict=True):
-        if not (bn.training and bn.track_running_stats):
-            continue
-        if bn in seen:  # a layer that is used twice: its second batch comes after its first
-            write()
-        seen.add(bn)
-        buffers, momentum = bn._buffers, bn.momentum
-        mean, var, count = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
-        if count is not None:
-            counts.append(count)
-        if mean is None or var is None:
-            continue
-        if momentum is None:  # A cumulative average: 1/count of the count that includes this batch.
-            update_running([mean, var], [row[MEAN], row[VARIANCE]], 0.0 if count is None else 1.0 / (count + 1))
-        else:
-            running, batch = kept.setdefault(momentum, ([], []))
-            running += (mean, var)
-            batch += (row[MEAN], row[VARIANCE])
-    write()
+        if momentum is None:  # the average of all batches, this one included
+            momentum = 1.0 / counts[0] if counts else 0.0
+        if units:
+            update_running(mean + var, [rows[i][row] for row in (MEAN, VARIANCE) for i in units], momentum)

@@ -31,11 +31,15 @@ class FirstPreActBlock(PreActBlock):
         """
         a = F.relu(self.bn1(x), overwritable(self.bn1))
         h = self.conv1(a)
+        return self.dispatch(h, a)
 
-        def eager(inplace: bool) -> Tensor:
-            return add(self.conv2(F.relu(self.bn2(h), inplace)), a, inplace)
+    def layers(self) -> Layers:
+        """The second unit."""
+        return Layers(super().layers().pairs[1:])
 
-        return self.dispatch(Layers(self.layers().pairs[1:]), h, eager, a)
+    def plain(self, layers: Layers, x: Tensor, residual: Tensor | None, inplace: bool) -> Tensor:
+        """The second unit by its layers, and the addition."""
+        return add(self.conv2(F.relu(self.bn2(x), inplace)), residual, inplace)
 
 
 class PreActResNet(nn.Module):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +10,16 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from . import backends
-from .functional import Arguments, execute, make_plan
-from .layers import Layers, Pair, add, update
+from .layers import Layers, Pair, add
+from .runs import Run, remembered
+
+
+class _Parts(NamedTuple):
+    """The children of a fused module, and the run that they make or the reason why they make none."""
+
+    layers: Layers
+    reason: str | None
+    run: Run | None
 
 
 class Fused(nn.Module):
@@ -26,6 +34,14 @@ class Fused(nn.Module):
         backends.check_name(backend)
         self.backend = backend
 
+    def layers(self) -> Layers:
+        """The children that are fused, in order."""
+        raise NotImplementedError
+
+    def plain(self, layers: Layers, x: Tensor, residual: Tensor | None, inplace: bool) -> Tensor:
+        """The same by the layers themselves; ``inplace``: ReLU and addition may overwrite what a layer returned."""
+        raise NotImplementedError
+
     def obstacle(self, layers: Layers) -> str | None:
         """Why the children run as plain layers, or None where they are fused."""
         if self.backend == "eager":
@@ -34,26 +50,19 @@ class Fused(nn.Module):
             return "a global module hook is set, which runs for every layer"
         return layers.obstacle()
 
-    def dispatch(
-        self, layers: Layers, x: Tensor, eager: Callable[[bool], Tensor], residual: Tensor | None = None
-    ) -> Tensor:
-        """Run ``layers`` as one node and update the running statistics once, or else call ``eager``.
-
-        ``eager`` computes the same by the layers themselves, and is told whether ReLU and addition may overwrite what a
-        layer returned.
-        """
-        reason = self.obstacle(layers)
-        if reason is not None:
+    def dispatch(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Run the children as one node and update the running statistics once, or else run them one after the other."""
+        layers, reason, run = remembered(self, self._parts)
+        if run is None:
             record_eager(self, reason)
-            return eager(layers.overwritable())
-        blocks = [layers.block()]
-        plan = make_plan(x, blocks, residual, self.backend)
-        plan.record(self)
-        if plan.backend == "eager":
-            return eager(True)
-        y, rows = execute(plan, x, Arguments.of(blocks), residual)
-        update(layers.pairs, rows)
-        return y
+            return self.plain(layers, x, residual, layers.overwritable())
+        y = run(self, x, residual)
+        return self.plain(layers, x, residual, True) if y is None else y
+
+    def _parts(self) -> _Parts:
+        layers = self.layers()
+        reason = self.obstacle(layers)
+        return _Parts(layers, reason, Run.of(self.backend, [layers]) if reason is None else None)
 
     def extra_repr(self) -> str:
         """The backend, where it is not the default."""
@@ -125,11 +134,15 @@ class BNReLUConv2d(Fused):
         Raises:
             TypeError, ValueError: an argument does not fit.
         """
+        return self.dispatch(x, residual)
+
+    def layers(self) -> Layers:
+        """The two children."""
         children = self._modules
-        bn, conv = children["bn"], children["conv"]
+        return Layers([Pair("bn", children["bn"], "conv", children["conv"])])
 
-        def eager(inplace: bool) -> Tensor:
-            y = conv(F.relu(bn(x), inplace))
-            return y if residual is None else add(y, residual, inplace)
-
-        return self.dispatch(Layers([Pair("bn", bn, "conv", conv)]), x, eager, residual)
+    def plain(self, layers: Layers, x: Tensor, residual: Tensor | None, inplace: bool) -> Tensor:
+        """The unit by its layers."""
+        [(_, bn, _, conv)] = layers.pairs
+        y = conv(F.relu(bn(x), inplace))
+        return y if residual is None else add(y, residual, inplace)

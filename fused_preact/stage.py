@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor, nn
 
-from . import backends, checks
 from .blocks import Block
-from .functional import Arguments, Plan, call_key, execute, make_plan
-from .layers import Layers, Pair, fingerprint, hooked, update
+from .layers import Layers, hooked
+from .runs import Run, remembered
 
 MEMORY = ("fast", "lean", "min")
 
@@ -63,14 +60,14 @@ class PreActStage(nn.Sequential):
             TypeError, ValueError: x does not fit, or a block does not allow ``memory``.
         """
         self._check_memory()
-        for part in self._parts():
+        for part in remembered(self, lambda: list(self._parts())):
             x = part(x) if isinstance(part, nn.Module) else self._fused(part, x)
         return x
 
     def runs(self) -> list[nn.Module]:
         """What it is a sequence of as it runs: a stage for each run of blocks that is one node, and single blocks."""
         parts = self._parts()
-        return [p if isinstance(p, nn.Module) else PreActStage(*p.modules, memory=self.memory) for p in parts]
+        return [p if isinstance(p, nn.Module) else PreActStage(*p.blocks, memory=self.memory) for p in parts]
 
     def extra_repr(self) -> str:
         """The memory mode, where it is not the default."""
@@ -88,68 +85,37 @@ class PreActStage(nn.Sequential):
                     f"{type(block).__name__} of {block.units}, which keeps one tensor with memory='lean' already"
                 )
 
-    def _parts(self) -> list[nn.Module | _Run]:
+    def _parts(self) -> Iterator[nn.Module | _Part]:
         """The blocks in order: runs of those that are one node, and by itself each that cannot be in one."""
-        if torch.compiler.is_compiling():
-            return list(self._cut())
-        facts = fingerprint(self)
-        known = _parts.get(self)
-        if known is None or known[0] != facts:
-            known = _parts[self] = facts, list(self._cut())
-        return known[1]
-
-    def _cut(self) -> Iterator[nn.Module | _Run]:
-        run: list[tuple[Block, Layers]] = []
+        part: list[tuple[Block, Layers]] = []
         for block in self._modules.values():
             layers = block.layers() if type(block).forward is Block.forward else None
             alone = layers is None or hooked(block) or block._compiled_call_impl is not None
             alone = alone or block.obstacle(layers) is not None
-            if run and (alone or block.backend != run[-1][0].backend):
-                yield _Run.of(run)
-                run = []
+            if part and (alone or block.backend != part[-1][0].backend):
+                yield _Part.of(part)
+                part = []
             if alone:
                 yield block
             else:
-                run.append((block, layers))
-        if run:
-            yield _Run.of(run)
+                part.append((block, layers))
+        if part:
+            yield _Part.of(part)
 
-    def _fused(self, run: _Run, x: Tensor) -> Tensor:
-        plan = run.plan(x, self.memory)
-        if plan.backend == "eager":
-            for block in run.modules:
+    def _fused(self, part: _Part, x: Tensor) -> Tensor:
+        y = part.run(self if len(part.blocks) == len(self) else part.blocks[0], x, memory=self.memory)
+        if y is None:
+            for block in part.blocks:
                 x = block(x)
-            return x
-        if backends.is_recording():
-            plan.record(self if len(run.modules) == len(self) else run.modules[0])
-        y, rows = execute(plan, x, run.arguments)
-        update(run.pairs, rows)
-        return y
+        return x if y is None else y
 
 
-class _Run(NamedTuple):
-    """Blocks that run as one node, with all that their calls have in common."""
+class _Part(NamedTuple):
+    """Consecutive blocks of a stage that run as one node."""
 
-    modules: list[Block]
-    pairs: list[Pair]
-    blocks: list[checks.Block]
-    arguments: Arguments
-    plans: dict[tuple[Any, ...], Plan]
+    blocks: list[Block]
+    run: Run
 
     @classmethod
-    def of(cls, run: list[tuple[Block, Layers]]) -> _Run:
-        blocks = [layers.block() for _, layers in run]
-        pairs = [pair for _, layers in run for pair in layers.pairs]
-        return cls([block for block, _ in run], pairs, blocks, Arguments.of(blocks), {})
-
-    def plan(self, x: Tensor, memory: str) -> Plan:
-        """The plan of a call, checked once for inputs that differ in the numbers only."""
-        key = memory, call_key(x)
-        plan = self.plans.get(key)
-        if plan is None:
-            plan = self.plans[key] = make_plan(x, self.blocks, None, self.modules[0].backend, memory)
-        return plan
-
-
-# What each stage is made of, by its fingerprint. Not in the stage itself, which is copied and pickled.
-_parts: WeakKeyDictionary[PreActStage, tuple[list[object], list[nn.Module | _Run]]] = WeakKeyDictionary()
+    def of(cls, part: list[tuple[Block, Layers]]) -> _Part:
+        return cls([block for block, _ in part], Run.of(part[0][0].backend, [layers for _, layers in part]))

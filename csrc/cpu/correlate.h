@@ -43,6 +43,15 @@ FUSED_PREACT_INLINE void correlate_block(const Operand<E>& a, int64_t p, const R
     (store(total + I * kStep, acc[I]), ...);
 }
 
+// Whether the sums that an epilogue keeps over the blocks of a tile are to settle after its first p pixels.
+FUSED_PREACT_INLINE bool is_few(int64_t p) { return p % (2 * kRows) == 0; }
+
+// Lanes of accumulator i of a panel of V columns whose last column has `last`.
+template <class T, int V>
+FUSED_PREACT_INLINE int64_t block_lanes(int i, int64_t last) {
+  return i % V == V - 1 ? last : kLanes<T>;
+}
+
 // sink.block<M, V>(p, acc, each) for every block of the panel: acc[i], i in `each`, is the product for pixel p + i / V
 // and column i % V. `totals` holds n x `columns` vectors.
 template <class E, class Sink>

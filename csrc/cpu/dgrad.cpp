@@ -48,7 +48,7 @@ struct Epilogue {
   const int64_t* outputs;  // the index of each output pixel
   int64_t c0;
   NormVector<T> norm[kColumns];
-  Wide<T> dbeta[kColumns] = {}, dgamma[kColumns] = {};
+  LongSum<T> dbeta[kColumns], dgamma[kColumns];
 
   Epilogue(const Output<S>& output, const int64_t* output_pixels, int64_t channel, int64_t columns)
       : out(output), outputs(output_pixels), c0(channel) {
@@ -57,48 +57,65 @@ struct Epilogue {
   }
 
   template <int M, int V, int... I>
-  FUSED_PREACT_INLINE void block(int64_t p, Vec<T> (&acc)[M * V], std::integer_sequence<int, I...>) {
-    if (out.norm == nullptr)
-      (plain(outputs[p + I / V], I % V, acc[I]), ...);
-    else {
-      Vec<T> sums[2 * V] = {};
-      (masked(outputs[p + I / V], I % V, acc[I], sums[I % V], sums[V + I % V]), ...);
-      ((I < V ? void(dbeta[I % V] += widen<T>(sums[I % V])) : void()), ...);
-      ((I < V ? void(dgamma[I % V] += widen<T>(sums[V + I % V])) : void()), ...);
-    }
+  FUSED_PREACT_INLINE void block(int64_t p, Vec<T> (&acc)[M * V], std::integer_sequence<int, I...> each) {
+    with_lanes<T>(lanes(V - 1), [&](auto last) __attribute__((always_inline)) {
+      int64_t at[M];
+      for (int m = 0; m < M; ++m) at[m] = outputs[p + m] * out.C + c0;
+      if (out.norm == nullptr)
+        plain<M, V>(at, acc, last, each);
+      else
+        masked<M, V>(p, at, acc, last, each);
+    });
   }
 
-  void add_to(double* group, int64_t columns) const {
+  void add_to(double* group, int64_t columns) {
     for (int64_t v = 0; v < columns; ++v) {
+      dbeta[v].settle();
+      dgamma[v].settle();
       double* sum = group + c0 + v * kLanes<T>;
-      store_wide<T>(sum, load_wide<T>(sum) + dbeta[v]);
-      store_wide<T>(sum + out.padded_channels(), load_wide<T>(sum + out.padded_channels()) + dgamma[v]);
+      store_wide<T>(sum, load_wide<T>(sum) + dbeta[v].total);
+      store_wide<T>(sum + out.padded_channels(), load_wide<T>(sum + out.padded_channels()) + dgamma[v].total);
     }
   }
 
  private:
   FUSED_PREACT_INLINE int64_t lanes(int64_t v) const { return minimum<int64_t>(out.C - c0 - v * kLanes<T>, kLanes<T>); }
 
-  FUSED_PREACT_INLINE Vec<T> with_add(int64_t at, int64_t v, Vec<T> value) const {
-    return out.add != nullptr ? value + load_lanes(out.add + at, lanes(v)) : value;
+  template <int M, int V, class Last, int... I>
+  FUSED_PREACT_INLINE void plain(const int64_t (&at)[M], Vec<T> (&acc)[M * V], Last last,
+                                 std::integer_sequence<int, I...>) const {
+    constexpr int64_t kStep = kLanes<T>;
+    if (const S* add = out.add; add != nullptr)
+      ((acc[I] += load_lanes(add + at[I / V] + I % V * kStep, block_lanes<T, V>(I, last))), ...);
+    S* dz = out.dz;
+    (store_lanes(dz + at[I / V] + I % V * kStep, acc[I], block_lanes<T, V>(I, last)), ...);
   }
 
-  FUSED_PREACT_INLINE void plain(int64_t pixel, int64_t v, Vec<T> value) const {
-    const int64_t at = pixel * out.C + c0 + v * kLanes<T>;
-    store_lanes(out.dz + at, with_add(at, v, value), lanes(v));
-  }
-
-  FUSED_PREACT_INLINE void masked(int64_t pixel, int64_t v, Vec<T> value, Vec<T>& dbeta_sum, Vec<T>& dgamma_sum) const {
-    const int64_t at = pixel * out.C + c0 + v * kLanes<T>;
-    const Vec<T> x = load_lanes(out.x + at, lanes(v));
-    Vec<T> dz = norm[v].z(x) <= Vec<T>{} ? Vec<T>{} : with_add(at, v, value);
-    store_lanes(out.dz + at, dz, lanes(v));
-    // The sums are those of dz as stored: what they take away from it in dx cancels exactly.
-    if constexpr (!std::is_same_v<S, T>) dz = load_lanes(out.dz + at, lanes(v));
-    __builtin_prefetch(out.x + at + kAhead * out.C);
-    __builtin_prefetch(out.dz + at + kAhead * out.C, 1);
-    dbeta_sum += dz;
-    dgamma_sum += dz * norm[v].centered(x);
+  template <int M, int V, class Last, int... I>
+  FUSED_PREACT_INLINE void masked(int64_t p, const int64_t (&at)[M], Vec<T> (&acc)[M * V], Last last,
+                                  std::integer_sequence<int, I...>) {
+    constexpr int64_t kStep = kLanes<T>;
+    if (const S* add = out.add; add != nullptr)
+      ((acc[I] += load_lanes(add + at[I / V] + I % V * kStep, block_lanes<T, V>(I, last))), ...);
+    const S* x = out.x;
+    S* dz = out.dz;
+    Vec<T> sums[V] = {}, centered[V] = {};
+    const auto mask = [&](int64_t to, int v, int64_t n, Vec<T> value) __attribute__((always_inline)) {
+      const Vec<T> input = load_lanes(x + to, n);
+      value = norm[v].z(input) <= Vec<T>{} ? Vec<T>{} : value;
+      store_lanes(dz + to, value, n);
+      // The sums are those of dz as stored: what they take away from it in dx cancels exactly.
+      if constexpr (!std::is_same_v<S, T>) value = load_lanes(dz + to, n);
+      sums[v] += value;
+      centered[v] += value * norm[v].centered(input);
+    };
+    (mask(at[I / V] + I % V * kStep, I % V, block_lanes<T, V>(I, last), acc[I]), ...);
+    const int64_t ahead = kAhead * out.C;
+    ((I % V == 0 ? __builtin_prefetch(x + at[I / V] + ahead) : void()), ...);
+    ((I % V == 0 ? __builtin_prefetch(dz + at[I / V] + ahead, 1) : void()), ...);
+    ((I < V ? dbeta[I % V].add(sums[I % V]) : void()), ...);
+    ((I < V ? dgamma[I % V].add(centered[I % V]) : void()), ...);
+    if (is_few(p + M)) ((I < V ? (dbeta[I % V].settle(), dgamma[I % V].settle()) : void()), ...);
   }
 };
 

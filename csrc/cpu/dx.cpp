@@ -17,16 +17,17 @@ void dx_of(int64_t pixels, int64_t C, const Gradient& dy, const void* add, void*
   const GradientSource<S> source(dy, C);
   const S* other = static_cast<const S*>(add);
   S* to = static_cast<S*>(dx);
-  const auto write = [&](int64_t job, const auto& form) __attribute__((always_inline)) {
-    const int64_t last = minimum((job + 1) * kRunPixels, pixels);
-    for (int64_t p = job * kRunPixels; p < last; ++p)
-      for_each_vector<T>(C, [&](int64_t c, int64_t n) __attribute__((always_inline)) {
-        const Vec<T> value = form(p * C + c, c, n);
-        store_lanes(to + p * C + c, other != nullptr ? value + load_lanes(other + p * C + c, n) : value, n);
-      });
-  };
-  parallel(ceil_div(pixels, kRunPixels), [&](int64_t job) {
-    source.with_form([&](const auto& form) __attribute__((always_inline)) { write(job, form); });
+  source.with_form([&](const auto& make_form) __attribute__((always_inline)) {
+    parallel(ceil_div(pixels, kRunPixels), [&](int64_t job) {
+      const int64_t first = job * kRunPixels, count = minimum(kRunPixels, pixels - first);
+      fill_rows<S>(to + first * C, C, first * C, C, count, 0, C,
+                   [&](int64_t c, int64_t n) __attribute__((always_inline)) {
+                     return [form = make_form(c, n), other](int64_t at, auto n) __attribute__((always_inline)) {
+                       const Vec<T> value = form(at, n);
+                       return other != nullptr ? value + load_lanes(other + at, n) : value;
+                     };
+                   });
+    });
   });
 }
 

@@ -35,8 +35,10 @@ struct Epilogue {
   Epilogue(const Output<S>& output, int64_t pixel, int64_t channel) : out(output), first(pixel), k0(channel) {}
 
   template <int M, int V, int... I>
-  FUSED_PREACT_INLINE void block(int64_t p, Vec<T> (&acc)[M * V], std::integer_sequence<int, I...>) {
-    ((acc[I] = finished(first + p + I / V, k0 + I % V * kLanes<T>, acc[I])), ...);
+  FUSED_PREACT_INLINE void block(int64_t p, Vec<T> (&acc)[M * V], std::integer_sequence<int, I...> each) {
+    with_lanes<T>(out.K - k0 - (V - 1) * kLanes<T>, [&](auto last) __attribute__((always_inline)) {
+      finish<M, V>((first + p) * out.K + k0, acc, last, each);
+    });
     if (out.moments == nullptr) return;
     Vec<T> sum[V] = {}, squares[V] = {};
     if (p == 0) {
@@ -46,29 +48,34 @@ struct Epilogue {
     }
     ((acc[I] -= sums[I % V].origin, sum[I % V] += acc[I], squares[I % V] += acc[I] * acc[I]), ...);
     ((I < V ? sums[I % V].add(sum[I % V], squares[I % V]) : void()), ...);
+    if (is_few(p + M)) ((I < V ? sums[I % V].settle() : void()), ...);
   }
 
-  void merge(int64_t g, int64_t count, int64_t n, int64_t columns) const {
-    for (int64_t v = 0; v < columns; ++v)
+  void merge(int64_t g, int64_t count, int64_t n, int64_t columns) {
+    for (int64_t v = 0; v < columns; ++v) {
+      sums[v].settle();
       sums[v].merge_into(Moments<T>(out.moments, g, out.K), k0 + v * kLanes<T>, count, n);
+    }
   }
 
  private:
-  // The value as it is stored, so that the statistics are those of y.
-  FUSED_PREACT_INLINE Vec<T> finished(int64_t pixel, int64_t k, Vec<T> value) const {
-    const int64_t n = minimum<int64_t>(out.K - k, kLanes<T>);
-    const int64_t at = pixel * out.K + k;
-    if (out.bias != nullptr) value += load(out.bias + k);
-    if (out.residual != nullptr) {
-      value += load_lanes(out.residual + at, n);
-      __builtin_prefetch(out.residual + at + kAhead * out.K);
+  // Makes of the products the values as they are stored, from element `at` on, so that the statistics are those of y. The
+  // last column has `last` lanes.
+  template <int M, int V, class Last, int... I>
+  FUSED_PREACT_INLINE void finish(int64_t at, Vec<T> (&acc)[M * V], Last last, std::integer_sequence<int, I...>) const {
+    const int64_t K = out.K;
+    if (out.bias != nullptr) ((acc[I] += load(out.bias + k0 + I % V * kLanes<T>)), ...);
+    if (const S* residual = out.residual; residual != nullptr) {
+      residual += at;
+      ((acc[I] += load_lanes(residual + I / V * K + I % V * kLanes<T>, block_lanes<T, V>(I, last))), ...);
+      ((I % V == 0 ? __builtin_prefetch(residual + (I / V + kAhead) * K) : void()), ...);
     }
-    store_lanes(out.y + at, value, n);
-    __builtin_prefetch(out.y + at + kAhead * out.K, 1);
-    if constexpr (std::is_same_v<S, T>)
-      return value;
-    else
-      return out.moments != nullptr ? load_lanes(out.y + at, n) : value;
+    S* y = out.y + at;
+    (store_lanes(y + I / V * K + I % V * kLanes<T>, acc[I], block_lanes<T, V>(I, last)), ...);
+    ((I % V == 0 ? __builtin_prefetch(y + (I / V + kAhead) * K, 1) : void()), ...);
+    if constexpr (!std::is_same_v<S, T>)
+      if (out.moments != nullptr)
+        ((acc[I] = load_lanes(y + I / V * K + I % V * kLanes<T>, block_lanes<T, V>(I, last))), ...);
   }
 };
 

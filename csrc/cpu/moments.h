@@ -42,25 +42,29 @@ struct Moments {
 };
 
 // Sums over a run of values of one vector of channels, about an origin near their mean, which keeps the digits of channels
-// with a large mean. A few values are summed in T, then these sums in double.
+// with a large mean: of d = value - origin, and of d*d. To settle every few values.
 template <class T>
 struct RunSums {
   Vec<T> origin;
-  Wide<T> sum, squares;
+  LongSum<T> sum, squares;
 
-  explicit RunSums(Vec<T> near_mean) : origin(near_mean), sum{}, squares{} {}
+  explicit RunSums(Vec<T> near_mean) : origin(near_mean) {}
   RunSums() = default;
 
-  // Of a few values d = value - origin: their sum, and that of their squares.
   FUSED_PREACT_INLINE void add(Vec<T> few, Vec<T> few_squares) {
-    sum += widen<T>(few);
-    squares += widen<T>(few_squares);
+    sum.add(few);
+    squares.add(few_squares);
+  }
+
+  FUSED_PREACT_INLINE void settle() {
+    sum.settle();
+    squares.settle();
   }
 
   // Merges the run, of n values, into the channels from c on of a group that holds `count`.
   FUSED_PREACT_INLINE void merge_into(const Moments<T>& moments, int64_t c, int64_t count, int64_t n) const {
-    const Wide<T> mean = sum / double(n);
-    moments.merge(c, count, widen<T>(origin) + mean, relu(squares - sum * mean), n);
+    const Wide<T> mean = sum.total / double(n);
+    moments.merge(c, count, widen<T>(origin) + mean, relu(squares.total - sum.total * mean), n);
   }
 };
 

@@ -7,11 +7,33 @@
 
 namespace fused_preact::cpu::FUSED_PREACT_ISA {
 
-template <class S, class E, class Form>
-FUSED_PREACT_INLINE void fill_rows(E* to, int64_t ld, int64_t count, int64_t begin, int64_t end, const Form& form) {
-  for (int64_t p = 0; p < count; ++p, to += ld)
-    for_each_vector<Accumulate<S>>(end - begin, [&](int64_t c, int64_t n) __attribute__((always_inline)) {
-      store_lanes(to + c, form(p, begin + c, n), n);
+// Vectors of channels that are filled side by side: as many as a cache line or two hold, their rows in registers.
+constexpr int kFillColumns = 2;
+
+template <class S, class E, class MakeForm, int... V>
+FUSED_PREACT_INLINE void fill_columns(E* to, int64_t ld, int64_t at, int64_t step, int64_t count, int64_t c,
+                                      const MakeForm& make_form, std::integer_sequence<int, V...>) {
+  constexpr int64_t kStep = kLanes<Accumulate<S>>;
+  using Form = decltype(make_form(c, kStep));
+  const Form forms[] = {make_form(c + V * kStep, kStep)...};
+  for (int64_t p = 0; p < count; ++p, to += ld, at += step)
+    (store(to + V * kStep, forms[V](at + V * kStep, std::integral_constant<int64_t, kStep>{})), ...);
+}
+
+// Fills channels [begin, end) of `count` pixels, the first at element `at` of the tensor, `step` apart. make_form(c, n)
+// gives the form of n channels from c on, and form(at, n) their values.
+template <class S, class E, class MakeForm>
+FUSED_PREACT_INLINE void fill_rows(E* to, int64_t ld, int64_t at, int64_t step, int64_t count, int64_t begin,
+                                   int64_t end, const MakeForm& make_form) {
+  constexpr int64_t kStep = kLanes<Accumulate<S>>;
+  int64_t c = begin;
+  for (; c + kFillColumns * kStep <= end; c += kFillColumns * kStep)
+    fill_columns<S>(to + c - begin, ld, at + c, step, count, c, make_form,
+                    std::make_integer_sequence<int, kFillColumns>{});
+  for (; c < end; c += kStep)
+    with_lanes<Accumulate<S>>(end - c, [&](auto n) __attribute__((always_inline)) {
+      const auto form = make_form(c, n);
+      for (int64_t p = 0; p < count; ++p) store_lanes(to + p * ld + c - begin, form(at + p * step + c, n), n);
     });
 }
 
@@ -56,14 +78,15 @@ struct ActivationSource {
 
   template <class E>
   void fill(E* to, int64_t ld, int64_t pixel, int64_t count, int64_t begin, int64_t end) const {
-    const S* from = x + pixel * C;
+    const S* const from = x;
     if (norm == nullptr)
-      fill_rows<S>(to, ld, count, begin, end, [&](int64_t p, int64_t c, int64_t n) __attribute__((always_inline)) {
-        return load_lanes(from + p * C + c, n);
+      fill_rows<S>(to, ld, pixel * C, C, count, begin, end, [&](int64_t, int64_t) __attribute__((always_inline)) {
+        return [from](int64_t at, auto n) __attribute__((always_inline)) { return load_lanes(from + at, n); };
       });
     else
-      fill_rows<S>(to, ld, count, begin, end, [&](int64_t p, int64_t c, int64_t n) __attribute__((always_inline)) {
-        return relu(NormVector<T>(norm, C, c, n).z(load_lanes(from + p * C + c, n)));
+      fill_rows<S>(to, ld, pixel * C, C, count, begin, end, [&](int64_t c, int64_t n) __attribute__((always_inline)) {
+        return [from, rows = NormVector<T>(norm, C, c, n)](int64_t at, auto n)
+                   __attribute__((always_inline)) { return relu(rows.z(load_lanes(from + at, n))); };
       });
   }
 };
@@ -89,29 +112,34 @@ struct GradientSource {
     return norm == nullptr ? as_operand<E>(g) : nullptr;
   }
 
-  // use(form), where form(at, c, n) is dy of n channels from c on, at element `at` of the tensors.
+  // use(make_form): make_form(c, n) gives the form of n channels from c on, and form(at, n) their dy at element `at` of
+  // the tensors.
   template <class Use>
   FUSED_PREACT_INLINE void with_form(const Use& use) const {
+    const S *const dz = g, *const input = x;
     if (norm == nullptr)
-      use([&](int64_t at, int64_t, int64_t n) __attribute__((always_inline)) { return load_lanes(g + at, n); });
+      use([&](int64_t, int64_t) __attribute__((always_inline)) {
+        return [dz](int64_t at, auto n) __attribute__((always_inline)) { return load_lanes(dz + at, n); };
+      });
     else if (grad == nullptr)
-      use([&](int64_t at, int64_t c, int64_t n)
-              __attribute__((always_inline)) { return load_lanes(g + at, n) * norm_row(kScale, c, n); });
+      use([&](int64_t c, int64_t n) __attribute__((always_inline)) {
+        return [dz, scale = norm_row(kScale, c, n)](int64_t at, auto n)
+                   __attribute__((always_inline)) { return load_lanes(dz + at, n) * scale; };
+      });
     else
-      use([&](int64_t at, int64_t c, int64_t n) __attribute__((always_inline)) {
-        const Vec<T> centered = load_lanes(x + at, n) - norm_row(kMean, c, n);
-        const Vec<T> scaled = load_lanes(g + at, n) * norm_row(kScale, c, n);
-        return centered * grad_row(kSlope, c, n) + (scaled + grad_row(kOffset, c, n));
+      use([&](int64_t c, int64_t n) __attribute__((always_inline)) {
+        return [dz, input, mean = norm_row(kMean, c, n), scale = norm_row(kScale, c, n), slope = grad_row(kSlope, c, n),
+                offset = grad_row(kOffset, c, n)](int64_t at, auto n) __attribute__((always_inline)) {
+          const Vec<T> centered = load_lanes(input + at, n) - mean;
+          return centered * slope + (load_lanes(dz + at, n) * scale + offset);
+        };
       });
   }
 
   template <class E>
   void fill(E* to, int64_t ld, int64_t pixel, int64_t count, int64_t begin, int64_t end) const {
-    with_form([&](const auto& form) __attribute__((always_inline)) {
-      fill_rows<S>(to, ld, count, begin, end, [&](int64_t p, int64_t c, int64_t n) __attribute__((always_inline)) {
-        return form((pixel + p) * C + c, c, n);
-      });
-    });
+    with_form([&](const auto& make_form)
+                  __attribute__((always_inline)) { fill_rows<S>(to, ld, pixel * C, C, count, begin, end, make_form); });
   }
 
  private:

@@ -10,6 +10,19 @@ namespace {
 
 constexpr int64_t kTilePixels = 64, kFew = 32, kMostGroups = 64;
 
+// add(i, which) for each i of [first, last), `which` of four sums side by side: that hides the latency of an addition, and
+// keeps each sum short.
+template <class Add>
+FUSED_PREACT_INLINE void side_by_side(int64_t first, int64_t last, const Add& add) {
+  for (; first + 4 <= last; first += 4) add(first, 0), add(first + 1, 1), add(first + 2, 2), add(first + 3, 3);
+  for (; first < last; ++first) add(first, 0);
+}
+
+template <class V>
+FUSED_PREACT_INLINE V total(const V (&sums)[4]) {
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
 template <class S>
 void statistics_of(int64_t pixels, int64_t C, const void* x, const Affine& next, void* rows, Workspace& workspace) {
   using T = Accumulate<S>;
@@ -22,21 +35,20 @@ void statistics_of(int64_t pixels, int64_t C, const void* x, const Affine& next,
       for_each_vector<T>(C, [&](int64_t c, int64_t n) __attribute__((always_inline)) {
         const S* value = values + p * C + c;
         const int64_t run = minimum(kTilePixels, pixels - p);
-        Vec<T> total = {};
-        for (int64_t i = 0; i < run; ++i) total += load_lanes(value + i * C, n);
-        RunSums<T> sums(total * splat(T(1) / T(run)));
+        Vec<T> around[4] = {};
+        side_by_side(0, run, [&](int64_t i, int which) __attribute__((always_inline)) {
+          around[which] += load_lanes(value + i * C, n);
+        });
+        RunSums<T> sums(total(around) * splat(T(1) / T(run)));
         for (int64_t first = 0; first < run; first += kFew) {
-          // Four sums side by side, which hides the latency of an addition and keeps each sum short.
           Vec<T> sum[4] = {}, squares[4] = {};
-          int64_t i = first;
-          const auto add = [&](int64_t at, int which) __attribute__((always_inline)) {
-            const Vec<T> d = load_lanes(value + at * C, n) - sums.origin;
+          side_by_side(first, minimum(first + kFew, run), [&](int64_t i, int which) __attribute__((always_inline)) {
+            const Vec<T> d = load_lanes(value + i * C, n) - sums.origin;
             sum[which] += d;
             squares[which] += d * d;
-          };
-          for (; i + 4 <= minimum(first + kFew, run); i += 4) add(i, 0), add(i + 1, 1), add(i + 2, 2), add(i + 3, 3);
-          for (; i < minimum(first + kFew, run); ++i) add(i, 0);
-          sums.add((sum[0] + sum[1]) + (sum[2] + sum[3]), (squares[0] + squares[1]) + (squares[2] + squares[3]));
+          });
+          sums.add(total(sum), total(squares));
+          sums.settle();
         }
         sums.merge_into(Moments<T>(moments, g, C), c, p - start(g), run);
       });

@@ -126,6 +126,19 @@ FUSED_PREACT_INLINE void store_wide(double* to, Wide<T> v) {
   memcpy(to, &v, sizeof v);
 }
 
+// A sum over many values: a few in T, and these sums in double.
+template <class T>
+struct LongSum {
+  Vec<T> few = {};
+  Wide<T> total = {};
+
+  FUSED_PREACT_INLINE void add(Vec<T> v) { few += v; }
+  FUSED_PREACT_INLINE void settle() {
+    total += widen<T>(few);
+    few = Vec<T>{};
+  }
+};
+
 // The first n < lanes values, the other lanes zero.
 template <class S>
 FUSED_PREACT_INLINE Vec<Accumulate<S>> load_first(const S* from, int64_t n) {
