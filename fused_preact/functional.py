@@ -98,7 +98,7 @@ _plans: dict[tuple[Any, ...], Plan] = {}
 
 
 def call_key(name: str, x: Tensor) -> tuple[Any, ...]:
-    """What a plan depends on beside the layers, for an argument: the tensor, and last autocast's dtype where it is on."""
+    """What a plan depends on beside the layers, for an argument: the tensor, and last the dtype of autocast or None."""
     checks.tensor(name, x)
     device = x.device.type
     cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
