@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
+import os
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -11,10 +13,14 @@ import torch
 from torch.func import functional_call
 from torch.utils._pytree import tree_map_only
 
-from . import _extension
+from . import _extension, tables
 from .schedule import Conv
 
-FUSED = ("cpu", "cuda", "library", "reference")
+# Read here, for torch.compile traces the choice of a backend; the variable is Triton's own.
+_INSTALLED = importlib.util.find_spec("triton") is not None
+_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+FUSED = ("cpu", "cuda", "triton", "library", "reference")
 NAMES = ("auto", *FUSED, "eager")
 
 
@@ -25,11 +31,14 @@ class Problem(NamedTuple):
     dtype: torch.dtype
     shape: tuple[int, ...]  # of x
     convolutions: tuple[tuple[Conv, tuple[int, ...]], ...]  # geometry, weight shape
+    format: str = "channels_last"  # memory format of x, or "contiguous"
 
 
 # What "auto" gives to the CUDA kernels: beyond that a convolution is bound by arithmetic more than by memory, which is
 # what they save. A rule, not a measurement.
 _MOST_CUDA_CHANNELS = 256
+# What it gives to the Triton kernels, whose tiles narrower channels leave empty. Likewise a rule.
+_LEAST_TRITON_CHANNELS = 64
 
 
 def _no_cpu(problem: Problem) -> str | None:
@@ -88,6 +97,37 @@ def _no_convolution(problem: Problem) -> str | None:
     return None
 
 
+def _no_triton(problem: Problem) -> str | None:
+    reason = _triton_unavailable()
+    if reason is not None:
+        return reason
+    if problem.device != ("cpu" if _INTERPRETED else "cuda"):
+        return f"it runs on GPUs, not on {problem.device}"
+    for conv, _ in problem.convolutions:
+        if conv.groups != 1 or conv.dilation != (1, 1):
+            return f"it has no groups and no dilation (groups={conv.groups}, dilation={conv.dilation})"
+    return None
+
+
+def _auto_no_triton(problem: Problem) -> str | None:
+    if problem.device != "cuda":
+        return "it is meant for GPUs, not for the interpreter; ask for it by name"
+    if problem.dtype.itemsize != 2 or problem.format != "channels_last":
+        return f"it is meant for 16-bit channels_last, not {problem.format} {problem.dtype}; ask for it by name"
+    least = min(min(shape[0], shape[1]) for _, shape in problem.convolutions)
+    if least < _LEAST_TRITON_CHANNELS:
+        return f"it is meant for {_LEAST_TRITON_CHANNELS} channels or more, not {least}; ask for it by name"
+    return None
+
+
+def _triton_unavailable() -> str | None:
+    if not _INSTALLED:
+        return "Triton is not installed: run `pip install 'fused_preact[triton]'`"
+    if not (torch.cuda.is_available() or _INTERPRETED):
+        return "it needs a GPU, and torch finds none"
+    return None
+
+
 def _no_library(problem: Problem) -> str | None:
     if problem.device not in ("cpu", "cuda"):
         return f"it knows the CPU and CUDA, not {problem.device}"
@@ -98,13 +138,14 @@ def _nothing(_problem: Problem) -> str | None:
     return None
 
 
-# What keeps "auto" from a backend besides.
-_AUTO_OBSTACLES: dict[str, Callable[[Problem], str | None]] = {"cuda": _auto_no_cuda}
+# What keeps "auto" from a backend besides, where nothing was measured.
+_AUTO_OBSTACLES: dict[str, Callable[[Problem], str | None]] = {"cuda": _auto_no_cuda, "triton": _auto_no_triton}
 # What keeps a backend from a problem, in the order in which "auto" tries them. "auto" promises never to be slower than
 # eager, and library pays for the activations that it does not keep by computing them again: it must be asked for.
 _OBSTACLES: dict[str, Callable[[Problem], str | None]] = {
     "cpu": _no_cpu,
     "cuda": _no_cuda,
+    "triton": _no_triton,
     "eager": _nothing,
     "library": _no_library,
     "reference": _nothing,
@@ -113,12 +154,19 @@ _OBSTACLES: dict[str, Callable[[Problem], str | None]] = {
 
 def status() -> dict[str, str | None]:
     """Name of each backend -> None where it can be used on this machine, else the reason why not."""
-    return {"cpu": _extension.unavailable, "cuda": _cuda_unavailable(), "library": None, "reference": None}
+    return {
+        "cpu": _extension.unavailable,
+        "cuda": _cuda_unavailable(),
+        "triton": _triton_unavailable(),
+        "library": None,
+        "reference": None,
+    }
 
 
-def _obstacle(asked: str, name: str, problem: Problem) -> str | None:
+def obstacle(name: str, problem: Problem, by_rule: bool = False) -> str | None:
+    """Why a backend cannot serve a problem, or, ``by_rule``, why "auto" passes it over; None where neither is so."""
     reason = _OBSTACLES[name](problem)
-    if reason is None and asked == "auto" and name in _AUTO_OBSTACLES:
+    if reason is None and by_rule and name in _AUTO_OBSTACLES:
         reason = _AUTO_OBSTACLES[name](problem)
     return reason
 
@@ -129,6 +177,12 @@ def check_name(backend: str) -> None:
         raise ValueError(f"backend must be one of {', '.join(NAMES)}; got {backend!r}")
 
 
+def _measured(problem: Problem) -> str | None:
+    """The backend that was measured fastest on this device, where it can serve here."""
+    best = tables.best(problem)
+    return best if best is not None and obstacle(best, problem) is None else None
+
+
 def choose(backend: str, problem: Problem) -> str:
     """Name of the backend that serves the problem.
 
@@ -137,8 +191,9 @@ def choose(backend: str, problem: Problem) -> str:
     """
     check_name(backend)
     if backend == "auto":
-        return next(name for name in _OBSTACLES if _obstacle("auto", name, problem) is None)
-    reason = _OBSTACLES[backend](problem)
+        by_rule = (name for name in _OBSTACLES if obstacle(name, problem, by_rule=True) is None)
+        return _measured(problem) or next(by_rule)
+    reason = obstacle(backend, problem)
     if reason is not None:
         raise ValueError(f"backend={backend!r} cannot serve this call: {reason}; use backend='auto'")
     return backend
@@ -150,6 +205,7 @@ class Choice(NamedTuple):
     where: Any
     backend: str
     others: dict[str, str]
+    problem: Problem | None = None
 
     def __str__(self) -> str:
         lines = [f"{self.where}: {self.backend}"]
@@ -177,10 +233,12 @@ class Explanation(tuple[Choice, ...]):
 
 def describe(where: str, backend: str, problem: Problem) -> Choice:
     """The choice for a problem, with its reasons."""
-    chosen = choose(backend, problem)
-    preferred = f"{chosen} comes first" if backend == "auto" else f"backend={backend!r} was asked for"
-    others = {name: _obstacle(backend, name, problem) or preferred for name in _OBSTACLES if name != chosen}
-    return Choice(where, chosen, others)
+    chosen, by_rule, preferred = choose(backend, problem), False, f"backend={backend!r} was asked for"
+    if backend == "auto":
+        by_rule = _measured(problem) is None
+        preferred = f"{chosen} comes first" if by_rule else f"{chosen} was measured fastest"
+    others = {name: obstacle(name, problem, by_rule) or preferred for name in _OBSTACLES if name != chosen}
+    return Choice(where, chosen, others, problem)
 
 
 _recording: list[Choice] | None = None

@@ -11,6 +11,7 @@ from .errors import UserError
 COMMANDS = {
     "info": ("info", "versions, instruction set, and which backends are usable"),
     "train": ("train.command", "train a network on CIFAR or on scikit-learn's digits"),
+    "tune": ("tune", "measure the backends on this device, for backend='auto'"),
     "bench": ("bench.command", "time fused against eager on this machine"),
 }
 

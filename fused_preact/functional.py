@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import backends, checks, ops
 from .checks import Block, Unit
-from .schedule import MEAN, MEMORY, SHORTCUTS, VARIANCE
+from .schedule import MEAN, MEMORY, SHORTCUTS, VARIANCE, memory_format
 
 
 def bn_relu_conv2d(
@@ -98,11 +98,12 @@ _plans: dict[tuple[Any, ...], Plan] = {}
 
 
 def call_key(name: str, x: Tensor) -> tuple[Any, ...]:
-    """What a plan depends on beside the layers, for an argument: the tensor, and autocast's dtype where it is on."""
+    """What a plan depends on beside the layers, for an argument: the tensor, and last the dtype of autocast or None."""
     checks.tensor(name, x)
     device = x.device.type
     cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    return x.shape, x.dtype, x.device, x.layout, cast
+    order = memory_format(x) if x.dim() == 4 and x.layout == torch.strided else None
+    return x.shape, x.dtype, x.device, x.layout, order, cast
 
 
 def make_plan(
@@ -113,10 +114,10 @@ def make_plan(
     Raises:
         TypeError, ValueError: an argument does not fit.
     """
-    *_, cast = call_key("x", x)
+    *_, cast = given = call_key("x", x)
     if torch.compiler.is_compiling():
         return _make_plan(x, blocks, residual, backend, memory, cast)
-    key, tensors = [backend, memory, cast], [x, residual]
+    key, tensors = [backend, memory, *given], [residual]
     for units, shortcut in blocks:
         key += (len(units), shortcut.kind, shortcut.conv)
         tensors.append(shortcut.weight)
@@ -143,7 +144,8 @@ def _make_plan(x, blocks, residual, backend, memory, cast) -> Plan:
     units = [unit for block in blocks for unit in block.units]
     layers = [layer for block in blocks for layer in (*block.units, block.shortcut) if layer.conv is not None]
     convolutions = tuple((layer.conv, tuple(layer.weight.shape)) for layer in layers)
-    problem = backends.Problem(x.device.type, x.dtype, tuple(x.shape), convolutions)
+    layout = "channels_last" if memory_format(x) == torch.channels_last else "contiguous"
+    problem = backends.Problem(x.device.type, x.dtype, tuple(x.shape), convolutions, layout)
     half = given.dtype in (torch.bfloat16, torch.float16)
     return Plan(
         backend,

@@ -1,14 +1,15 @@
 """The operators of ``torch.ops.fused_preact``, their fake kernels, and the autograd node of a stage.
 
-``forward`` and ``backward`` are written in C++ (csrc/ops.cpp); ``reference_forward``, ``library_forward`` and their
-backward are `schedule` over a table in Python. All pairs have one signature, which docs/design.md explains. `stage` is
-what the rest of the package calls.
+``forward`` and ``backward`` are written in C++ (csrc/ops.cpp); ``reference_forward``, ``library_forward``,
+``triton_forward`` and their backward are `schedule` over a table in Python. All pairs have one signature, which
+docs/design.md explains. `stage` is what the rest of the package calls.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import importlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,9 +30,19 @@ BACKWARD = (
     "Tensor[] shortcut_weight, bool[] training, int[] geometry, int[] units, int[] shortcut, ScalarType dtype, "
     "int memory, bool tf32, bool[] needs) -> (Tensor, Tensor[], Tensor[], Tensor[], Tensor[], Tensor[])"
 )
-TABLES = {"reference": reference, "library": library}
+TABLES: dict[str, Any] = {"reference": reference, "library": library, "triton": ".triton.table"}
 
 _library = torch.library.Library("fused_preact", "FRAGMENT")
+
+
+def table(backend: str) -> Any:
+    """The kernels of a backend in Python; a module given by its name is imported here, for Triton may be missing."""
+    kernels = TABLES[backend]
+    return importlib.import_module(kernels, __package__) if isinstance(kernels, str) else kernels
+
+
+def _over(backend: str, run: Callable[..., Any], *args: Any) -> Any:
+    return run(table(backend), *args)
 
 
 @dataclass(slots=True)
@@ -46,7 +57,7 @@ class Facts:
     shortcut: list[int]  # of each block, its index in schedule.SHORTCUTS
     dtype: torch.dtype
     memory: int  # index in schedule.MEMORY
-    tf32: bool  # multiply float32 as TF32; heard by `cuda` alone, for torch's own convolutions hear torch's switch
+    tf32: bool  # multiply float32 as TF32; heard by `cuda` alone, for the tables in Python hear torch's switch
     running_mean: list[Tensor] = field(default_factory=list)
     running_var: list[Tensor] = field(default_factory=list)
     rows: list[Tensor] = field(default_factory=list)  # left here by the eager node
@@ -211,11 +222,11 @@ def _register(backend: str) -> None:
     torch.library.register_autograd(backward, _twice, lib=_library)
 
 
-for _name, _table in TABLES.items():
+for _name in TABLES:
     for _schema, _function in (FORWARD, schedule.forward), (BACKWARD, schedule.backward):
         _operator = f"{_name}_{_function.__name__}"
         _library.define(_operator + _schema)
-        _library.impl(_operator, functools.partial(_function, _table), "CompositeExplicitAutograd")
+        _library.impl(_operator, functools.partial(_over, _name, _function), "CompositeExplicitAutograd")
     _register(_name)
 if _extension.unavailable is None:
     _register("cpu")

@@ -64,6 +64,11 @@ class PreActStage(nn.Sequential):
             x = part(x) if isinstance(part, nn.Module) else self._fused(part, x)
         return x
 
+    def runs(self) -> list[nn.Module]:
+        """What it is a sequence of as it runs: a stage for each run of blocks that is one node, and single blocks."""
+        parts = self._parts()
+        return [p if isinstance(p, nn.Module) else PreActStage(*p.blocks, memory=self.memory) for p in parts]
+
     def extra_repr(self) -> str:
         """The memory mode, where it is not the default."""
         return "" if self.memory == "fast" else f"memory={self.memory!r}"

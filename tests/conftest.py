@@ -5,7 +5,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from fused_preact import _extension
+import interpreted
+from cases import PYTHON_BACKENDS
+from fused_preact import _extension, tables
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -19,6 +21,26 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure() -> None:
     torch.set_num_threads(1)
+    if "triton" in PYTHON_BACKENDS:
+        interpreted.without_overflow_checks()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if "triton" not in PYTHON_BACKENDS:
+        return
+    chosen = {keep: [item for item in items if interpreted.left_out(item) != keep] for keep in (True, False)}
+    config.hook.pytest_deselected(items=chosen[False])
+    items[:] = chosen[True]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def nothing_measured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What was measured on this machine does not decide what the tests run on."""
+    empty = tmp_path_factory.mktemp("tables")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tables, "SHIPPED", empty)
+        patch.setattr(tables, "folder", lambda: empty)
+        yield
 
 
 def instruction_sets() -> list[str]:
@@ -41,7 +63,7 @@ def isa(request: pytest.FixtureRequest, use_isa) -> str:
     return request.param
 
 
-@pytest.fixture(params=["reference", "library", *(f"cpu-{name}" for name in instruction_sets())])
+@pytest.fixture(params=[*PYTHON_BACKENDS, *(f"cpu-{name}" for name in instruction_sets())])
 def backend(request: pytest.FixtureRequest) -> str:
     """Each fused backend; the CPU kernels once for every instruction set."""
     name, _, instruction_set = request.param.partition("-")

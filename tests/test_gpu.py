@@ -1,4 +1,4 @@
-"""The CUDA backend on a GPU, by the cases that the emulated kernels pass; `make gpu` runs them where there is one."""
+"""The backends cuda and triton on a GPU, by the cases that pass without one; `make gpu` runs them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from cases import Case, Results, Sample, assert_no_worse, eager, errors, fused, laid_out
-from fused_preact import PreActBottleneck, PreActStage
+from fused_preact import PreActBottleneck, PreActStage, backends
+from fused_preact.checks import Block
 from fused_preact.stage import MEMORY
 from fused_preact.train.graph import CudaGraph
 from test_cuda import CASES, PRODUCTS
@@ -32,13 +33,22 @@ def poisoned() -> Iterator[None]:
     torch.backends.cudnn.allow_tf32 = True
 
 
+@pytest.fixture(params=["cuda", "triton"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Each backend with kernels for GPUs."""
+    reason = backends.status()[request.param]
+    if reason is not None:
+        pytest.skip(reason)
+    return request.param
+
+
 def to_gpu(sample: Sample) -> Sample:
     def move(t: Tensor | None) -> Tensor | None:
         return None if t is None else t.detach().cuda()
 
     units = [unit._replace(**{name: move(getattr(unit, name)) for name in unit._fields[:6]}) for unit in sample.units]
     shortcut = sample.shortcut._replace(weight=move(sample.shortcut.weight))
-    return Sample(move(sample.x), units, shortcut, move(sample.residual), move(sample.dy))
+    return Sample(move(sample.x), [Block(units, shortcut)], move(sample.residual), move(sample.dy))
 
 
 def on_gpu(run, product: str):
@@ -51,31 +61,32 @@ def on_gpu(run, product: str):
     return moved
 
 
-fused_on_gpu = functools.partial(fused, backend="cuda")
+def fused_on_gpu(backend: str, product: str):
+    """The same with a fused backend."""
+    return on_gpu(functools.partial(fused, backend=backend), product)
 
 
 @each_product
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_as_close_to_float64_as_plain_layers(case: Case, product: str) -> None:
+def test_as_close_to_float64_as_plain_layers(case: Case, product: str, backend: str) -> None:
     """At most twice the error of eager torch on the same device, in the same dtype, with the same TF32 switch."""
     dtype = PRODUCTS[product]
-    assert_no_worse(
-        errors(case, dtype, on_gpu(fused_on_gpu, product)), errors(case, dtype, on_gpu(eager, product)), dtype
-    )
+    ours = errors(case, dtype, fused_on_gpu(backend, product))
+    assert_no_worse(ours, errors(case, dtype, on_gpu(eager, product)), dtype)
 
 
-def test_a_large_mean_keeps_its_digits() -> None:
+def test_a_large_mean_keeps_its_digits(backend: str) -> None:
     """Statistics whose squares would cancel."""
     case = replace(BY_ID["35-channels-1x1"], mean=1000.0)
-    ours = errors(case, torch.float32, on_gpu(fused_on_gpu, "fp32"))
+    ours = errors(case, torch.float32, fused_on_gpu(backend, "fp32"))
     assert_no_worse(ours, errors(case, torch.float32, on_gpu(eager, "fp32")), torch.float32)
 
 
 @each_product
 @pytest.mark.parametrize("name", ["odd", "many-pixels", "many-images", "bottleneck-stride-2"])
-def test_two_runs_agree_to_the_bit(name: str, product: str) -> None:
+def test_two_runs_agree_to_the_bit(name: str, product: str, backend: str) -> None:
     """Blocks arrive in another order each time, and sums do not depend on it."""
-    run, sample = on_gpu(fused_on_gpu, product), BY_ID[name].draw(0, PRODUCTS[product])
+    run, sample = fused_on_gpu(backend, product), BY_ID[name].draw(0, PRODUCTS[product])
     first = run(sample)
     for _ in range(5):
         assert all(torch.equal(value, first[name]) for name, value in run(sample).items())
@@ -83,19 +94,19 @@ def test_two_runs_agree_to_the_bit(name: str, product: str) -> None:
 
 @each_product
 @pytest.mark.parametrize("layout", ["nchw", "sliced"])
-def test_layouts_give_the_same_bits(layout: str, product: str) -> None:
+def test_layouts_give_the_same_bits(layout: str, product: str, backend: str) -> None:
     """NCHW, channels_last and slices of larger tensors differ in speed only."""
-    sample, run = BY_ID["bottleneck-stride-2"].draw(0, PRODUCTS[product]), on_gpu(fused_on_gpu, product)
+    sample, run = BY_ID["bottleneck-stride-2"].draw(0, PRODUCTS[product]), fused_on_gpu(backend, product)
     expected = run(sample)
     sample.x = laid_out(sample.x, layout)
     assert all(torch.equal(value, expected[name]) for name, value in run(sample).items())
 
 
 @pytest.mark.parametrize("memory", MEMORY)
-def test_a_cuda_graph_replays_a_training_step(memory: str) -> None:
+def test_a_cuda_graph_replays_a_training_step(backend: str, memory: str) -> None:
     """Forward and backward of a stage never wait for the device, and replays give the bits of the calls themselves."""
     torch.use_deterministic_algorithms(False)  # its NaN would be captured too
-    blocks = PreActBottleneck(32, 16, backend="cuda"), PreActBottleneck(64, 16, backend="cuda")
+    blocks = PreActBottleneck(32, 16, backend=backend), PreActBottleneck(64, 16, backend=backend)
     stage = PreActStage(*blocks, memory=memory).cuda().to(memory_format=torch.channels_last)
     x = torch.randn(4, 32, 9, 9, device="cuda").contiguous(memory_format=torch.channels_last).requires_grad_()
     dy = torch.randn(4, 64, 9, 9, device="cuda").contiguous(memory_format=torch.channels_last)
@@ -117,3 +128,14 @@ def test_a_cuda_graph_replays_a_training_step(memory: str) -> None:
         replay()
         assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
         assert all(count == 2 + i for count in counts)
+
+
+def test_compiled_kernels_are_in_the_graph_of_inductor(backend: str) -> None:
+    """torch.compile with its own GPU backend takes a training step of a block whole, and makes the same gradients."""
+    torch.use_deterministic_algorithms(False)
+    block = PreActBottleneck(64, 16, backend=backend).cuda().to(memory_format=torch.channels_last)
+    x = torch.randn(4, 64, 9, 9, device="cuda").contiguous(memory_format=torch.channels_last).requires_grad_()
+    dy, parameters = torch.randn_like(x), [x, *block.parameters()]
+    expected = torch.autograd.grad(block(x), parameters, dy)
+    compiled = torch.compile(block, fullgraph=True)
+    torch.testing.assert_close(torch.autograd.grad(compiled(x), parameters, dy), expected)

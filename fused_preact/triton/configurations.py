@@ -1,0 +1,77 @@
+"""The tile of each kernel call: from the measured table of the device where it has the call, else by one rule.
+
+SHIPPED lists a few tiles for each architecture and element size, the largest first; tests/triton compiles every one.
+The rule takes the largest tile that is no wider than the channels and gives every multiprocessor a program (PROGRAMS),
+else the smallest. It is a rule, not a measurement; `fused-preact tune` measures the list for the models' shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+from torch import Tensor
+
+from .. import tables
+from .launch import Config
+
+PROGRAMS = 128  # about the multiprocessors of a large GPU
+
+_AMPERE = {
+    2: (Config(128, 128, 32, 8, 3), Config(128, 64, 32, 4, 3), Config(64, 64, 32, 4, 3), Config(64, 32, 32, 4, 3)),
+    4: (Config(64, 64, 32, 4, 2), Config(64, 32, 16, 4, 2)),
+    8: (Config(32, 32, 16, 4, 2),),
+}
+SHIPPED: dict[str, dict[int, tuple[Config, ...]]] = {
+    # Triton multiplies without tensor cores there, and larger tiles spill.
+    "sm75": dict.fromkeys((2, 4, 8), (Config(32, 32, 16, 4, 2),)),
+    "sm80": _AMPERE,
+    "sm90": _AMPERE | {2: (Config(128, 128, 32, 8, 4), Config(128, 64, 32, 4, 3), Config(64, 64, 64, 4, 3))},
+    "sm100": _AMPERE | {2: (Config(128, 128, 64, 8, 3), Config(128, 64, 32, 4, 3), Config(64, 64, 64, 4, 2))},
+    # With more stages the second of these, and that of float64, spill there.
+    "sm120": _AMPERE | {2: (_AMPERE[2][0], Config(128, 64, 32, 4, 2), *_AMPERE[2][2:]), 8: (Config(32, 32, 16, 4, 1),)},
+    "hip": _AMPERE | {2: (Config(128, 128, 32, 8, 2), Config(64, 64, 32, 4, 2))},
+    # A call of the interpreter costs the same for any tile: few and large ones.
+    "interpreter": dict.fromkeys((2, 4, 8), (Config(128, 32, 64, 4, 1),)),
+}
+
+asked: set[str] = set()
+"""Keys of the calls of this process."""
+trial: dict[str, Config] = {}
+"""What comes before table and rule while `fused-preact tune` measures."""
+
+
+def architecture(device: torch.device) -> str:
+    """Key of SHIPPED for a device: the newest that is not newer than it."""
+    if device.type == "cpu":
+        return "interpreter"
+    if torch.version.hip is not None:
+        return "hip"
+    major, _ = torch.cuda.get_device_capability(device)
+    return {7: "sm75", 8: "sm80", 9: "sm90", 10: "sm100"}.get(major, "sm120")
+
+
+def candidates(device: torch.device, dtype: torch.dtype) -> tuple[Config, ...]:
+    """The tiles that can serve tensors of dtype on a device."""
+    return SHIPPED[architecture(device)][dtype.itemsize]
+
+
+def rule(tiles: Sequence[Config], rows: int, columns: int) -> Config:
+    """The tile for a product of rows x columns without a measurement."""
+    for config in tiles:
+        programs = triton.cdiv(rows, config.rows) * triton.cdiv(columns, config.columns)
+        if config.columns <= triton.next_power_of_2(columns) and programs >= PROGRAMS:
+            return config
+    return tiles[-1]
+
+
+def configuration(
+    kernel: str, x: Tensor, rows: int, columns: int, depth: Sequence[int], stride: Sequence[int]
+) -> Config:
+    """The tile of one call: a product of rows x columns, summed over ``depth``, of tensors like x."""
+    size = "x".join(map(str, (rows, columns, *depth)))
+    key = f"{kernel} {str(x.dtype).removeprefix('torch.')} {size}/{stride[0]},{stride[1]}"
+    asked.add(key)
+    measured = trial.get(key) or tables.tile(x.device, key)
+    return Config(*measured) if measured else rule(candidates(x.device, x.dtype), rows, columns)

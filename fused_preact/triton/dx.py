@@ -1,0 +1,46 @@
+"""dx = dy + add, with dy = scale*g + slope*(x - mean) + offset or g: the gradient that leaves the chain.
+
+Elementwise over [pixels, C]; a program takes one tile of ROWS pixels by COLUMNS channels. Bytes: each tensor once.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..schedule import Gradient
+from . import launch
+from .tile import load_gradient, narrow
+
+CONFIG = launch.Config(rows=64, columns=64, depth=0, warps=4, stages=1)
+
+
+@triton.jit
+def combine(
+    g, x, norm, slope, offset, add, out, pixels, C,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
+    """One tile of out. Grid: tiles of pixels, tiles of C.
+
+    x, norm, slope and offset are None where g is dy; add may be None.
+    """
+    m = tl.program_id(0).to(INDEX) * ROWS + tl.arange(0, ROWS)
+    c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    within = (m < pixels)[:, None] & (c < C)[None, :]
+    at = m[:, None] * C + c[None, :]
+    v = load_gradient(g, x, norm, slope, offset, m * C, c, C, m < pixels, ACC)
+    if add is not None:
+        v += tl.load(add + at, mask=within, other=0.0).to(ACC)
+    tl.store(out + at, narrow(v, out.dtype.element_ty), mask=within)
+
+
+def dx(dy: Gradient, add: Tensor | None) -> Tensor:
+    """Gradient [N, C, H, W] of the chain's input; as `fused_preact.reference.dx`."""
+    if dy.x is None and add is None:
+        return dy.g
+    out = torch.empty_like(dy.g)
+    N, C, H, W = out.shape
+    grid = triton.cdiv(N * H * W, CONFIG.rows), triton.cdiv(C, CONFIG.columns)
+    args = *launch.gradient(dy), add, out, N * H * W, C
+    launch.run(combine, grid, CONFIG, *args, INDEX=launch.index_type(out))
+    return out

@@ -1,0 +1,183 @@
+"""`fused-preact tune`: measures the backends at the models' shapes on this device, for ``backend="auto"`` to read."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import platform
+from collections.abc import Callable, Iterator
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fused_preact
+
+from . import backends, models, tables
+from .bench.measure import Step, Times, alternate, ratio, spread
+from .errors import UserError
+from .modules import Fused
+from .stage import PreActStage
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MODELS = ("resnet110", "resnet1001", "preactresnet18", "preactresnet50")
+ROUNDS = (5, 30)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `fused-preact tune`."""
+    parser.description = (
+        "Times forward and backward of every stage and block of some models with each backend on this device, and "
+        "writes the table that backend='auto' reads. On a GPU with Triton also its tiles."
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU, where torch finds one")
+    parser.add_argument("--models", nargs="+", choices=models.names(), default=MODELS, metavar="NAME")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=("fp32", "bf16"), metavar="DTYPE")
+    parser.add_argument("--batch", type=int, metavar="N", help="images (default: 16 on a CPU, else 128)")
+    parser.add_argument("--size", type=int, default=32, metavar="PIXELS", help="height and width of the images")
+    parser.add_argument("--budget", type=float, default=1.0, metavar="SECONDS", help="for each call (default: 1)")
+    parser.add_argument(
+        "--output", type=Path, metavar="JSON", help="file to write (default: in the user's cache folder)"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measures call by call, prints each result, writes the table; returns 0.
+
+    Raises:
+        UserError: the device is not there, or a number makes no sense.
+    """
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if tables.device_name(device) is None:
+        raise UserError(f"--device: torch finds no {device} device")
+    batch = arguments.batch or (16 if device == "cpu" else 128)
+    if min(batch, arguments.size) < 1 or not arguments.budget > 0:
+        raise UserError("--batch, --size and --budget must be positive")
+    document = _document(device)
+    for dtype in arguments.dtypes:
+        for problem, block in _calls(arguments.models, device, DTYPES[dtype], batch, arguments.size):
+            key = tables.call_key(problem)
+            if key not in document["calls"]:
+                if device == "cuda" and backends.obstacle("triton", problem) is None:
+                    document["tiles"] |= _tiles(problem, block, arguments.budget)
+                document["calls"][key] = found = measure(problem, block, arguments.budget)
+                times = ", ".join(f"{name} {1e3 * value:.2f} ms" for name, value in found["seconds"].items())
+                print(f"{found['best']:>8}  {key}: {times}", flush=True)
+    print(f"Table in {tables.save(document, arguments.output)}")
+    return 0
+
+
+def _document(device: str) -> dict[str, Any]:
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "fused_preact": fused_preact.__version__,
+    }
+    if backends.status()["triton"] is None:
+        import triton
+
+        versions["triton"] = triton.__version__
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    facts = {"device": tables.device_name(device), "date": now, "versions": versions}
+    return facts | {"threads": torch.get_num_threads(), "calls": {}, "tiles": {}}
+
+
+def _cast(problem: backends.Problem) -> torch.autocast:
+    enabled = problem.dtype != torch.float32
+    return torch.autocast(problem.device, problem.dtype if enabled else None, enabled=enabled)
+
+
+def _calls(
+    names: list[str], device: str, dtype: torch.dtype, batch: int, size: int
+) -> Iterator[tuple[backends.Problem, nn.Module]]:
+    """The fused calls of the models' training step, by stages and by blocks: what is called, and by which module."""
+    for name in names:
+        net = models.create(name, stem="cifar" if size <= 64 else "imagenet").to(device).train()
+        images = torch.empty(batch, 3, size, size, device=device)
+        for form in (_taken_apart(net, PreActStage.runs), _taken_apart(net, list)):
+            with torch.autocast(device, dtype if dtype != torch.float32 else None, enabled=dtype != torch.float32):
+                # By a backend that serves every call: plain layers would not be one.
+                choices = backends.explain(_served_by("reference", form), images)
+            for choice in choices:
+                if choice.problem is not None:
+                    yield choice.problem, form.get_submodule(choice.where)
+
+
+def _taken_apart(net: nn.Module, parts: Callable[[PreActStage], list[nn.Module]]) -> nn.Module:
+    """A copy of a net with modules of their own for the parts of its stages."""
+    net = copy.deepcopy(net)
+    for name, stage in [(name, m) for name, m in net.named_modules() if isinstance(m, PreActStage)]:
+        net.set_submodule(name, nn.Sequential(*parts(stage)))
+    return net
+
+
+def _served_by(backend: str, module: nn.Module) -> nn.Module:
+    """A copy of a module whose blocks a backend serves."""
+    module = copy.deepcopy(module)
+    for part in module.modules():
+        if isinstance(part, Fused):
+            part.backend = backend
+    return module
+
+
+def _step(problem: backends.Problem, block: nn.Module, backend: str) -> Step:
+    """Forward and backward of a stage or block with a backend, until the device has finished."""
+    module = _served_by(backend, block)
+    layout = torch.channels_last if problem.format == "channels_last" else torch.contiguous_format
+    x = torch.randn(problem.shape, device=problem.device, dtype=problem.dtype).to(memory_format=layout).requires_grad_()
+    wait: Callable[[], None] = torch.cuda.synchronize if problem.device == "cuda" else lambda: None
+
+    def forward() -> Tensor:
+        with _cast(problem):
+            y = module(x)
+        wait()
+        return y
+
+    dy = torch.randn_like(forward())
+
+    def backward(y: Tensor) -> None:
+        y.backward(dy)
+        wait()
+
+    def prepare() -> None:
+        x.grad = None
+        module.zero_grad(set_to_none=True)
+
+    return Step(prepare, forward, backward)
+
+
+def measure(problem: backends.Problem, block: nn.Module, budget: float) -> dict[str, Any]:
+    """The entry of one call: the median seconds of each backend that serves it, and the best.
+
+    Another than eager is best only if it was faster in four of five rounds: "auto" promises not to be slower.
+    """
+    served = [name for name in backends.FUSED if name != "reference" and backends.obstacle(name, problem) is None]
+    names = ["eager", *served]
+    times = dict(zip(names, alternate([_step(problem, block, name) for name in names], budget, ROUNDS), strict=True))
+    seconds = {name: spread(found.total).median for name, found in times.items()}
+    return {"best": _best(times), "seconds": seconds}
+
+
+def _best(times: dict[str, Times]) -> str:
+    gains = {name: ratio(times["eager"].total, found.total) for name, found in times.items() if name != "eager"}
+    faster = {name: gain.median for name, gain in gains.items() if gain.low > 1}
+    return max(faster, key=faster.__getitem__) if faster else "eager"
+
+
+def _tiles(problem: backends.Problem, block: nn.Module, budget: float) -> dict[str, list[int]]:
+    """The fastest shipped tile of each Triton kernel of a call, one kernel after the other."""
+    from .triton import configurations
+
+    configurations.asked.clear()
+    step = _step(problem, block, "triton")
+    step.backward(step.forward())
+    for key in sorted(configurations.asked):
+        seconds = {}
+        for tile in configurations.candidates(torch.device(problem.device), problem.dtype):
+            configurations.trial[key] = tile
+            (times,) = alternate([step], budget / 10, (3, 10))
+            seconds[tile] = spread(times.total).median
+        configurations.trial[key] = min(seconds, key=seconds.__getitem__)
+    return {key: list(configurations.trial[key]) for key in configurations.asked}

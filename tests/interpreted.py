@@ -1,0 +1,43 @@
+"""Triton's interpreter in the tests: how it runs, and which part of the shared suite it runs.
+
+It takes a second for forward and backward of one unit, however small: all of the suite would take most of an hour.
+What stays has every kernel, dtype, layout, shortcut and memory mode, and as many draws of a case as for any backend.
+Left out are shapes that give the kernels no other work than those that stay, and tests of the Python around the
+kernels, which is the same for every backend.
+"""
+
+import pytest
+
+# Channels and pixels that fill no tile; bias and residual; no padding, and more than the filter needs; strides that
+# leave a class of pixels without a tap; every shortcut; running statistics in front and in the middle. test_triton.py
+# has shapes of many tiles and parts.
+CASES = {
+    "one-channel", "odd", "odd-eval", "35-channels-1x1", "stride-2", "stride-2-1x1", "wide-padding",
+    "basic-residual", "basic-stride-2", "bottleneck-stride-2", "bottleneck-first", "frozen-second",
+}  # fmt: skip
+LEFT_OUT = {
+    "test_models.py",
+    "test_modules.py",
+    "test_blocks.py::test_a_block_is_its_layers",
+    "test_blocks.py::test_blocks_train_alike_under_autocast",
+    "test_blocks.py::test_copies_and_pickles",
+    "test_stage.py::test_opcheck",
+    "test_stage.py::test_rebuilt_inputs_leave_float32_gradients_as_close_as_eager",
+}
+
+
+def without_overflow_checks() -> None:
+    """Integers as on a GPU: not checked for overflow at each sum, which is half of what the interpreter does."""
+    from triton.runtime import interpreter
+
+    interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
+
+
+def left_out(item: pytest.Item) -> bool:
+    """Whether a test of interpreted kernels is not among those that run."""
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    if parameters.get("backend") != "triton":
+        return False
+    case = parameters.get("name") or getattr(parameters.get("case"), "id", None)
+    test = f"{item.path.name}::{item.originalname}"
+    return item.path.name in LEFT_OUT or test in LEFT_OUT or (case is not None and case not in CASES)

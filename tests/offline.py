@@ -1,0 +1,107 @@
+"""Triton kernels compiled for GPUs that are not there: registers, spills, shared memory and assembly of each."""
+
+import functools
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fused_preact.triton import dgrad, dx, forward, statistics, wgrad
+from fused_preact.triton.configurations import SHIPPED
+from fused_preact.triton.launch import MERGE, Config
+
+# Bytes of shared memory that one program may have: CUDA C++ programming guide, "Technical specifications". sm80 stands
+# for 8.6 and 8.9 too, which have less.
+SHARED = {"sm75": 64 << 10, "sm80": 99 << 10, "sm90": 227 << 10, "sm100": 227 << 10, "sm120": 99 << 10}
+TYPES = {2: ("bf16", "ieee"), 4: ("fp32", "tf32"), 8: ("fp64", "ieee")}
+GEMMS = {"forward": forward.convolve, "dgrad": dgrad.transposed, "wgrad": wgrad.correlate}
+# Pointers to per-channel rows and partial sums, in the accumulation type; the others are in the storage type.
+ROWS = {
+    "norm", "behind_norm", "slope", "offset", "parts", "bias_parts", "rows", "gamma", "beta", "rstd", "scale",
+    "dgamma", "dbeta",
+}  # fmt: skip
+WIDE = {"partial", "merged"}  # in float64
+POINTERS = {"x", "weight", "bias", "residual", "y", "g", "behind", "add", "dz", "out"} | WIDE | ROWS
+
+
+class Binary(NamedTuple):
+    """What a compilation gave."""
+
+    registers: int
+    spilled: int  # bytes
+    shared: int  # bytes
+    assembly: str  # PTX
+
+
+def cases() -> list[tuple[str, str, str, Config]]:
+    """(architecture, type, kernel, tile) of every shipped tile."""
+    found = []
+    for architecture in SHARED:
+        for size, tiles in SHIPPED[architecture].items():
+            # bf16 and fp16 differ in the name of one instruction; SM 7.5 has fp16 only.
+            name = "fp16" if architecture == "sm75" and size == 2 else TYPES[size][0]
+            found += [(architecture, name, kernel, tile) for tile in tiles for kernel in GEMMS]
+    return found
+
+
+def compiled(architecture: str, kind: str, kernel: str, tile: Config, taps: int = 3, stride: int = 1) -> Binary:
+    """One of the three products, with prologue and epilogue complete, for channels that divide by 16."""
+    tf32 = kind == "fp32" and architecture != "sm75"
+    constants = {"R": taps, "S": taps, "STRIDE_H": stride, "STRIDE_W": stride, "PRECISION": "tf32" if tf32 else "ieee"}
+    return build(architecture, kind, GEMMS[kernel], tile, **constants)
+
+
+def small_kernels() -> list[tuple[str, object, Config, dict]]:
+    """The kernels with one tile for all: (name, kernel, tile, constants)."""
+    return [
+        ("measure", statistics.measure, statistics.CONFIG, {}),
+        ("merge", statistics.merge, MERGE, {"EPS": 1e-5}),
+        ("total", dgrad.total, MERGE, {"BATCH": True}),
+        ("reduce", wgrad.reduce, wgrad.REDUCE, {}),
+        ("combine", dx.combine, dx.CONFIG, {}),
+    ]
+
+
+def build(architecture: str, kind: str, kernel, tile: Config, **constants) -> Binary:
+    """Compile a kernel with every optional argument present."""
+    capability, accumulation = int(architecture[2:]), "fp64" if kind == "fp64" else "fp32"
+    dtypes = {"fp32": triton.language.float32, "fp64": triton.language.float64}
+    constants |= {"ACC": dtypes[accumulation], "INDEX": triton.language.int32}
+    constants |= {"ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth}
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    signature, attributes = {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+            continue
+        pointer = name in POINTERS
+        dtype = "fp64" if name in WIDE else accumulation if name in ROWS else kind
+        signature[name] = f"*{dtype}" if pointer else "i32"
+        if pointer or name in ("C", "K"):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(kernel, signature, places, attributes)
+    options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
+    binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    usage = resource_usage(binary.asm["cubin"])
+    spilled = usage["STACK"] + usage["LOCAL"]
+    return Binary(usage["REG"], spilled, binary.metadata.shared, binary.asm["ptx"])
+
+
+def resource_usage(cubin: bytes) -> dict[str, int]:
+    """What cuobjdump, which comes with Triton, reads from a binary: REG, STACK, LOCAL, ... (a spill is in STACK)."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        text = subprocess.run([_cuobjdump(), "--dump-resource-usage", path], check=True, capture_output=True, text=True)
+    return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text.stdout)}
+
+
+@functools.cache
+def _cuobjdump() -> str:
+    return str(Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump")

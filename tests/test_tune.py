@@ -1,0 +1,115 @@
+import json
+
+import pytest
+import torch
+
+import fused_preact
+from fused_preact import PreActBlock, PreActStage, backends, cli, functional, tables, tune
+from fused_preact.bench.measure import Times
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty folder of tables."""
+    monkeypatch.setattr(tables, "folder", lambda: tmp_path)
+    tables.load.cache_clear()
+    functional._plans.clear()
+    yield tmp_path
+    tables.load.cache_clear()
+    functional._plans.clear()
+
+
+def test_auto_follows_what_was_measured(folder):
+    """The table that the command writes decides for exactly the calls it holds, and says so."""
+    arguments = [
+        "tune",
+        "--device=cpu",
+        "--models",
+        "resnet20",
+        "--dtypes",
+        "fp32",
+        "--batch=2",
+        "--size=8",
+        "--budget=0.01",
+    ]
+    assert cli.main(arguments) == 0
+    (path,) = folder.iterdir()
+    document = json.loads(path.read_text())
+    assert document["device"] == tables.device_name("cpu")
+    assert document["versions"]["torch"] == torch.__version__
+    for entry in document["calls"].values():
+        assert entry["best"] in entry["seconds"]
+        assert {"eager", "library"} <= entry["seconds"].keys()
+    block, x = PreActBlock(16, 16), torch.randn(2, 16, 8, 8).contiguous(memory_format=torch.channels_last)
+    (choice,) = fused_preact.explain(block, x)
+    document["calls"][tables.call_key(choice.problem)]["best"] = "library"
+    tables.save(document)
+    functional._plans.clear()
+    (choice,) = fused_preact.explain(block, x)
+    assert choice.backend == "library"
+    assert "measured fastest" in choice.others["eager"]
+    functional._plans.clear()
+    (other,) = fused_preact.explain(block, x.contiguous())
+    assert other.backend != "library"
+
+
+@pytest.mark.parametrize("backend", ["library", "eager"])
+def test_what_is_timed_is_the_backend_itself(backend):
+    """A stage and its blocks, one by one, are handed to the backend; the model keeps its own."""
+    calls = list(tune._calls(["resnet20"], "cpu", torch.float32, 2, 8))
+    kinds = [type(module) for _, module in calls]
+    assert (kinds.count(PreActStage), kinds.count(PreActBlock)) == (3, 8)  # the first block is of a third kind
+    for problem, module in calls:
+        x = torch.randn(problem.shape).contiguous(memory_format=torch.channels_last)
+        choices = fused_preact.explain(tune._served_by(backend, module), x)
+        assert {choice.backend for choice in choices} == {backend}
+        assert backend == "eager" or [choice.problem for choice in choices] == [problem]
+        assert {part.backend for part in module.modules() if isinstance(part, PreActBlock)} == {"auto"}
+
+
+def test_a_measured_backend_that_cannot_serve_is_passed_over(folder):
+    """A table from another installation does not make a call fail."""
+    problem = backends.Problem("cpu", torch.float16, (1, 4, 4, 4), ())
+    entry = {tables.call_key(problem): {"best": "cpu", "seconds": {}}}
+    tables.save({"device": tables.device_name("cpu"), "calls": entry, "tiles": {}})
+    assert backends.choose("auto", problem) == "eager"
+
+
+def test_saving_adds_to_what_the_file_has(folder):
+    """Two runs over different models make one table."""
+    for key in "ab":
+        path = tables.save({"device": "Some GPU", "calls": {key: {"best": "eager"}}, "tiles": {}})
+    assert path.name == "some-gpu.json"
+    assert set(tables.load("Some GPU")["calls"]) == {"a", "b"}
+
+
+def test_another_backend_wins_only_if_it_is_faster_nearly_always():
+    """A lead within the noise leaves the call to plain layers."""
+    eager = Times((1.0,) * 5, (1.0,) * 5)
+    noisy, faster = Times((1.0,) * 5, (0.5, 0.5, 0.9, 1.1, 1.2)), Times((1.0,) * 5, (0.8,) * 5)
+    assert tune._best({"eager": eager, "cpu": noisy}) == "eager"
+    assert tune._best({"eager": eager, "cpu": noisy, "library": faster}) == "library"
+
+
+def test_the_rule_on_a_gpu(monkeypatch):
+    """Without a table: few channels go to cuda, 16-bit channels_last of 64 and more to triton, the rest to eager."""
+
+    def chosen(C, dtype=torch.bfloat16, layout="channels_last"):
+        conv = fused_preact.schedule.Conv(1, 1, 1, 1, 1, 1, 1)
+        return backends.choose("auto", backends.Problem("cuda", dtype, (8, C, 8, 8), ((conv, (C, C, 3, 3)),), layout))
+
+    monkeypatch.setitem(backends._OBSTACLES, "triton", lambda problem: None)
+    monkeypatch.setitem(backends._OBSTACLES, "cuda", lambda problem: "it was left out")
+    assert chosen(64) == chosen(512) == "triton"
+    assert chosen(32) == chosen(64, torch.float32) == chosen(64, layout="contiguous") == "eager"
+    monkeypatch.setitem(backends._OBSTACLES, "cuda", lambda problem: None)
+    assert chosen(32) == chosen(256) == "cuda"
+    assert chosen(512) == "triton"
+    assert chosen(512, torch.float32) == "eager"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_device_that_is_not_there(capsys):
+    """Asking for a GPU without one is one sentence."""
+    assert cli.main(["tune", "--device=cuda"]) == 2
+    assert "torch finds no cuda device" in capsys.readouterr().err
