@@ -32,7 +32,7 @@ def draw(document: dict[str, Any], path: Path) -> None:
 
     entries = [entry for case in document["cases"] for entry in _entries(case)]
     figure = Figure(figsize=(9.5, 1.5 + 0.36 * len(entries) + 0.2 * len({e["group"] for e in entries})), dpi=150)
-    time, memory = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
+    time, memory = figure.subplots(1, 2, sharey=True, width_ratios=(5, 4))
     ticks = []
     height, group = 0.0, None
     for entry in entries:
@@ -44,12 +44,18 @@ def draw(document: dict[str, Any], path: Path) -> None:
         ticks.append((height, entry["label"]))
         _bar(time, height - BAR / 2, entry["forward"], FORWARD)
         _bar(time, height + BAR / 2, entry["total"], TOTAL)
-        _bar(memory, height, entry["saved_bytes"], SAVED, entry["bytes"], 2 * BAR)
+        _bar(memory, height, entry["saved_bytes"], SAVED, 2 * BAR)
+        end = entry["saved_bytes"]["ratio"]["median"]
+        memory.annotate(
+            entry["bytes"], (end, height), (5, 0), textcoords="offset points", color=TEXT, fontsize=7.5, va="center"
+        )
         height += 1.0
     time.set_yticks([h for h, _ in ticks], [label for _, label in ticks])
     time.set_ylim(height - 0.4, -0.5)
     fast = ("fp32", "bf16") if document["device"]["bf16_instructions"] else ("fp32",)
     time.set_xlim(0, 1.05 * max([2.5, *(_extent(entry) for entry in entries if entry["dtype"] in fast)]))
+    widest = max(entry["saved_bytes"]["ratio"]["median"] for entry in entries)
+    memory.set_xlim(0, 1.5 * widest)  # room for the amounts behind the bars
     for axes, title in ((time, "Times faster than eager"), (memory, "Times less kept for backward")):
         _dress(axes, title)
     legend = [
@@ -73,7 +79,7 @@ def _entries(case: dict[str, Any]) -> Iterator[dict[str, Any]]:
         rows = {row["quantity"]: row for row in case["rows"] if row["contender"] == name}
         saved = rows["saved_bytes"]
         before, after = (case["contenders"][saved[who]]["saved_bytes"] / 2**20 for who in ("baseline", "contender"))
-        amounts = f"   {before:.{_digits(before)}f} to {after:.{_digits(after)}f} MiB"
+        amounts = f"{before:.{_digits(before)}f} to {after:.{_digits(after)}f} MiB"
         label = ", ".join(filter(None, (case["label"], fused[1])))
         yield {"group": case["group"], "label": label, "dtype": case["dtype"], "bytes": amounts, **rows}
 
@@ -88,11 +94,11 @@ def _digits(value: float) -> int:
     return 0 if value >= 100 else 1 if value >= 10 else 2
 
 
-def _bar(axes: Any, y: float, row: dict[str, Any], color: str, remark: str = "", thickness: float = BAR) -> None:
+def _bar(axes: Any, y: float, row: dict[str, Any], color: str, thickness: float = BAR) -> None:
     ratio = row["ratio"]
     axes.barh(y, ratio["median"], thickness, color=color)
     axes.hlines(y, ratio["low"], ratio["high"], color=TEXT, linewidth=1)
-    axes.text(0.04, y, f"{ratio['median']:.2f}x{remark}", color="white", fontsize=7.5, fontweight="bold", va="center")
+    axes.text(0.04, y, f"{ratio['median']:.2f}x", color="white", fontsize=7.5, fontweight="bold", va="center")
     if row["goal"] is not None:
         axes.vlines(row["goal"], y - thickness / 2, y + thickness / 2, color=GOAL, linewidth=2)
 
