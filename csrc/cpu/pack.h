@@ -46,49 +46,96 @@ struct PackedVector {
   int64_t paired_index(int64_t pair) const { return panel + (row - row % pair) * width + lane * pair + row % pair; }
 };
 
+// Row `packed` of a packed filter: the weights from element `stored` on, `step_outer` apart.
+struct PackedRow {
+  int64_t stored, packed;
+};
+
+// All rows, in the order in which the filter stores them: a large one is not in the cache.
+template <class Pointer>
+const PackedRow* rows_as_stored(const FilterView<Pointer>& f, Workspace& workspace) {
+  struct Dimension {
+    int64_t size, step, rows;
+  } outer{f.taps_h, f.step_h, f.taps_w * f.inner}, middle{f.taps_w, f.step_w, f.inner}, inner{f.inner, f.step_inner, 1};
+  PackedRow first{0, 0};
+  const auto ascend = [&](Dimension& d) {
+    if (d.step >= 0) return;
+    first.stored += (d.size - 1) * d.step;
+    first.packed += (d.size - 1) * d.rows;
+    d.step = -d.step, d.rows = -d.rows;
+  };
+  const auto order = [](Dimension& a, Dimension& b) {
+    if (a.step >= b.step) return;
+    const Dimension c = a;
+    a = b, b = c;
+  };
+  ascend(outer), ascend(middle), ascend(inner);
+  order(outer, middle), order(middle, inner), order(outer, middle);
+  PackedRow* const rows = static_cast<PackedRow*>(workspace.take(f.depth() * sizeof(PackedRow)));
+  PackedRow* row = rows;
+  for (int64_t a = 0; a < outer.size; ++a)
+    for (int64_t b = 0; b < middle.size; ++b)
+      for (int64_t c = 0; c < inner.size; ++c)
+        *row++ = {first.stored + a * outer.step + b * middle.step + c * inner.step,
+                  first.packed + a * outer.rows + b * middle.rows + c * inner.rows};
+  return rows;
+}
+
+// Whether n rows are next to each other where they are stored.
+FUSED_PREACT_INLINE bool side_by_side(const PackedRow* rows, int n) {
+  bool result = true;
+  for (int i = 1; i < n; ++i) result &= rows[i].stored == rows[0].stored + i;
+  return result;
+}
+
+// The part of for_each_weights for one panel. All arguments are copies: what a store might change would be read again
+// after each.
+template <int Columns, class T, class Pointer, class Visit, class Square>
+void for_each_weights_of(int64_t panel, FilterView<Pointer> f, Panels<T> panels, const PackedRow* rows, Visit visit,
+                         Square square) {
+  constexpr int64_t kWidth = Columns * kLanes<T>;
+  const int64_t depth = f.depth(), base = panels.offset(panel), step = kLanes<T> * f.step_outer;
+  const int64_t first = panels.first_channel(panel) * f.step_outer, channels = f.outer - panels.first_channel(panel);
+  const auto at = [=](int64_t stored, int64_t row) __attribute__((always_inline)) {
+    for (int v = 0; v < Columns; ++v)
+      with_lanes<T>(channels - v * kLanes<T>, [=](auto n) __attribute__((always_inline)) {
+        visit(first + stored + v * step, PackedVector{base, row, kWidth, v * kLanes<T>}, n);
+      });
+  };
+  if (rows == nullptr) {
+    int64_t row = 0;
+    for (int64_t h = 0; h < f.taps_h; ++h)
+      for (int64_t w = 0; w < f.taps_w; ++w)
+        for (int64_t i = 0; i < f.inner; ++i) at(h * f.step_h + w * f.step_w + i * f.step_inner, row++);
+    return;
+  }
+  for (int64_t r = 0; r < depth;) {
+    if (channels < kWidth || r + kLanes<T> > depth || !side_by_side(rows + r, kLanes<T>)) {
+      at(rows[r].stored, rows[r].packed);
+      ++r;
+      continue;
+    }
+    for (int v = 0; v < Columns; ++v)
+      square(first + rows[r].stored + v * step, rows + r, PackedVector{base, 0, kWidth, v * kLanes<T>});
+    r += kLanes<T>;
+  }
+}
+
 // Calls visit(stored index, packed vector, n) for every vector of a packed filter: n output channels, `step_outer` apart
-// in the stored one. The loops follow the order in which the filter is stored, since a large one is not in the cache.
-// Where that has its summed channels next to each other, square(stored index, packed vector) takes kLanes of the next rows
-// at once, whole vectors of as many output channels: a transpose.
+// in the stored one. Where kLanes rows are stored side by side, square(stored index, rows, packed vector) takes whole
+// vectors of all of them at once: a transpose. Both are to hold what they use by value.
 template <class T, class Pointer, class Visit, class Square>
-FUSED_PREACT_INLINE void for_each_weights(const FilterView<Pointer>& f, const Visit& visit, const Square& square) {
+void for_each_weights(const FilterView<Pointer>& f, Workspace& workspace, const Visit& visit, const Square& square) {
   const Panels<T> panels{f.outer, f.depth()};
-  const auto stored = [&](int64_t i, int64_t h, int64_t w, int64_t v) __attribute__((always_inline)) {
-    return v * kLanes<T> * f.step_outer + i * f.step_inner + h * f.step_h + w * f.step_w;
-  };
-  const auto packed = [&](int64_t i, int64_t h, int64_t w, int64_t v) __attribute__((always_inline)) {
-    const int64_t panel = v / kColumns, row = (h * f.taps_w + w) * f.inner + i;
-    return PackedVector{panels.offset(panel), row, panels.width(panel), v % kColumns * kLanes<T>};
-  };
-  const auto at = [&](int64_t i, int64_t h, int64_t w, int64_t v) __attribute__((always_inline)) {
-    with_lanes<T>(f.outer - v * kLanes<T>,
-                  [&](auto n) __attribute__((always_inline)) { visit(stored(i, h, w, v), packed(i, h, w, v), n); });
-  };
-  const auto each = [&](int64_t count, const auto& body) {
-    if (panels.size() >= kWorthThreads) return parallel(count, body);
-    for (int64_t job = 0; job < count; ++job) body(job);
-  };
-  if (f.step_outer == 1)
-    each(f.inner, [&](int64_t i) {
-      for (int64_t h = 0; h < f.taps_h; ++h)
-        for (int64_t w = 0; w < f.taps_w; ++w)
-          for (int64_t v = 0; v < panels.vectors(); ++v) at(i, h, w, v);
+  // Where the output channels are stored side by side, the rows are taken in the order of the packed filter, without a list.
+  const PackedRow* rows = f.step_outer == 1 ? nullptr : rows_as_stored(f, workspace);
+  const auto body = [&](int64_t panel) {
+    with_constant<kColumns>(panels.columns(panel), [&](auto columns) __attribute__((always_inline)) {
+      for_each_weights_of<columns>(panel, f, panels, rows, visit, square);
     });
-  else if (f.step_inner == 1)
-    each(panels.vectors(), [&](int64_t v) {
-      const int64_t squares = (v + 1) * kLanes<T> <= f.outer ? f.inner - f.inner % kLanes<T> : 0;
-      for (int64_t h = 0; h < f.taps_h; ++h)
-        for (int64_t w = 0; w < f.taps_w; ++w) {
-          for (int64_t i = 0; i < squares; i += kLanes<T>) square(stored(i, h, w, v), packed(i, h, w, v));
-          for (int64_t i = squares; i < f.inner; ++i) at(i, h, w, v);
-        }
-    });
-  else
-    each(panels.vectors(), [&](int64_t v) {
-      for (int64_t i = 0; i < f.inner; ++i)
-        for (int64_t h = 0; h < f.taps_h; ++h)
-          for (int64_t w = 0; w < f.taps_w; ++w) at(i, h, w, v);
-    });
+  };
+  if (panels.size() >= kWorthThreads) return parallel(panels.count(), body);
+  for (int64_t panel = 0; panel < panels.count(); ++panel) body(panel);
 }
 
 FUSED_PREACT_INLINE float widened(float value) { return value; }
@@ -129,17 +176,19 @@ E* pack(const FilterView<const S*>& f, Workspace& workspace) {
   using T = Accumulate<S>;
   const Panels<T> panels{f.outer, f.depth()};
   E* to = static_cast<E*>(workspace.take(panels.size() * sizeof(E)));
-  const auto vector = [&](int64_t stored, const PackedVector& at, auto n) __attribute__((always_inline)) {
+  const auto vector = [f, to](int64_t stored, const PackedVector& at, auto n) __attribute__((always_inline)) {
     store_strided(to + at.paired_index(kPair<E>), kPair<E>, load_strided(f.data + stored, f.step_outer, n), kLanes<T>);
   };
-  const auto square = [&](int64_t stored, PackedVector at) __attribute__((always_inline)) {
-    Vec<T> rows[kLanes<T>];
-    for (int l = 0; l < kLanes<T>; ++l) rows[l] = load(f.data + stored + l * f.step_outer);
-    transpose<T>(rows);
-    for (int l = 0; l < kLanes<T>; ++l, ++at.row)
-      store_strided(to + at.paired_index(kPair<E>), kPair<E>, rows[l], kLanes<T>);
+  const auto square = [f, to](int64_t stored, const PackedRow* rows, PackedVector at) __attribute__((always_inline)) {
+    Vec<T> values[kLanes<T>];
+    for (int l = 0; l < kLanes<T>; ++l) values[l] = load(f.data + stored + l * f.step_outer);
+    transpose<T>(values);
+    for (int l = 0; l < kLanes<T>; ++l) {
+      at.row = rows[l].packed;
+      store_strided(to + at.paired_index(kPair<E>), kPair<E>, values[l], kLanes<T>);
+    }
   };
-  for_each_weights<T>(f, vector, square);
+  for_each_weights<T>(f, workspace, vector, square);
   return to;
 }
 

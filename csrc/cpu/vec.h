@@ -29,6 +29,21 @@ struct VecOf {
 template <class T>
 using Vec = typename VecOf<T>::type;
 
+// A vector type V of T as it lies in memory. Accesses through it are accesses to T for the compiler, which so knows that
+// they change no pointer and no size; after a memcpy it would read all of these again.
+template <class T, class V>
+struct InMemory {
+  typedef V type __attribute__((aligned(alignof(T))));
+};
+template <class V, class T>
+FUSED_PREACT_INLINE V load_as(const T* from) {
+  return *reinterpret_cast<const typename InMemory<T, V>::type*>(from);
+}
+template <class V, class T>
+FUSED_PREACT_INLINE void store_as(T* to, V v) {
+  *reinterpret_cast<typename InMemory<T, V>::type*>(to) = v;
+}
+
 template <class T>
 constexpr int kLanes = kVectorBytes / sizeof(T);
 
@@ -72,22 +87,19 @@ FUSED_PREACT_INLINE Vec<T> splat(T value) {
 
 template <class T>
 FUSED_PREACT_INLINE Vec<T> load(const T* from) {
-  Vec<T> v;
-  memcpy(&v, from, sizeof v);
-  return v;
+  return load_as<Vec<T>>(from);
 }
 
 template <class T>
 FUSED_PREACT_INLINE void store(T* to, Vec<T> v) {
-  memcpy(to, &v, sizeof v);
+  store_as(to, v);
 }
 
 constexpr int kBf16Lanes = kLanes<float>;
 typedef uint16_t HalfBits __attribute__((vector_size(kBf16Lanes * sizeof(uint16_t))));
 
 FUSED_PREACT_INLINE Vec<float> load(const BFloat16* from) {
-  HalfBits half;
-  memcpy(&half, from, sizeof half);
+  const HalfBits half = load_as<HalfBits>(&from->bits);
   return (Vec<float>)(__builtin_convertvector(half, Vec<uint32_t>) << 16);
 }
 
@@ -97,8 +109,7 @@ FUSED_PREACT_INLINE void store(BFloat16* to, Vec<float> v) {
   const Vec<uint32_t> rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const Vec<uint32_t> nan = (bits >> 16) | 0x40u;
   const Vec<uint32_t> chosen = (Vec<int32_t>)(v != v) ? nan : rounded;
-  const HalfBits half = __builtin_convertvector(chosen, HalfBits);
-  memcpy(to, &half, sizeof half);
+  store_as(&to->bits, __builtin_convertvector(chosen, HalfBits));
 }
 
 // Sums over many values are kept in double, as torch keeps them on the CPU: lane for lane the vectors of T, widened.
@@ -116,14 +127,12 @@ FUSED_PREACT_INLINE Wide<T> widen(Vec<T> v) {
 
 template <class T>
 FUSED_PREACT_INLINE Wide<T> load_wide(const double* from) {
-  Wide<T> v;
-  memcpy(&v, from, sizeof v);
-  return v;
+  return load_as<Wide<T>>(from);
 }
 
 template <class T>
 FUSED_PREACT_INLINE void store_wide(double* to, Wide<T> v) {
-  memcpy(to, &v, sizeof v);
+  store_as(to, v);
 }
 
 // A sum over many values: a few in T, and these sums in double.

@@ -100,23 +100,29 @@ void add_bias(double* dbias, const Columns<T>& b, int64_t n, int64_t width) {
 // Adds up the groups in order and stores the sum in the layout of the filter.
 template <class S>
 void finish(const Accumulate<S>* partial, const double* bias_partial, const Plan<Accumulate<S>>& plan,
-            const FilterView<S*>& dweight, S* dbias) {
+            const FilterView<S*>& dweight, S* dbias, Workspace& workspace) {
   using T = Accumulate<S>;
-  const auto total = [&](int64_t i) __attribute__((always_inline)) {
-    Vec<T> sum = load(partial + i);
-    for (int64_t g = 1; g < plan.groups; ++g) sum += load(partial + g * plan.panels.size() + i);
-    return sum;
-  };
-  const auto vector = [&](int64_t stored, const PackedVector& at, auto n) __attribute__((always_inline)) {
+  const auto total = [partial, groups = plan.groups, size = plan.panels.size()](int64_t i)
+                         __attribute__((always_inline)) {
+                           Vec<T> sum = load(partial + i);
+                           for (int64_t g = 1; g < groups; ++g) sum += load(partial + g * size + i);
+                           return sum;
+                         };
+  const auto vector = [total, dweight](int64_t stored, const PackedVector& at, auto n) __attribute__((always_inline)) {
     store_strided(dweight.data + stored, dweight.step_outer, total(at.index()), n);
   };
-  const auto square = [&](int64_t stored, PackedVector at) __attribute__((always_inline)) {
-    Vec<T> rows[kLanes<T>];
-    for (int l = 0; l < kLanes<T>; ++l, ++at.row) rows[l] = total(at.index());
-    transpose<T>(rows);
-    for (int l = 0; l < kLanes<T>; ++l) store(dweight.data + stored + l * dweight.step_outer, rows[l]);
-  };
-  for_each_weights<T>(dweight, vector, square);
+  const auto square = [total, dweight](int64_t stored, const PackedRow* rows, PackedVector at)
+                          __attribute__((always_inline)) {
+                            Vec<T> values[kLanes<T>];
+                            for (int l = 0; l < kLanes<T>; ++l) {
+                              at.row = rows[l].packed;
+                              values[l] = total(at.index());
+                            }
+                            transpose<T>(values);
+                            for (int l = 0; l < kLanes<T>; ++l)
+                              store(dweight.data + stored + l * dweight.step_outer, values[l]);
+                          };
+  for_each_weights<T>(dweight, workspace, vector, square);
   if (dbias == nullptr) return;
   const int64_t padded = plan.panels.padded_channels();
   for_each_vector<T>(plan.panels.channels, [&](int64_t k, int64_t n) __attribute__((always_inline)) {
@@ -162,7 +168,7 @@ void wgrad_of(const Conv& conv, const Gradient& dy, const Activation& x, const W
       if (dbias != nullptr) add_bias(dbias_part, columns, tile.pixels(), width);
     }
   });
-  finish<S>(partial, bias_partial, plan, forward_view<S>(conv, dweight), static_cast<S*>(dbias));
+  finish<S>(partial, bias_partial, plan, forward_view<S>(conv, dweight), static_cast<S*>(dbias), workspace);
 }
 
 }  // namespace
