@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from itertools import chain
+from operator import attrgetter, is_, itemgetter
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -62,34 +64,52 @@ class Layers(NamedTuple):
         return all(overwritable(pair.bn) and overwritable(pair.conv) for pair in self.pairs)
 
 
-def fingerprint(module: nn.Module) -> list[object]:
-    """All that a fused call reads of a module and those inside of it, but the numbers: equal lists, equal calls.
+_MEMBERS = ("_modules", "_parameters", "_buffers")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_SETTINGS = (
+    "training", "backend", "shortcut_input", "eps", "momentum", "track_running_stats", "stride", "padding", "dilation",
+    "groups", "padding_mode", "_compiled_call_impl",
+)  # fmt: skip
 
-    It is made for every call, so the dictionaries are read directly. What it names by its address must be kept alive
-    for as long as it is compared.
+
+class Watch:
+    """All that a fused call reads of a module and those inside of it, but the numbers, as it was when this was made.
+
+    It is compared in every call, so the modules' dictionaries are read directly, by functions that are written in C. It
+    holds these dictionaries, and through them all that it knows by its address, but not the module itself.
     """
-    facts: list[object] = [nn_module._has_any_global_hook()]
-    waiting = [module]
-    while waiting:
-        s = waiting.pop().__dict__
-        facts += (
-            s["training"],
-            s.get("backend"),
-            s.get("shortcut_input"),
-            s.get("eps"),
-            s.get("momentum"),
-            s.get("track_running_stats"),
-        )
-        facts += (s.get("stride"), s.get("padding"), s.get("dilation"), s.get("groups"), s.get("padding_mode"))
-        facts += (len(s["_forward_hooks"]), len(s["_forward_pre_hooks"]))
-        facts += (len(s["_backward_hooks"]), len(s["_backward_pre_hooks"]), s.get("_compiled_call_impl") is None)
-        for child in s["_modules"].values():
-            facts.append(id(child))
-            waiting.append(child)
-        for t in s["_parameters"].values():
-            facts += (id(t), t is None or t.dtype)
-        facts += map(id, s["_buffers"].values())
-    return facts
+
+    def __init__(self, module: nn.Module) -> None:
+        states, waiting = [], [module]
+        while waiting:
+            states.append(waiting.pop().__dict__)
+            waiting += (child for child in states[-1]["_modules"].values() if child is not None)
+        self._states = states
+        self._settings = [itemgetter(*(name for name in _SETTINGS if name in s)) for s in states]
+        self._boxes = self._find_boxes()
+        self._members = [s[name] for s in states for name in _MEMBERS]
+        self._hooks = [s[name] for s in states for name in _HOOKS]
+        self._parameters = [t for s in states for t in s["_parameters"].values() if t is not None]
+        self._facts = self._read()
+
+    def holds(self) -> bool:
+        """Whether nothing has changed."""
+        try:
+            return all(map(is_, self._find_boxes(), self._boxes)) and self._facts == self._read()
+        except KeyError:  # an attribute was deleted
+            return False
+
+    def _find_boxes(self) -> list[Any]:
+        return list(chain.from_iterable(map(itemgetter(*_MEMBERS, *_HOOKS), self._states)))
+
+    def _read(self) -> list[Any]:
+        facts: list[Any] = [nn_module._has_any_global_hook()]
+        facts += map(len, self._states)  # an attribute was added
+        facts += [read(state) for read, state in zip(self._settings, self._states, strict=True)]
+        facts += map(len, self._hooks)
+        facts += map(id, chain.from_iterable(map(dict.values, self._members)))
+        facts += map(attrgetter("dtype"), self._parameters)
+        return facts
 
 
 def hooked(child: nn.Module) -> bool:

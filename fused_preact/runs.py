@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import checks
 from .functional import Arguments, Plan, call_key, execute, make_plan
-from .layers import Layers, RunningUpdate, fingerprint, running_updates, update
+from .layers import Layers, RunningUpdate, Watch, running_updates, update
 
 
 class Run(NamedTuple):
@@ -55,17 +55,16 @@ class Run(NamedTuple):
         return plan
 
 
-# What was made of each module, by its fingerprint. Not in the module itself, which is copied and pickled; and what was
-# made must not hold the module, or that would never be freed.
-_known: WeakKeyDictionary[nn.Module, tuple[list[object], Any]] = WeakKeyDictionary()
+# What was made of each module, and what it was made from. Not in the module itself, which is copied and pickled; and
+# neither may hold the module, or that would never be freed.
+_known: WeakKeyDictionary[nn.Module, tuple[Watch, Any]] = WeakKeyDictionary()
 
 
 def remembered(module: nn.Module, make: Callable[[], Any]) -> Any:
     """What ``make`` gives, made again only when something that a fused call reads of the module changed."""
     if torch.compiler.is_compiling():
         return make()
-    facts = fingerprint(module)
     known = _known.get(module)
-    if known is None or known[0] != facts:
-        known = _known[module] = facts, make()
+    if known is None or not known[0].holds():
+        known = _known[module] = Watch(module), make()
     return known[1]

@@ -35,6 +35,8 @@ CHANGES = {
     "eps": lambda bn, conv: setattr(bn, "eps", 0.5),
     "padding": lambda bn, conv: setattr(conv, "padding", (2, 2)),
     "hook": lambda bn, conv: bn.register_forward_hook(lambda module, given, result: 2 * result),
+    "hooks": lambda bn, conv: setattr(bn, "_forward_hooks", {0: lambda module, given, result: 2 * result}),
+    "parameters": lambda bn, conv: setattr(conv, "_parameters", {"weight": nn.Parameter(-conv.weight), "bias": None}),
     "running": lambda bn, conv: setattr(bn, "running_mean", torch.full((4,), 9.0)),
 }
 
