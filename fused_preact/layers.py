@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
-from operator import attrgetter, is_, itemgetter
+from operator import attrgetter, getitem, is_, itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -85,8 +85,8 @@ class Watch:
             states.append(waiting.pop().__dict__)
             waiting += (child for child in states[-1]["_modules"].values() if child is not None)
         self._states = states
-        self._settings = [itemgetter(*(name for name in _SETTINGS if name in s)) for s in states]
-        self._boxes = self._find_boxes()
+        self._settings = tuple(zip(*((s, name) for s in states for name in _SETTINGS if name in s), strict=True))
+        self._boxes = list(self._find_boxes())
         self._members = [s[name] for s in states for name in _MEMBERS]
         self._hooks = [s[name] for s in states for name in _HOOKS]
         self._parameters = [t for s in states for t in s["_parameters"].values() if t is not None]
@@ -99,13 +99,13 @@ class Watch:
         except KeyError:  # an attribute was deleted
             return False
 
-    def _find_boxes(self) -> list[Any]:
-        return list(chain.from_iterable(map(itemgetter(*_MEMBERS, *_HOOKS), self._states)))
+    def _find_boxes(self) -> Iterator[Any]:
+        return chain.from_iterable(map(itemgetter(*_MEMBERS, *_HOOKS), self._states))
 
     def _read(self) -> list[Any]:
         facts: list[Any] = [nn_module._has_any_global_hook()]
         facts += map(len, self._states)  # an attribute was added
-        facts += [read(state) for read, state in zip(self._settings, self._states, strict=True)]
+        facts += map(getitem, *self._settings)
         facts += map(len, self._hooks)
         facts += map(id, chain.from_iterable(map(dict.values, self._members)))
         facts += map(attrgetter("dtype"), self._parameters)
