@@ -16,7 +16,7 @@ constexpr int64_t kRun = 144;
 
 // A product's tile: as many pixels as make a strip of kTileBytes, within limits. Tiles are worked on in at most kMostGroups
 // groups, each with sums of its own.
-constexpr int64_t kTileBytes = 1 << 15, kLeastPixels = 48, kMostPixels = 256, kMostGroups = 64;
+constexpr int64_t kTileBytes = 1 << 15, kLeastPixels = 64, kMostPixels = 256, kMostGroups = 64;
 
 inline int64_t tile_pixels(const Window& w, int64_t value_bytes) {
   const int64_t pixels = kTileBytes / maximum<int64_t>(w.C * value_bytes, 1);

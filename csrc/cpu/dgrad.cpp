@@ -192,10 +192,11 @@ struct Pass {
  private:
   static void list_outputs(int64_t* outputs, const Tile& tile, int64_t H, int64_t W, int64_t phase_h, int64_t phase_w,
                            int64_t stride_h, int64_t stride_w) {
-    for (int64_t i = 0; i < tile.rows; ++i) {
-      const int64_t row = (tile.n * H + (tile.i0 + i) * stride_h + phase_h) * W + phase_w;
-      for (int64_t j = 0; j < tile.cols; ++j) *outputs++ = row + (tile.j0 + j) * stride_w;
-    }
+    for (int64_t n = tile.n; n < tile.n + tile.images; ++n)
+      for (int64_t i = 0; i < tile.rows; ++i) {
+        const int64_t row = (n * H + (tile.i0 + i) * stride_h + phase_h) * W + phase_w;
+        for (int64_t j = 0; j < tile.cols; ++j) *outputs++ = row + (tile.j0 + j) * stride_w;
+      }
   }
 };
 

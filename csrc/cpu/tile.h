@@ -36,17 +36,19 @@ inline Window forward_window(const Conv& c) {
   return flattened({c.N, c.H, c.W, c.C, c.P, c.Q, c.R, c.S, c.stride_h, c.stride_w, -c.pad_h, -c.pad_w});
 }
 
-// The output pixels [i0, i0 + rows) x [j0, j0 + cols) of image n: whole rows, or a part of a flattened one.
+// The output pixels [i0, i0 + rows) x [j0, j0 + cols) of `images` images from n on: whole rows, or a part of a flattened
+// one; of more than one image all of them, so that the pixels follow each other in an NHWC tensor.
 struct Tile {
-  int64_t n, i0, rows, j0, cols;
+  int64_t n, images, i0, rows, j0, cols;
 
-  int64_t pixels() const { return rows * cols; }
+  int64_t pixels() const { return images * rows * cols; }
 };
 
 // A run of this many pixels is made of whole register blocks, of six rows and of eight.
 constexpr int64_t kTileStep = 24;
 
-// Cuts a window into tiles of about `pixels` output pixels. The cut depends on the shape alone.
+// Cuts a window into tiles of about `pixels` output pixels; small images share one, since each tile reads all weights.
+// The cut depends on the shape alone.
 class Tiling {
  public:
   Tiling(const Window& w, int64_t pixels) : window_(w) {
@@ -55,18 +57,20 @@ class Tiling {
     rows_ = one_row ? 1 : even_part(w.P, pixels / cols_);
     across_ = ceil_div(w.Q, cols_);
     down_ = ceil_div(w.P, rows_);
+    images_ = down_ * across_ == 1 ? even_part(w.N, pixels / (rows_ * cols_)) : 1;
   }
 
-  int64_t count() const { return window_.N * down_ * across_; }
-  int64_t most_pixels() const { return rows_ * cols_; }
+  int64_t count() const { return ceil_div(window_.N, images_) * down_ * across_; }
+  int64_t most_pixels() const { return images_ * rows_ * cols_; }
 
   int64_t most_strip() const {
-    return ((rows_ - 1) * window_.stride_h + window_.R) * ((cols_ - 1) * window_.stride_w + window_.S) * window_.C;
+    return images_ * ((rows_ - 1) * window_.stride_h + window_.R) * ((cols_ - 1) * window_.stride_w + window_.S) *
+           window_.C;
   }
 
   Tile operator[](int64_t t) const {
-    const int64_t n = t / (down_ * across_), i0 = t / across_ % down_ * rows_, j0 = t % across_ * cols_;
-    return {n, i0, minimum(rows_, window_.P - i0), j0, minimum(cols_, window_.Q - j0)};
+    const int64_t n = t / (down_ * across_) * images_, i0 = t / across_ % down_ * rows_, j0 = t % across_ * cols_;
+    return {n, minimum(images_, window_.N - n), i0, minimum(rows_, window_.P - i0), j0, minimum(cols_, window_.Q - j0)};
   }
 
  private:
@@ -77,7 +81,7 @@ class Tiling {
   }
 
   Window window_;
-  int64_t rows_, cols_, down_, across_;
+  int64_t rows_, cols_, down_, across_, images_;
 };
 
 // What multiply and outer read: one pointer an output pixel, and the step from one of its rows to the next.
@@ -88,11 +92,13 @@ struct Operand {
 };
 
 template <class E>
-void point_at(Operand<E>& operand, const Window& w, const Tile& tile, const E* origin, int64_t row_stride) {
+void point_at(Operand<E>& operand, const Window& w, const Tile& tile, const E* origin, int64_t image_stride,
+              int64_t row_stride) {
   operand.row_stride = row_stride;
   const E** pixel = operand.pixels;
-  for (int64_t i = 0; i < tile.rows; ++i)
-    for (int64_t j = 0; j < tile.cols; ++j) *pixel++ = origin + i * w.stride_h * row_stride + j * w.stride_w * w.C;
+  for (int64_t n = 0; n < tile.images; ++n, origin += image_stride)
+    for (int64_t i = 0; i < tile.rows; ++i)
+      for (int64_t j = 0; j < tile.cols; ++j) *pixel++ = origin + i * w.stride_h * row_stride + j * w.stride_w * w.C;
 }
 
 // Points the operand at the pixels that a tile reads: in place where the source is a plain tensor of type E and no
@@ -102,21 +108,21 @@ void gather(Operand<E>& operand, E* strip, const Window& w, const Tile& tile, co
   const int64_t h0 = tile.i0 * w.stride_h + w.top, w0 = tile.j0 * w.stride_w + w.left;
   const E* plain = source.template plain<E>();
   if (plain != nullptr && w.stays_inside())
-    return point_at(operand, w, tile, plain + ((tile.n * w.H + h0) * w.W + w0) * w.C, w.W * w.C);
+    return point_at(operand, w, tile, plain + ((tile.n * w.H + h0) * w.W + w0) * w.C, w.H * w.W * w.C, w.W * w.C);
   const int64_t rows = (tile.rows - 1) * w.stride_h + w.R, cols = (tile.cols - 1) * w.stride_w + w.S;
   const int64_t first = minimum(maximum<int64_t>(-w0, 0), cols), last = maximum(minimum(w.W - w0, cols), first);
-  for (int64_t r = 0; r < rows; ++r) {
-    E* row = strip + r * cols * w.C;
-    const int64_t h = h0 + r;
-    if (h < 0 || h >= w.H) {
-      memset(row, 0, cols * w.C * sizeof(E));
-      continue;
+  E* row = strip;
+  for (int64_t n = tile.n; n < tile.n + tile.images; ++n)
+    for (int64_t h = h0; h < h0 + rows; ++h, row += cols * w.C) {
+      if (h < 0 || h >= w.H) {
+        memset(row, 0, cols * w.C * sizeof(E));
+        continue;
+      }
+      memset(row, 0, first * w.C * sizeof(E));
+      source.fill(row + first * w.C, w.C, (n * w.H + h) * w.W + w0 + first, last - first, 0, w.C);
+      memset(row + last * w.C, 0, (cols - last) * w.C * sizeof(E));
     }
-    memset(row, 0, first * w.C * sizeof(E));
-    source.fill(row + first * w.C, w.C, (tile.n * w.H + h) * w.W + w0 + first, last - first, 0, w.C);
-    memset(row + last * w.C, 0, (cols - last) * w.C * sizeof(E));
-  }
-  point_at(operand, w, tile, strip, cols * w.C);
+  point_at(operand, w, tile, strip, rows * cols * w.C, cols * w.C);
 }
 
 // body(job) for each job of [0, jobs). A thread takes the next job when it is done with one, so that one that the system

@@ -14,7 +14,7 @@ namespace fused_preact::cpu::FUSED_PREACT_ISA {
 
 namespace {
 
-constexpr int64_t kTileBytes = 1 << 16, kLeastPixels = 48, kMostPixels = 128;
+constexpr int64_t kTileBytes = 1 << 16, kLeastPixels = 64, kMostPixels = 128;
 
 // A group's dW costs a write and a read a weight; 256 pixels a group make that small beside the products. Its memory
 // is bounded too.
