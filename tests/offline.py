@@ -16,8 +16,11 @@ from fused_preact.triton.configurations import SHIPPED
 from fused_preact.triton.launch import MERGE, Config
 
 # Bytes of shared memory that one program may have: CUDA C++ programming guide, "Technical specifications". sm80 stands
-# for 8.6 and 8.9 too, which have less.
-SHARED = {"sm75": 64 << 10, "sm80": 99 << 10, "sm90": 227 << 10, "sm100": 227 << 10, "sm120": 99 << 10}
+# for 8.6 and 8.9 too, which have less. On AMD (CDNA 2, 3 and 4) the local data share of a workgroup; gfx950 has more.
+SHARED = {
+    "sm75": 64 << 10, "sm80": 99 << 10, "sm90": 227 << 10, "sm100": 227 << 10, "sm120": 99 << 10,
+    "gfx90a": 64 << 10, "gfx942": 64 << 10, "gfx950": 64 << 10,
+}  # fmt: skip
 TYPES = {2: ("bf16", "ieee"), 4: ("fp32", "tf32"), 8: ("fp64", "ieee")}
 GEMMS = {"forward": forward.convolve, "dgrad": dgrad.transposed, "wgrad": wgrad.correlate}
 # Pointers to per-channel rows and partial sums, in the accumulation type; the others are in the storage type.
@@ -35,14 +38,18 @@ class Binary(NamedTuple):
     registers: int
     spilled: int  # bytes
     shared: int  # bytes
-    assembly: str  # PTX
+    assembly: str  # PTX, or AMD's
+
+
+def is_amd(architecture: str) -> bool:
+    return architecture.startswith("gfx")
 
 
 def cases() -> list[tuple[str, str, str, Config]]:
     """(architecture, type, kernel, tile) of every shipped tile."""
     found = []
     for architecture in SHARED:
-        for size, tiles in SHIPPED[architecture].items():
+        for size, tiles in SHIPPED["hip" if is_amd(architecture) else architecture].items():
             # bf16 and fp16 differ in the name of one instruction; SM 7.5 has fp16 only.
             name = "fp16" if architecture == "sm75" and size == 2 else TYPES[size][0]
             found += [(architecture, name, kernel, tile) for tile in tiles for kernel in GEMMS]
@@ -51,7 +58,7 @@ def cases() -> list[tuple[str, str, str, Config]]:
 
 def compiled(architecture: str, kind: str, kernel: str, tile: Config, taps: int = 3, stride: int = 1) -> Binary:
     """One of the three products, with prologue and epilogue complete, for channels that divide by 16."""
-    tf32 = kind == "fp32" and architecture != "sm75"
+    tf32 = kind == "fp32" and architecture != "sm75" and not is_amd(architecture)
     constants = {"R": taps, "S": taps, "STRIDE_H": stride, "STRIDE_W": stride, "PRECISION": "tf32" if tf32 else "ieee"}
     return build(architecture, kind, GEMMS[kernel], tile, **constants)
 
@@ -69,7 +76,7 @@ def small_kernels() -> list[tuple[str, object, Config, dict]]:
 
 def build(architecture: str, kind: str, kernel, tile: Config, **constants) -> Binary:
     """Compile a kernel with every optional argument present."""
-    capability, accumulation = int(architecture[2:]), "fp64" if kind == "fp64" else "fp32"
+    accumulation = "fp64" if kind == "fp64" else "fp32"
     dtypes = {"fp32": triton.language.float32, "fp64": triton.language.float64}
     constants |= {"ACC": dtypes[accumulation], "INDEX": triton.language.int32}
     constants |= {"ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth}
@@ -87,19 +94,28 @@ def build(architecture: str, kind: str, kernel, tile: Config, **constants) -> Bi
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     source = ASTSource(kernel, signature, places, attributes)
     options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
-    binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    usage = resource_usage(binary.asm["cubin"])
-    spilled = usage["STACK"] + usage["LOCAL"]
-    return Binary(usage["REG"], spilled, binary.metadata.shared, binary.asm["ptx"])
+    amd = is_amd(architecture)
+    target = GPUTarget("hip", architecture, 64) if amd else GPUTarget("cuda", int(architecture[2:]), 32)
+    binary = triton.compile(source, target=target, options=options)
+    assembly = binary.asm["amdgcn" if amd else "ptx"]
+    usage = _of_assembly(assembly) if amd else _of_cubin(binary.asm["cubin"])
+    return Binary(*usage, binary.metadata.shared, assembly)
 
 
-def resource_usage(cubin: bytes) -> dict[str, int]:
-    """What cuobjdump, which comes with Triton, reads from a binary: REG, STACK, LOCAL, ... (a spill is in STACK)."""
+def _of_assembly(text: str) -> tuple[int, int]:
+    """Registers and spilled bytes that the metadata at the end of AMD's assembly tells."""
+    counts = dict(re.findall(r"\.(vgpr_count|private_segment_fixed_size):\s+(\d+)", text))
+    return int(counts["vgpr_count"]), int(counts["private_segment_fixed_size"])
+
+
+def _of_cubin(cubin: bytes) -> tuple[int, int]:
+    """Registers and spilled bytes (in STACK or LOCAL) that cuobjdump, which comes with Triton, reads from a binary."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(cubin)
         text = subprocess.run([_cuobjdump(), "--dump-resource-usage", path], check=True, capture_output=True, text=True)
-    return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text.stdout)}
+    counts = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text.stdout)}
+    return counts["REG"], counts["STACK"] + counts["LOCAL"]
 
 
 @functools.cache

@@ -8,17 +8,19 @@ import triton
 if triton.knobs.runtime.interpret:
     pytest.skip("interpreted kernels cannot be compiled", allow_module_level=True)
 
-from offline import SHARED, build, cases, compiled, small_kernels
+from offline import SHARED, build, cases, compiled, is_amd, small_kernels
 
 
 @pytest.mark.parametrize(("architecture", "kind", "kernel", "tile"), cases(), ids=str)
 def test_a_shipped_tile_fits(architecture, kind, kernel, tile):
-    """No spills, shared memory within the limit, and the tensor cores of the architecture in the assembly."""
+    """No spills, shared memory within the limit, and the matrix units of the architecture in the assembly."""
     binary = compiled(architecture, kind, kernel, tile)
     assert binary.spilled == 0
     assert binary.registers <= 255
     assert binary.shared <= SHARED[architecture]
-    if kind != "fp64" and architecture != "sm75":
+    if is_amd(architecture):
+        assert "v_mfma_" in binary.assembly
+    elif kind != "fp64" and architecture != "sm75":
         instruction = {"sm90": "wgmma.mma_async", "sm100": "tcgen05.mma"}.get(architecture, "mma.sync")
         assert instruction in binary.assembly
 

@@ -1,6 +1,7 @@
 """The tile of each kernel call: from the measured table of the device where it has the call, else by one rule.
 
-SHIPPED lists a few tiles for each architecture and element size, the largest first; tests/triton compiles every one.
+SHIPPED lists a few tiles for each architecture and element size, the largest first; tests/test_triton_compile.py
+compiles every one.
 The rule takes the largest tile that is no wider than the channels and gives every multiprocessor a program (PROGRAMS),
 else the smallest. It is a rule, not a measurement; `fused-preact tune` measures the list for the models' shapes.
 """
