@@ -18,7 +18,17 @@ from setuptools.errors import CompileError
 from nvcc import Cuda
 from torch_location import Torch
 
-HOST_SOURCES = ("ops", "schedule", "launch", "tensors", "cpu/dispatch", "cpu/parallel", "cpu/pool", "cpu/workspace")
+HOST_SOURCES = (
+    "ops",
+    "schedule",
+    "launch",
+    "running",
+    "tensors",
+    "cpu/dispatch",
+    "cpu/parallel",
+    "cpu/pool",
+    "cpu/workspace",
+)
 KERNEL_SOURCES = ("forward", "dgrad", "wgrad", "statistics", "dx")  # of cpu/ and of cuda/, beside the table kernels.cpp
 
 # No -ffast-math: NaN and infinity must come out as torch gives them. Kernels read neither errno nor exception flags.

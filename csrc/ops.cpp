@@ -8,12 +8,14 @@
 #include <algorithm>
 #include <string>
 #include <tuple>
+#include <utility>
 
 #include "cpu/dispatch.h"
 #if defined(FUSED_PREACT_CUDA)
 #include "cuda/device.h"
 #endif
 #include "expect.h"
+#include "running.h"
 #include "schedule.h"
 
 namespace fused_preact {
@@ -205,6 +207,20 @@ Tensors expect_kept(const Tensors& kept, const Stage& stage, ScalarType stream) 
   return dense;
 }
 
+// By unit and by block; the operator is told of those alone that have a bias or a projection.
+Needs parse_needs(const std::vector<bool>& needs, const Stage& stage) {
+  const size_t n = stage.units(), biases = stage.bias.size();
+  const size_t projections = std::count_if(stage.blocks.begin(), stage.blocks.end(), projects);
+  const size_t size = 1 + 2 * n + biases + projections;
+  expect(needs.size() == size, "needs: expected ", size, " values, got ", needs.size());
+  auto next = needs.begin();
+  const auto take = [&](size_t count) { return std::vector<bool>(std::exchange(next, next + count), next); };
+  Needs result{*next++, take(n), take(biases), take(n), {}};
+  result.bias.resize(n, false);
+  for (const Chain& chain : stage.blocks) result.shortcut_weight.push_back(projects(chain) && *next++);
+  return result;
+}
+
 // Gradients in the type of what they are the gradient of; those that were not asked for are empty.
 void convert_like(Tensors& gradients, const Tensors& like) {
   for (size_t i = 0; i < gradients.size(); ++i) gradients[i] = convert(gradients[i], like[i].scalar_type());
@@ -236,20 +252,13 @@ std::tuple<Tensor, Tensors, Tensors, Tensors, Tensors, Tensors> run_backward(
       expect_tensor(item("rows", unit), rows[unit], row_type, {kNormRows, chain.conv[i].C});
       dense_rows.push_back(contiguous(rows[unit], row_type));
     }
-  expect(needs.size() == 1 + 3 * n + blocks, "needs: expected ", 1 + 3 * n + blocks, " values, got ", needs.size());
-  const auto part = [&](size_t begin, size_t size) {
-    return std::vector<bool>(needs.begin() + begin, needs.begin() + begin + size);
-  };
   auto [dx, dweight, dbias, dbn_weight, dbn_bias, dshortcut_weight] =
       backward(Launch(device_of(x), dtype, tf32), stage, dense_nhwc(dy), dense_nhwc(x),
                needs_y ? std::optional(dense_nhwc(*y)) : std::nullopt, expect_kept(kept, stage, stream), dense_rows,
-               {needs.front(), part(1, n), part(1 + n, n), part(1 + 2 * n, n), part(1 + 3 * n, blocks)});
+               parse_needs(needs, stage));
   convert_like(dweight, weight);
-  if (!bias.empty()) convert_like(dbias, bias);
-  size_t projection = 0;
-  for (size_t k = 0; k < blocks; ++k)
-    if (stage.blocks[k].conv.size() > stage.blocks[k].units)
-      dshortcut_weight[k] = convert(dshortcut_weight[k], shortcut_weight[projection++].scalar_type());
+  convert_like(dbias, bias);
+  convert_like(dshortcut_weight, shortcut_weight);
   return {needs.front() ? laid_out_like(x, dx) : dx, dweight, dbias, dbn_weight, dbn_bias, dshortcut_weight};
 }
 
@@ -296,6 +305,9 @@ STABLE_TORCH_LIBRARY(fused_preact, m) {
       "Tensor[] shortcut_weight, bool[] training, int[] geometry, int[] units, int[] shortcut, ScalarType dtype, "
       "int memory, bool tf32, bool[] needs) -> (Tensor dx, Tensor[] dweight, Tensor[] dbias, Tensor[] dbn_weight, "
       "Tensor[] dbn_bias, Tensor[] dshortcut_weight)");
+  m.def(
+      "_update_running(Tensor(a!)[] mean, Tensor(b!)[] var, Tensor(c!)[] count, Tensor[] rows, int[] units, "
+      "float? momentum) -> ()");
   m.def("_cuda_architectures() -> str[]");
   m.def("_cpu_isas() -> (str chosen, str[] built, str[] supported)");
   m.def("_set_cpu_isa(str isa) -> str");
@@ -304,6 +316,7 @@ STABLE_TORCH_LIBRARY(fused_preact, m) {
 STABLE_TORCH_LIBRARY_IMPL(fused_preact, CPU, m) {
   m.impl("forward", TORCH_BOX(&fused_preact::run_forward));
   m.impl("backward", TORCH_BOX(&fused_preact::run_backward));
+  m.impl("_update_running", TORCH_BOX(&fused_preact::update_running));
 }
 
 #if defined(FUSED_PREACT_CUDA)

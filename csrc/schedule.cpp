@@ -11,10 +11,13 @@ bool any(const std::vector<bool>& values, size_t end) {
   return std::find(values.begin(), values.begin() + end, true) != values.begin() + end;
 }
 
-std::vector<Tensor> nothing(size_t n, const Tensor& like, ScalarType type) {
+using Gradients = std::vector<std::optional<Tensor>>;
+
+// With an empty tensor for each gradient that was not made.
+std::vector<Tensor> filled(const Gradients& made, const Tensor& like, ScalarType type) {
   std::vector<Tensor> result;
-  result.reserve(n);
-  for (size_t i = 0; i < n; ++i) result.push_back(empty(like, type, {0}));
+  result.reserve(made.size());
+  for (const std::optional<Tensor>& gradient : made) result.push_back(gradient ? *gradient : empty(like, type, {0}));
   return result;
 }
 
@@ -99,23 +102,33 @@ class Backward {
  public:
   Backward(const Launch& kernels, const Stage& stage, const std::vector<Tensor>& kept, const std::vector<Tensor>& rows,
            const Needs& needs)
-      : kernels_(kernels), stage_(stage), kept_(kept), rows_(rows), needs_(needs), unread_(kept.size()) {}
+      : kernels_(kernels),
+        stage_(stage),
+        kept_(kept),
+        rows_(rows),
+        needs_(needs),
+        unread_(kept.size()),
+        dweight_(stage.units()),
+        dbias_(stage.bias.size()),
+        dbn_weight_(stage.units()),
+        dbn_bias_(stage.units()),
+        dshortcut_weight_(std::count_if(stage.blocks.begin(), stage.blocks.end(), projects)),
+        projection_(dshortcut_weight_.size()) {}
 
   BackwardResult run(const Tensor& dy, const Tensor& x, std::optional<Tensor> y) && {
-    const ScalarType type = stage_.type, row_type = accumulation_type(type);
-    const size_t n = stage_.units();
-    result_ = {empty(x, type, {0}),     nothing(n, x, type),     nothing(n, x, type),
-               nothing(n, x, row_type), nothing(n, x, row_type), nothing(stage_.blocks.size(), x, type)};
     Tensor dstream = dy;
     for (size_t k = stage_.blocks.size(); k-- > 0;) {
       const bool need_x = needs_.x || wanted_before(k);
       if (!need_x && !wanted_before(k + 1)) break;
+      projection_ -= projects(stage_.blocks[k]);
       const Tensor stream = restore(k, x, y);
       dstream = block(k, dstream, need_x);
       y = stream;
     }
-    if (needs_.x) result_.dx = dstream;
-    return std::move(result_);
+    const ScalarType type = stage_.type, row_type = accumulation_type(type);
+    return {
+        needs_.x ? dstream : empty(x, type, {0}), filled(dweight_, x, type),      filled(dbias_, x, type),
+        filled(dbn_weight_, x, row_type),         filled(dbn_bias_, x, row_type), filled(dshortcut_weight_, x, type)};
   }
 
  private:
@@ -169,7 +182,7 @@ class Backward {
     };
     const auto shortcut_wgrad = [&](const std::optional<Tensor>& norm) {
       if (needs_.shortcut_weight[k])
-        result_.dshortcut_weight[k] =
+        dshortcut_weight_[projection_] =
             kernels_.wgrad(chain.conv.back(), plain(dy), {x, norm}, chain.weight.back(), false).first;
     };
 
@@ -188,14 +201,14 @@ class Backward {
       }
       if (needs_.weight[unit] || needs_.bias[unit]) {
         auto [dweight, dbias] = kernels_.wgrad(chain.conv[i], g, a, chain.weight[i], needs_.bias[unit]);
-        if (needs_.weight[unit]) result_.dweight[unit] = dweight;
-        if (needs_.bias[unit]) result_.dbias[unit] = *dbias;
+        if (needs_.weight[unit]) dweight_[unit] = dweight;
+        if (needs_.bias[unit]) dbias_[unit] = dbias;
       }
       if (!wanted) continue;
       g = kernels_.dgrad(chain.conv[i], g, chain.weight[i], a, add, stage_.training[unit]);
       if (needs_.norm[unit]) {
-        result_.dbn_weight[unit] = *g.dgamma;
-        result_.dbn_bias[unit] = *g.dbeta;
+        dbn_weight_[unit] = g.dgamma;
+        dbn_bias_[unit] = g.dbeta;
       }
     }
     if (chain.shortcut == Shortcut::raw) shortcut_wgrad(std::nullopt);
@@ -214,7 +227,8 @@ class Backward {
   const Needs& needs_;
   size_t unread_;  // kept tensors of this block and those before
   std::vector<Tensor> inputs_;
-  BackwardResult result_;
+  Gradients dweight_, dbias_, dbn_weight_, dbn_bias_, dshortcut_weight_;
+  size_t projection_;  // that of this block, or the next of those behind
 };
 
 }  // namespace

@@ -25,6 +25,9 @@ struct Chain {
   std::vector<Tensor> weight;  // in the type of the stage
 };
 
+// Whether the shortcut is a convolution.
+inline bool projects(const Chain& chain) { return chain.conv.size() > chain.units; }
+
 // A run of blocks. Convolutions compute in `type`; what runs from block to block, the stream, has the type of x.
 struct Stage {
   ScalarType type;
@@ -57,7 +60,7 @@ struct Needs {
   std::vector<bool> weight, bias, norm, shortcut_weight;
 };
 
-// Empty tensors where Needs says no; dshortcut_weight has one for each block.
+// Empty tensors where Needs says no; dbias has one for each bias, dshortcut_weight for each projection.
 struct BackwardResult {
   Tensor dx;
   std::vector<Tensor> dweight, dbias, dbn_weight, dbn_bias, dshortcut_weight;

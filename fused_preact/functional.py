@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import backends, checks, ops
+from . import backends, checks, ops, running
 from .checks import Block, Unit
-from .schedule import MEAN, MEMORY, SHORTCUTS, VARIANCE, memory_format
+from .schedule import MEMORY, SHORTCUTS, memory_format
 
 
 def bn_relu_conv2d(
@@ -67,8 +67,8 @@ def bn_relu_conv2d(
         y = F.conv2d(F.relu(z, inplace=True), weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
         return y if residual is None else y.add_(residual)
     y, rows = execute(plan, x, Arguments.of(blocks), residual)
-    if training and running_mean is not None and not recomputing():
-        update_running([running_mean, running_var], [rows[0][MEAN], rows[0][VARIANCE]], momentum)
+    if training and running_mean is not None:
+        running.update([running_mean], [running_var], [], rows, [0], momentum)
     return y
 
 
@@ -226,22 +226,3 @@ def _cast_block(block: Block, dtype: torch.dtype) -> Block:
     """A block as autocast would see its convolutions; the operators cast the weights themselves."""
     units = [unit._replace(weight=_cast(unit.weight, dtype), bias=_cast(unit.bias, dtype)) for unit in block.units]
     return Block(units, block.shortcut._replace(weight=_cast(block.shortcut.weight, dtype)))
-
-
-def recomputing() -> bool:
-    """Whether this forward runs inside a backward, as `torch.utils.checkpoint` repeats it.
-
-    The statistics of the batch have entered the running ones already.
-    """
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
-def update_running(buffers: list[Tensor], batch: list[Tensor], momentum: float | Tensor) -> None:
-    """buffer = (1 - momentum)*buffer + momentum*batch, in place, for each buffer."""
-    batch = [v if v.dtype == buffer.dtype else v.to(buffer.dtype) for buffer, v in zip(buffers, batch, strict=True)]
-    with torch.no_grad():
-        if isinstance(momentum, Tensor):
-            for buffer, value in zip(buffers, batch, strict=True):
-                buffer.lerp_(value, momentum.to(buffer.dtype))
-        else:
-            torch._foreach_lerp_(buffers, batch, momentum)

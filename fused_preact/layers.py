@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
-from operator import attrgetter, getitem, is_, itemgetter
+from operator import attrgetter, eq, getitem, is_, itemgetter
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from . import checks
+from . import checks, running
 from .checks import Block, Shortcut, Unit
-from .functional import recomputing, update_running
-from .schedule import MEAN, VARIANCE
 
 
 class Pair(NamedTuple):
@@ -76,7 +73,7 @@ class Watch:
     """All that a fused call reads of a module and those inside of it, but the numbers, as it was when this was made.
 
     It is compared in every call, so the modules' dictionaries are read directly, by functions that are written in C. It
-    holds these dictionaries, and through them all that it knows by its address, but not the module itself.
+    holds these dictionaries and what is in them, so that nothing else can take its place, but not the module itself.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -90,26 +87,32 @@ class Watch:
         self._members = [s[name] for s in states for name in _MEMBERS]
         self._hooks = [s[name] for s in states for name in _HOOKS]
         self._parameters = [t for s in states for t in s["_parameters"].values() if t is not None]
-        self._facts = self._read()
+        self._sizes, self._objects = list(self._find_sizes()), list(self._find_objects())
 
     def holds(self) -> bool:
         """Whether nothing has changed."""
         try:
-            return all(map(is_, self._find_boxes(), self._boxes)) and self._facts == self._read()
+            return (
+                all(map(is_, self._find_boxes(), self._boxes))
+                and all(map(eq, self._find_sizes(), self._sizes))
+                and all(map(is_, self._find_objects(), self._objects))
+            )
         except KeyError:  # an attribute was deleted
             return False
 
     def _find_boxes(self) -> Iterator[Any]:
         return chain.from_iterable(map(itemgetter(*_MEMBERS, *_HOOKS), self._states))
 
-    def _read(self) -> list[Any]:
-        facts: list[Any] = [nn_module._has_any_global_hook()]
-        facts += map(len, self._states)  # an attribute was added
-        facts += map(getitem, *self._settings)
-        facts += map(len, self._hooks)
-        facts += map(id, chain.from_iterable(map(dict.values, self._members)))
-        facts += map(attrgetter("dtype"), self._parameters)
-        return facts
+    def _find_sizes(self) -> Iterator[int]:
+        return map(len, chain(self._states, self._members, self._hooks))
+
+    def _find_objects(self) -> Iterator[Any]:
+        return chain(
+            (bool(nn_module._has_any_global_hook()),),
+            map(getitem, *self._settings),
+            chain.from_iterable(map(dict.values, self._members)),
+            map(attrgetter("dtype"), self._parameters),
+        )
 
 
 def hooked(child: nn.Module) -> bool:
@@ -195,12 +198,5 @@ def running_updates(pairs: Iterable[Pair]) -> list[RunningUpdate]:
 
 def update(updates: Iterable[RunningUpdate], rows: Sequence[Tensor]) -> None:
     """Update the running statistics as nn.BatchNorm2d does, from the rows that a fused call made of this batch."""
-    if recomputing():
-        return
     for momentum, counts, units, mean, var in updates:
-        if counts:
-            torch._foreach_add_(counts, 1)
-        if momentum is None:  # the average of all batches, this one included
-            momentum = 1.0 / counts[0] if counts else 0.0
-        if units:
-            update_running(mean + var, [rows[i][row] for row in (MEAN, VARIANCE) for i in units], momentum)
+        running.update(mean, var, counts, rows, units, momentum)

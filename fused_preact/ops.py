@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import _extension, library, reference, schedule
-from .schedule import Needs
+from .schedule import accumulation_type
 
 FORWARD = (
     "(Tensor x, Tensor? residual, Tensor[] weight, Tensor[] bias, Tensor[] bn_weight, Tensor[] bn_bias, "
@@ -89,22 +89,15 @@ def _fake_forward(x, residual, weight, bias, bn_weight, bn_bias, running_mean, r
 
 
 def _fake_backward(dy, x, y, kept, rows, weight, bias, shortcut_weight, *facts):
-    _, _, units, shortcut, dtype, _, _, needs = facts
-    needs = Needs.parse(needs, units)
+    needs = iter(facts[-1])
 
-    def like(tensors: Sequence[Tensor], need: Sequence[bool]) -> list[Tensor]:
-        return [torch.empty_like(t) if wanted else t.new_empty(0) for t, wanted in zip(tensors, need, strict=True)]
+    def like(tensors: Sequence[Tensor]) -> list[Tensor]:
+        return [torch.empty_like(t) if next(needs) else t.new_empty(0) for t in tensors]
 
-    dx = x.new_empty(x.shape).to(memory_format=schedule.memory_format(x)) if needs.x else x.new_empty(0)
-    dbias = [dy.new_empty(w.size(0) if need else 0, dtype=dtype) for w, need in zip(weight, needs.bias, strict=True)]
-    if bias:
-        dbias = like(bias, needs.bias)
-    dbn_weight, dbn_bias = (
-        [row.new_empty(row.size(1) if need else 0) for row, need in zip(rows, needs.bn, strict=True)] for _ in range(2)
-    )
-    projections = iter(shortcut_weight)
-    across = [next(projections) if code > 1 else dy.new_empty(0, dtype=dtype) for code in shortcut]
-    return dx, like(weight, needs.weight), dbias, dbn_weight, dbn_bias, like(across, needs.shortcut)
+    dx = x.new_empty(x.shape).to(memory_format=schedule.memory_format(x)) if next(needs) else x.new_empty(0)
+    dweight, dbias, sizes = like(weight), like(bias), [row.size(1) if next(needs) else 0 for row in rows]
+    dbn_weight, dbn_bias = ([row.new_empty(n) for row, n in zip(rows, sizes, strict=True)] for _ in range(2))
+    return dx, dweight, dbias, dbn_weight, dbn_bias, like(shortcut_weight)
 
 
 def _operators(backend: str) -> tuple[Any, Any]:
@@ -126,28 +119,23 @@ def _save(ctx, facts: Facts, x, y, kept, rows, weight, bias, shortcut_weight, bn
     ctx.counts = len(kept), len(rows), len(weight), len(bias), len(shortcut_weight)
     ctx.facts = facts.training, facts.geometry, facts.units, facts.shortcut, facts.dtype, facts.memory, facts.tf32
     ctx.backend = facts.backend
-    ctx.bn_dtypes = [t.dtype for t in bn_weight], [t.dtype for t in bn_bias]
+    dtypes = [[t.dtype for t in parameters] for parameters in (bn_weight, bn_bias)]
+    ctx.casts = dtypes if {*dtypes[0], *dtypes[1]} != {accumulation_type(facts.dtype)} else None
 
 
-def _call_backward(ctx, dy: Tensor, needs: Needs):
+def _call_backward(ctx, dy: Tensor, needs: list[bool]):
+    """Gradients in lists like the arguments that they are of; ``needs`` is the operator's."""
     x, y, *flat = ctx.saved_tensors
     lists, begin = [], 0
     for count in ctx.counts:
         lists.append(flat[begin : begin + count])
         begin += count
     _, operator = _operators(ctx.backend)
-    dx, dweight, dbias, dgamma, dbeta, dshortcut = operator(dy, x, y, *lists, *ctx.facts, needs.flat())
-    for grads, dtypes in zip((dgamma, dbeta), ctx.bn_dtypes, strict=True):
-        for i, dtype in enumerate(dtypes):
-            if grads[i].dtype != dtype:
-                grads[i] = grads[i].to(dtype)
-    return dx, dweight, dbias, dgamma, dbeta, [d for d, code in zip(dshortcut, ctx.facts[3], strict=True) if code > 1]
-
-
-def _by_block(shortcut: Sequence[int], projections: Sequence[bool]) -> list[bool]:
-    """One value for each block, from one for each shortcut that is a convolution."""
-    values = iter(projections)
-    return [next(values) if code > 1 else False for code in shortcut]
+    results = operator(dy, x, y, *lists, *ctx.facts, needs)
+    if ctx.casts is not None:
+        for grads, dtypes in zip(results[3:5], ctx.casts, strict=True):
+            grads[:] = (grad.to(dtype) for grad, dtype in zip(grads, dtypes, strict=True))
+    return results
 
 
 class _Stage(torch.autograd.Function):
@@ -170,8 +158,7 @@ class _Stage(torch.autograd.Function):
         _, n, _, _, projections = ctx.counts
         weight, gamma, beta, bias = flat[:n], flat[n : 2 * n], flat[2 * n : 3 * n], flat[3 * n + projections :]
         bn = [either or other for either, other in zip(gamma, beta, strict=True)]
-        across = _by_block(ctx.facts[3], flat[3 * n : 3 * n + projections])
-        needs = Needs(need_x, weight, bias or [False] * n, bn, across)
+        needs = [need_x, *weight, *bias, *bn, *flat[3 * n : 3 * n + projections]]
         if torch.is_grad_enabled():  # create_graph=True: the operator's own autograd refuses a second time
             grads = _call_backward(ctx, dy, needs)
         else:
@@ -199,10 +186,9 @@ def _formula(ctx, dy: Tensor, _kept, _rows):
     """Gradients of the operators' arguments, for what traces the operator itself, as torch.compile does."""
     residual, running = ctx.given
     _, n, _, biases, projections = ctx.counts
-    across = _by_block(ctx.facts[3], [True] * projections)
-    needs = Needs(True, [True] * n, [biases > 0] * n, [True] * n, across)
+    needs = [True] * (1 + n + biases + n + projections)
     dx, dweight, dbias, dgamma, dbeta, dshortcut = _call_backward(ctx, dy, needs)
-    tensors = dx, dy.clone() if residual else None, dweight, dbias[:biases], dgamma, dbeta
+    tensors = dx, dy.clone() if residual else None, dweight, dbias, dgamma, dbeta
     return *tensors, [None] * running, [None] * running, dshortcut, *[None] * 8
 
 

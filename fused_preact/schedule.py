@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -108,6 +109,11 @@ class Chain:
     shortcut: str
     conv: list[Conv]
     weight: list[Tensor]
+
+    @property
+    def projects(self) -> bool:
+        """Whether the shortcut is a convolution."""
+        return len(self.conv) > self.units
 
 
 def chains(weight, shortcut_weight, geometry, units, shortcut) -> list[Chain]:
@@ -259,15 +265,11 @@ class Needs:
     shortcut: Sequence[bool]
 
     @classmethod
-    def parse(cls, needs: Sequence[bool], units: Sequence[int]) -> Needs:
-        """The operators' ``needs`` by kind."""
-        n = sum(units)
-        weight, bias, bn = (needs[1 + k * n : 1 + (k + 1) * n] for k in range(3))
-        return cls(needs[0], weight, bias, bn, needs[1 + 3 * n :])
-
-    def flat(self) -> list[bool]:
-        """The operators' ``needs``."""
-        return [self.x, *self.weight, *self.bias, *self.bn, *self.shortcut]
+    def parse(cls, needs: Sequence[bool], stage: Stage) -> Needs:
+        """The operators' ``needs``, which tell of those alone that have a bias or a projection."""
+        n, values = len(stage.training), iter(needs)
+        x, weight, bias, bn = next(values), *(list(islice(values, size)) for size in (n, len(stage.bias), n))
+        return cls(x, weight, bias or [False] * n, bn, [chain.projects and next(values) for chain in stage.blocks])
 
 
 class _Backward:
@@ -275,8 +277,8 @@ class _Backward:
         self.kernels, self.stage, self.kept, self.rows, self.needs = kernels, stage, list(kept), rows, needs
         n, empty = len(stage.training), rows[0].new_empty
         self.dweight = [empty(0, dtype=stage.dtype) for _ in range(n)]
-        self.dbias = [empty(0, dtype=stage.dtype) for _ in range(n)]
-        self.dshortcut = [empty(0, dtype=stage.dtype) for _ in stage.blocks]
+        self.dbias = [empty(0, dtype=stage.dtype) for _ in stage.bias]
+        self.dshortcut = {k: empty(0, dtype=stage.dtype) for k, chain in enumerate(stage.blocks) if chain.projects}
         self.dbn_weight, self.dbn_bias = [empty(0) for _ in range(n)], [empty(0) for _ in range(n)]
 
     def run(self, dy: Tensor, x: Tensor, y: Tensor | None) -> Tensor:
@@ -379,14 +381,14 @@ def backward(
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
     """(dx, dweight, dbias, dbn_weight, dbn_bias, dshortcut_weight) of the stage; empty where ``needs`` says no."""
     stage = Stage.parse(weight, bias, shortcut_weight, training, geometry, units, shortcut, dtype, memory)
-    run = _Backward(kernels, stage, kept, rows, Needs.parse(needs, units))
+    run = _Backward(kernels, stage, kept, rows, Needs.parse(needs, stage))
     dx = run.run(_dense(dy), _dense(x), None if y is None else _dense(y))
     if needs[0]:
         dx = dx.contiguous(memory_format=memory_format(x))
-    projections = iter(shortcut_weight)
-    across = [next(projections) if code > 1 else dx for code in shortcut]
-    dweight, dbias = _typed(run.dweight, weight), _typed(run.dbias, bias) if bias else run.dbias
-    return dx, dweight, dbias, run.dbn_weight, run.dbn_bias, _typed(run.dshortcut, across)
+    dweight, dbias, dshortcut = map(
+        _typed, (run.dweight, run.dbias, list(run.dshortcut.values())), (weight, bias, shortcut_weight)
+    )
+    return dx, dweight, dbias, run.dbn_weight, run.dbn_bias, dshortcut
 
 
 def _typed(grads: Sequence[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:

@@ -232,13 +232,13 @@ def forward_arguments(sample: Sample, backend: str, memory: str = "fast") -> tup
     )
 
 
-def backward_arguments(sample: Sample, backend: str, needs: list[bool] | None = None, memory: str = "fast") -> tuple:
-    """What a backend's backward operator is called with after its forward; by default every gradient is needed."""
+def backward_arguments(sample: Sample, backend: str, memory: str = "fast") -> tuple:
+    """What a backend's backward operator is called with after its forward; every gradient is needed."""
     arguments = forward_arguments(sample, backend, memory)
     y, kept, rows = ops._operators(backend)[0](*arguments)
     x, _, weight, bias, *_, projections, training, _, geometry, units, shortcut, dtype, code, tf32 = arguments
     n = len(weight)
-    needs = needs or [True] * (n + 1) + [len(bias) > 0] * n + [True] * n + [kind > 1 for kind in shortcut]
+    needs = [True] * (1 + 2 * n + len(bias) + len(projections))
     lists = list(kept), list(rows), weight, bias, projections
     return sample.dy, x, y if code else None, *lists, training, geometry, units, shortcut, dtype, code, tf32, needs
 

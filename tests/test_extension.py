@@ -212,7 +212,7 @@ def test_any_geometry_stays_inside(size, stride, pad, isa):
     """Filters, strides and paddings that no network has give right results too: a caller may come with any."""
     a = make()
     a.weight, a.bias, a.shortcut, a.shortcut_weight = [torch.randn(K, C, *size)], a.bias[:1], [NONE], []
-    a.geometry, a.training, a.eps, a.needs = [stride, stride, pad, pad, 1, 1, 1], [True], [1e-5], [True] * 4 + [False]
+    a.geometry, a.training, a.eps, a.needs = [stride, stride, pad, pad, 1, 1, 1], [True], [1e-5], [True] * 4
     a.units = [1]
     for name in "bn_weight", "bn_bias", "running_mean", "running_var":
         setattr(a, name, getattr(a, name)[:1])

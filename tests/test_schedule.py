@@ -37,8 +37,9 @@ def test_both_schedules_leave_out_the_same(seed):
     needs = [bool(need and choice) for need, choice in zip(every, chosen, strict=True)]
     ours, theirs = (ops._operators(name)[1](*arguments[:-1], needs) for name in ("cpu", "reference"))
     compare(ours, theirs)
-    kinds = schedule.Needs.parse(needs, [len(sample.units)])
-    expected = [kinds.x, *kinds.weight, *kinds.bias, *kinds.bn, *kinds.bn, *kinds.shortcut]
+    *_, weight, bias, _ = arguments[:8]
+    norms = slice(1 + len(weight) + len(bias), 1 + 2 * len(weight) + len(bias))
+    expected = [*needs[: norms.stop], *needs[norms], *needs[norms.stop :]]
     assert [t.numel() > 0 for t in tree_leaves(ours)] == expected
 
 
@@ -76,8 +77,12 @@ def test_memory_format():
 
 
 def test_needs_are_split_by_kind():
-    """x, weights, biases, batch norms, shortcuts: in this order."""
-    flat = [True, False, True, True, False, False, False, True, True, False, True, False]
-    needs = schedule.Needs.parse(flat, [2, 1])
-    assert needs == schedule.Needs(True, [False, True, True], [False, False, False], [True, True, False], [True, False])
-    assert needs.flat() == flat
+    """x, weights, biases, batch norms, shortcuts: in this order, and of biases and shortcuts those that are there."""
+    weight, bias, projection = [torch.zeros(4, 4, 1, 1)] * 2, [torch.zeros(4)] * 2, [torch.zeros(4, 4, 1, 1)]
+    facts = [True] * 2, [1, 1, 0, 0, 1, 1, 1] * 3, [2], [schedule.SHORTCUTS.index("raw")], torch.float32, 0
+    stage = schedule.Stage.parse(weight, bias, projection, *facts)
+    needs = schedule.Needs.parse([True, False, True, True, False, True, True, False], stage)
+    assert needs == schedule.Needs(True, [False, True], [True, False], [True, True], [False])
+    plain = schedule.Stage.parse(weight, [], [], facts[0], facts[1][:14], [2], [0], torch.float32, 0)
+    needs = schedule.Needs.parse([True, False, True, True, False], plain)
+    assert needs == schedule.Needs(True, [False, True], [False, False], [True, False], [False])

@@ -1,0 +1,14 @@
+// The running statistics of batch norms on the CPU. On other devices torch's own lists of tensors do it.
+#pragma once
+#include <optional>
+
+#include "expect.h"
+
+namespace fused_preact {
+
+// What nn.BatchNorm2d does in training: adds one to each count and moves mean[i] and var[i] by `momentum` towards the
+// batch's in rows[units[i]], in place. Without momentum the weight is one by the first count: the average of all batches.
+void update_running(const Tensors& mean, const Tensors& var, const Tensors& count, const Tensors& rows,
+                    const Sizes& units, std::optional<double> momentum);
+
+}  // namespace fused_preact

@@ -1,0 +1,68 @@
+"""The running statistics of the batch norms that a fused call went through."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import _extension
+from .schedule import MEAN, VARIANCE
+
+
+def recomputing() -> bool:
+    """Whether this forward runs inside a backward, as `torch.utils.checkpoint` repeats it.
+
+    The statistics of the batch have entered the running ones already.
+    """
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def update(
+    mean: list[Tensor],
+    var: list[Tensor],
+    counts: list[Tensor],
+    rows: Sequence[Tensor],
+    units: list[int],
+    momentum: float | None,
+) -> None:
+    """Do what nn.BatchNorm2d does in training: counts += 1, and buffer = (1 - momentum)*buffer + momentum*batch.
+
+    Args:
+        mean, var: buffers [C] of each batch norm; they change in place.
+        counts: of batches, each one int64; may be fewer.
+        rows: what the fused call gave, [5, C] for each of its units.
+        units: the index in rows of each batch norm.
+        momentum: None is the average of all batches, this one included: of one batch norm, and by its count.
+    """
+    buffers = [*mean, *var, *counts]
+    if not buffers or recomputing():
+        return
+    with torch.no_grad():
+        if _extension.unavailable is None and buffers[0].is_cpu and not torch.compiler.is_compiling():
+            with (
+                torch._C._AutoDispatchBelowAutograd()
+            ):  # an operator of thousands of tensors: each layer costs
+                torch.ops.fused_preact._update_running.default(mean, var, counts, rows, units, momentum)
+            torch.autograd.graph.increment_version(buffers)
+        else:
+            _update(mean, var, counts, rows, units, momentum)
+
+
+def _update(mean, var, counts, rows, units, momentum) -> None:
+    """The same by torch's functions of lists, a few launches on a GPU; csrc/running.cpp is the twin on the CPU."""
+    if counts:
+        torch._foreach_add_(counts, 1)
+    buffers = mean + var
+    batch = [rows[i][row].to(mean[0].dtype) for row in (MEAN, VARIANCE) for i in units]
+    if momentum is None:
+        weight = (1.0 / counts[0].double()).to(mean[0].dtype) if counts else 0.0
+        for buffer, value in zip(buffers, batch, strict=True):
+            buffer.lerp_(value, weight)
+    elif buffers:
+        torch._foreach_lerp_(buffers, batch, momentum)
+
+
+if _extension.unavailable is None:
+    torch.library.register_fake("fused_preact::_update_running", lambda *_: None)

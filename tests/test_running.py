@@ -1,0 +1,143 @@
+"""running.py: buffers move as nn.BatchNorm2d's do, on the CPU by an operator, elsewhere by torch's lists."""
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from fused_preact import _extension, running
+from fused_preact.schedule import MEAN, VARIANCE
+
+needs_cpu = pytest.mark.skipif(_extension.unavailable is not None, reason=str(_extension.unavailable))
+UPDATES = [pytest.param(running.update, marks=needs_cpu, id="native"), pytest.param(running._update, id="lists")]
+CHANNELS = (1, 7, 32)
+
+
+def norms(dtype: torch.dtype, step: int = 1) -> tuple[list, list, list, list]:
+    """Buffers of three batch norms, ``step`` elements apart, counts, and rows of four units."""
+    torch.manual_seed(0)
+    mean, var = ([torch.rand(C * step).to(dtype)[::step] for C in CHANNELS] for _ in range(2))
+    rows = [torch.randn(5, C, dtype=torch.promote_types(dtype, torch.float32)) for C in (3, *CHANNELS)]
+    return mean, var, [torch.tensor(4) for _ in CHANNELS], rows
+
+
+@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize("momentum", [0.1, 0.5, 0.9, 0.0, 1.0, None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_buffers_move_towards_the_batch(update, momentum, dtype):
+    """(1 - momentum)*buffer + momentum*batch to the last bits of the buffer's type; None weighs by the count."""
+    mean, var, counts, rows = norms(dtype)
+    if momentum is None:
+        mean, var, counts = mean[:1], var[:1], counts[:1]
+    units = list(range(1, 1 + len(mean)))
+    weight = 1 / 5 if momentum is None else momentum
+
+    def moved(buffers: list, row: int) -> list:
+        return [(1 - weight) * b.double() + weight * rows[i][row].double() for b, i in zip(buffers, units, strict=True)]
+
+    expected = moved(mean, MEAN), moved(var, VARIANCE)
+    update(mean, var, counts, rows, units, momentum)
+    few = 4 * torch.finfo(dtype).eps
+    for buffers, values in zip((mean, var), expected, strict=True):
+        for buffer, value in zip(buffers, values, strict=True):
+            assert buffer.dtype == dtype
+            assert_close(buffer.double(), value, rtol=few, atol=few)
+    assert all(count == 5 for count in counts)
+
+
+@pytest.mark.parametrize("update", UPDATES)
+def test_it_is_what_batch_norm_does(update):
+    """Over some batches, means and variances of nn.BatchNorm2d, within float32's rounding."""
+    bn, ours = nn.BatchNorm2d(6), nn.BatchNorm2d(6)
+    for x in torch.randn(4, 3, 6, 2, 2):
+        bn(x)
+        rows = torch.stack([x.mean((0, 2, 3)), *[x.var((0, 2, 3))] * 4])
+        update([ours.running_mean], [ours.running_var], [ours.num_batches_tracked], [rows], [0], 0.1)
+    assert_close(ours.state_dict(), bn.state_dict(), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("update", UPDATES)
+def test_buffers_of_any_stride(update):
+    """A buffer may be a column of something; what lies between its values stays."""
+    mean, var, counts, rows = norms(torch.float32, step=3)
+    around = mean[2]._base.clone()
+    dense = [[b.clone() for b in buffers] for buffers in (mean, var)]
+    update(mean, var, counts, rows, [1, 2, 3], 0.1)
+    update(*dense, [], rows, [1, 2, 3], 0.1)
+    assert_close([mean, var], dense, rtol=0, atol=0)
+    around[::3] = mean[2]
+    assert torch.equal(mean[2]._base, around)
+
+
+@pytest.mark.parametrize("update", UPDATES)
+def test_counts_alone(update):
+    """Batch norms that count batches and keep no statistics."""
+    counts = [torch.tensor(0), torch.tensor(7)]
+    update([], [], counts, [torch.zeros(5, 2)], [], 0.1)
+    assert counts == [torch.tensor(1), torch.tensor(8)]
+
+
+@pytest.mark.parametrize("update", UPDATES)
+def test_autograd_hears_of_the_change(update):
+    """What was saved for a backward is not changed in silence."""
+    mean, var, x = torch.zeros(2), torch.ones(2), torch.ones(2, requires_grad=True)
+    y = x * mean
+    update([mean], [var], [], [torch.ones(5, 2)], [0], 0.1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_nothing_moves_in_a_forward_that_is_repeated():
+    """Inside of a backward the statistics of the batch have entered already."""
+    mean, var, count = torch.zeros(2), torch.ones(2), torch.tensor(3)
+
+    class Repeat(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, dy):
+            running.update([mean], [var], [count], [torch.full((5, 2), 9.0)], [0], 0.1)
+            return dy
+
+    Repeat.apply(torch.ones(1, requires_grad=True)).backward()
+    assert mean.tolist() == [0, 0]
+    assert var.tolist() == [1, 1]
+    assert count == 3
+
+
+WRONG = {
+    "rows are short": (dict(rows=[torch.zeros(4, 2)]), r"rows\[0\]: expected contiguous .*\[5, C\].*\[4, 2\]"),
+    "rows are of another type": (dict(rows=[torch.zeros(5, 2).half()]), r"rows\[0\]: expected .*float64.*got Half"),
+    "rows are strided": (dict(rows=[torch.zeros(2, 5).t()]), r"rows\[0\]: expected contiguous"),
+    "units are out of range": (dict(units=[1]), "units: expected from 0 to below 1, got 1"),
+    "units are negative": (dict(units=[-1]), "units: expected from 0 to below 1, got -1"),
+    "mean is missing": (dict(mean=[]), "mean: expected 1 tensors, got 0"),
+    "var is missing": (dict(var=[]), "var: expected 1 tensors, got 0"),
+    "mean is long": (dict(mean=[torch.zeros(3)]), r"mean\[0\]: expected .* shape \[2\], got \[3\]"),
+    "var has two dimensions": (dict(var=[torch.zeros(2, 1)]), r"var\[0\]: expected .* shape \[2\], got \[2, 1\]"),
+    "var is integer": (dict(var=[torch.zeros(2).int()]), "running statistics: expected a floating-point type, got Int"),
+    "count is a list": (dict(count=[torch.zeros(2).long()]), r"count\[0\]: expected one int64 .*shape \[2\]"),
+    "count is a float": (dict(count=[torch.tensor(1.0)]), r"count\[0\]: expected one int64 .*got Float"),
+}
+
+
+@needs_cpu
+@pytest.mark.parametrize("name", WRONG)
+def test_the_operator_reads_nothing_out_of_bounds(name):
+    """Anyone can call it: what does not fit is named, before anything is read."""
+    changed, message = WRONG[name]
+    given = dict(
+        mean=[torch.zeros(2)], var=[torch.ones(2)], count=[torch.tensor(0)], rows=[torch.zeros(5, 2)], units=[0]
+    )
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.fused_preact._update_running(*(given | changed).values(), 0.1)
+
+
+@needs_cpu
+def test_the_operator_is_what_it_says():
+    """Its schema, its fake kernel and what it changes agree."""
+    mean, var, counts, rows = norms(torch.float32)
+    arguments = mean, var, counts, rows, [1, 2, 3], 0.1
+    torch.library.opcheck(torch.ops.fused_preact._update_running.default, arguments)
