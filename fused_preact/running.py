@@ -41,9 +41,7 @@ def update(
         return
     with torch.no_grad():
         if _extension.unavailable is None and buffers[0].is_cpu and not torch.compiler.is_compiling():
-            with (
-                torch._C._AutoDispatchBelowAutograd()
-            ):  # an operator of thousands of tensors: each layer costs
+            with torch._C._AutoDispatchBelowAutograd():  # an operator of thousands of tensors: each layer costs
                 torch.ops.fused_preact._update_running.default(mean, var, counts, rows, units, momentum)
             torch.autograd.graph.increment_version(buffers)
         else:

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -83,11 +84,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     try:
-        document = _measure(cases, _settings(arguments), console)
+        document = _measure(cases, _settings(arguments), console, _suffixed(output, ".json"))
     except CheckError as error:
-        console.print(f"[red]Wrong result, nothing is reported.[/] {escape(str(error))}", highlight=False)
+        console.print(f"[red]Wrong result, it is not reported.[/] {escape(str(error))}", highlight=False)
         return 1
-    report.write(document, _suffixed(output, ".json"))
     _present(document, output, console)
     console.print(f"Results in {_suffixed(output, '.json')}", markup=False, highlight=False)
     return int(len(document["cases"]) < len(cases))
@@ -108,7 +108,8 @@ def _settings(arguments: argparse.Namespace) -> suite.Settings:
     return suite.Settings(extent, budget, compiled=arguments.full, memory=memory, strict=not arguments.table)
 
 
-def _measure(cases: list[Case], settings: suite.Settings, console: Console) -> dict[str, Any]:
+def _measure(cases: list[Case], settings: suite.Settings, console: Console, path: Path) -> dict[str, Any]:
+    """The result document; what is measured is in the file after each case, so that nothing is lost."""
     columns = (BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=len(cases))
@@ -116,7 +117,7 @@ def _measure(cases: list[Case], settings: suite.Settings, console: Console) -> d
         def announce(case: Case) -> None:
             progress.update(task, description=case.name, completed=cases.index(case))
 
-        return suite.run(cases, settings, announce)
+        return suite.run(cases, settings, announce, lambda document: report.write(document, path))
 
 
 def _child(arguments: argparse.Namespace, malloc: str, output: Path) -> int:
@@ -129,7 +130,14 @@ def _child(arguments: argparse.Namespace, malloc: str, output: Path) -> int:
     for name in ("only", "threads", "budget"):
         value = getattr(arguments, name)
         command += [] if value in (None, "") else [f"--{name}={value}"]
-    return subprocess.run(command, env=bare | tuned).returncode
+    code = subprocess.run(command, env=bare | tuned).returncode
+    if code < 0:
+        raise UserError(
+            f"the measuring process was ended by {signal.Signals(-code).name}"
+            f"{', as the system does where memory runs out' if code == -signal.SIGKILL else ''}; "
+            f"{_suffixed(output, '.json')} has the cases before, and --only measures some of them"
+        )
+    return code
 
 
 def _present(document: dict[str, Any], output: Path, console: Console) -> None:

@@ -12,6 +12,8 @@ from fused_preact.modules import Fused
 from .cases import LAYOUTS, Case
 from .measure import Step
 
+RECOMPILE_LIMIT = 64
+
 
 @dataclass(frozen=True)
 class Contender:
@@ -55,9 +57,11 @@ def build(contender: Contender, problem: Problem) -> nn.Module:
     for stage in [m for m in module.modules() if isinstance(m, PreActStage)]:
         stage.memory = contender.memory
     if contender.backend == "compiled":
-        # Block by block: a deep net takes minutes to trace whole.
+        # Block by block: a deep net takes minutes to trace whole. The code of a block is compiled for each of its shapes,
+        # and beyond the limit not at all.
+        torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
         for part in [m for m in module.modules() if isinstance(m, Fused)]:
-            part.compile()
+            part.compile(dynamic=False)
     return module
 
 

@@ -47,8 +47,15 @@ class Settings:
     strict: bool = True
 
 
-def run(cases: list[Case], settings: Settings, announce: Callable[[Case], None] = lambda case: None) -> dict[str, Any]:
-    """Measures the cases one by one and returns the result document; `announce` is told each case before it starts.
+def run(
+    cases: list[Case],
+    settings: Settings,
+    announce: Callable[[Case], None] = lambda case: None,
+    keep: Callable[[dict[str, Any]], None] = lambda document: None,
+) -> dict[str, Any]:
+    """Measures the cases one by one and returns the result document.
+
+    `announce` is told each case before it starts, and `keep` gets the document after each.
 
     Raises:
         CheckError: a contender is wrong, and the settings are strict.
@@ -67,6 +74,7 @@ def run(cases: list[Case], settings: Settings, announce: Callable[[Case], None] 
             if settings.strict:
                 raise
             document["left_out"].append(str(error))
+        keep(document)
     return document
 
 
@@ -106,10 +114,11 @@ def measure(case: Case, settings: Settings) -> dict[str, Any]:
     Raises:
         CheckError: a contender is wrong.
     """
+    # First, for it takes processes of their own, and what this one holds would be missing there.
+    peaks = [peak_rss(case, c) if settings.memory and case.net else None for c in contenders(case, settings.compiled)]
     ready = line_up(case, settings.compiled)
     budget, rounds = settings.budget, settings.rounds
     times = alternate(ready.steps, 3 * budget if case.net else budget, (3, rounds[1]) if case.net else rounds)
-    peaks = [peak_rss(case, c) if settings.memory and case.net else None for c in ready.entrants]
     return {
         "group": case.group,
         "label": case.label,

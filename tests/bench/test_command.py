@@ -126,6 +126,36 @@ def test_another_malloc_runs_in_a_child(monkeypatch, tmp_path):
         assert environment.TUNED_MALLOC.items() <= env.items() or malloc == "default"
 
 
+def test_a_child_that_is_killed_is_one_clear_error(monkeypatch, tmp_path):
+    """Where the system ends the child, as for want of memory, what it left is named, and nothing else is started."""
+    calls = []
+
+    def killed(argv, env):
+        calls.append(argv)
+        return subprocess.CompletedProcess(argv, -9)
+
+    monkeypatch.setattr(command.subprocess, "run", killed)
+    with pytest.raises(UserError, match=r"ended by SIGKILL, as .* memory runs out; .*r\.json has the cases before"):
+        command.run(parse("--malloc=both", f"--output={tmp_path / 'r'}"))
+    assert len(calls) == 1
+
+
+@pytest.mark.usefixtures("few")
+def test_each_case_is_on_disk_when_it_is_done(monkeypatch, tmp_path):
+    """Of a run that is interrupted, the file has what was measured."""
+    measure = suite.measure
+
+    def interrupted(case, settings):
+        if case.net:
+            raise KeyboardInterrupt
+        return measure(case, settings)
+
+    monkeypatch.setattr(suite, "measure", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        command.run(parse(f"--output={tmp_path / 'result'}"))
+    assert [case["label"] for case in json.loads((tmp_path / "result.json").read_text())["cases"]] == ["block"]
+
+
 def test_slow_bf16_is_explained():
     """Where the processor has no bf16 instructions, the report says what that does to the ratios."""
     document = {

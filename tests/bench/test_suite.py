@@ -12,9 +12,10 @@ QUICK = suite.Settings(budget=0.0, rounds=(2, 2))
 
 def test_document_has_the_schema_and_survives_json(block, small_net):
     """A result file holds everything a reader needs: machine, versions, commit, malloc, medians and quantiles."""
-    told = []
-    document = suite.run([block, small_net], QUICK, told.append)
+    told, kept = [], []
+    document = suite.run([block, small_net], QUICK, told.append, lambda found: kept.append(len(found["cases"])))
     assert told == [block, small_net]
+    assert kept == [1, 2]
     assert json.loads(json.dumps(document)) == document
     top = {"schema", "date", "device", "versions", "platform", "commit", "malloc", "settings", "left_out", "cases"}
     assert top == set(document)
