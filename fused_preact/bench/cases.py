@@ -28,6 +28,7 @@ class Case:
         backends: what takes part; "eager" is the baseline.
         layouts: memory formats of input and parameters, each one a contender.
         memory: modes of the net's stages (see PreActStage), each one a fused contender; blocks have "fast" alone.
+        compiled: torch.compile may take part; False where memory would not hold another contender.
         goals: by memory mode, the least ratio of "forward", "total", "saved_bytes", "against_fast" that the fused
             channels_last contender should reach.
     """
@@ -41,6 +42,7 @@ class Case:
     backends: tuple[str, ...] = ("auto", "eager")
     layouts: tuple[str, ...] = ("channels_last", "NCHW")
     memory: tuple[str, ...] = ("fast",)
+    compiled: bool = True
     goals: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     @property
@@ -123,7 +125,8 @@ def resnet1001(batch: int, dtype: str = "fp32") -> Case:
     step = {8: 1.9, 16: 1.75, 64: 1.5} if dtype == "fp32" else {}
     if batch in step:
         goals["fast"]["total"] = step[batch]
-    return replace(net("ResNet-1001", "resnet1001", batch, dtype), memory=tuple(goals), goals=goals)
+    case = net("ResNet-1001", "resnet1001", batch, dtype)
+    return replace(case, memory=tuple(goals), goals=goals, compiled=batch < 64)  # 10 GB each, from there on
 
 
 def host_cost() -> Case:

@@ -44,7 +44,7 @@ class Problem:
 def contenders(case: Case, compiled: bool = False, device: str = "cpu") -> list[Contender]:
     """The contenders of a case; `compiled` adds torch.compile of the eager module, a block at a time."""
     modes = [(b, mode) for b in case.backends for mode in (("fast",) if b == "eager" else case.memory)]
-    if compiled:
+    if compiled and case.compiled:
         modes.append(("compiled", "fast"))
     return [Contender(backend, layout, mode, device) for layout in case.layouts for backend, mode in modes]
 
@@ -57,8 +57,8 @@ def build(contender: Contender, problem: Problem) -> nn.Module:
     for stage in [m for m in module.modules() if isinstance(m, PreActStage)]:
         stage.memory = contender.memory
     if contender.backend == "compiled":
-        # Block by block: a deep net takes minutes to trace whole. The code of a block is compiled for each of its shapes,
-        # and beyond the limit not at all.
+        # Block by block: a deep net takes minutes to trace whole. The code of a block is compiled for each of its
+        # shapes, and beyond the limit not at all.
         torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
         for part in [m for m in module.modules() if isinstance(m, Fused)]:
             part.compile(dynamic=False)
