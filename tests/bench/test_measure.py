@@ -1,5 +1,7 @@
 import gc
+import weakref
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -68,6 +70,22 @@ def test_saved_bytes_counts_a_storage_once_and_whole():
     """x is saved twice by x*x and once more as a slice: one storage of 4 x 100 bytes."""
     x = torch.randn(100, requires_grad=True)
     assert measure.saved_bytes(lambda: (x * x).sum() + (x[:10] * x[:10]).sum(), nn.Module()) == 400
+
+
+def test_saved_bytes_leaves_nothing_behind():
+    """The graph goes, also where a function keeps its own output: a deep net's would fill the memory."""
+    memory = np.zeros(5, dtype=np.float32)
+    alive = weakref.ref(memory)
+
+    def forward(given: list[np.ndarray]) -> torch.Tensor:
+        y = torch.from_numpy(given.pop())
+        return y.add_(torch.ones(5, requires_grad=True)).exp_()
+
+    given = [memory]
+    del memory
+    assert measure.saved_bytes(lambda: forward(given), nn.Module()) == 20
+    gc.collect()
+    assert alive() is None
 
 
 def test_saved_bytes_leaves_parameters_out():
