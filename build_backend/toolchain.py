@@ -29,11 +29,19 @@ HOST_SOURCES = (
     "cpu/pool",
     "cpu/workspace",
 )
-KERNEL_SOURCES = ("forward", "dgrad", "wgrad", "statistics", "dx")  # of cpu/ and of cuda/, beside the table kernels.cpp
+KERNEL_SOURCES = ("forward", "dgrad", "wgrad", "statistics", "dx")  # of cpu/ and of cuda/
+CPU_SOURCES = (*KERNEL_SOURCES, "gradients", "kernels")
 
 # No -ffast-math: NaN and infinity must come out as torch gives them. Kernels read neither errno nor exception flags.
 COMMON_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror=vla")
-KERNEL_FLAGS = ("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fno-exceptions", "-fno-rtti")
+KERNEL_FLAGS = (
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fno-exceptions",
+    "-fno-rtti",
+    "-Wno-psabi",
+)
 AVX512_FLAGS = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma")
 X86_FLAGS = {
     "avx512_bf16": (*AVX512_FLAGS, "-mavx512bf16"),
@@ -151,7 +159,7 @@ class Toolchain:
             yield f"host/{name}", self.sources / f"{name}.cpp", host
         for isa in self.isas:
             own = (*common, *KERNEL_FLAGS, *X86_FLAGS[isa], f"-DFUSED_PREACT_ISA={isa}")
-            for name in (*KERNEL_SOURCES, "kernels"):
+            for name in CPU_SOURCES:
                 yield f"{isa}/{name}", self.sources / "cpu" / f"{name}.cpp", own
 
     def _nvcc_rule(self) -> list[str]:

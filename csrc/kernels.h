@@ -1,4 +1,4 @@
-// What a device supplies: six kernels behind one table, on raw pointers.
+// What a device supplies: kernels behind one table, on raw pointers.
 //
 // The schedule (schedule.h) is written against this table and knows no device; cpu/ and cuda/ fill it
 // in. No torch header is seen here or in a kernel.
@@ -105,6 +105,10 @@ struct Kernels {
 
   // dx = dy + add, dy as above over [pixels][C]; add may be null; dx may be dy.g.
   void (*dx)(Dtype, int64_t pixels, int64_t C, const Gradient& dy, const void* add, void* dx, Workspace&);
+
+  // dgrad and wgrad in one call, to the same bits; null where a device has the two alone.
+  void (*gradients)(const Conv&, Dtype, const Gradient& dy, const Weight&, const Activation& x, const void* add,
+                    void* dz, const NormGrad& grad, const WeightGrad& dweight, void* dbias, Workspace&);
 };
 
 }  // namespace fused_preact

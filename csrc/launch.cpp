@@ -16,6 +16,10 @@ Gradient raw(const Launch::Gradient& dy) {
 
 void* mutable_pointer(const std::optional<Tensor>& x) { return x ? x->mutable_data_ptr() : nullptr; }
 
+NormGrad sums(const Launch::Gradient& dz) {
+  return {mutable_pointer(dz.dgamma), mutable_pointer(dz.dbeta), mutable_pointer(dz.grad)};
+}
+
 Affine raw(const Launch::Affine& affine) {
   return {affine.gamma.const_data_ptr(), affine.beta.const_data_ptr(), affine.eps};
 }
@@ -52,17 +56,10 @@ std::pair<Tensor, std::optional<Tensor>> Launch::forward(const Conv& conv, const
 
 Launch::Gradient Launch::dgrad(const Conv& conv, const Gradient& dy, const Tensor& weight, const Activation& x,
                                const std::optional<Tensor>& add, bool batch) const {
-  const Tensor dz = empty_nhwc(x.x, type_, conv.N, conv.C, conv.H, conv.W, device_.pool);
-  Gradient result{dz, std::nullopt, std::nullopt, std::nullopt, std::nullopt, std::nullopt};
-  if (x.norm) {
-    const ScalarType type = accumulation_type(type_);
-    result = {dz, x.x, x.norm, std::nullopt, empty(x.x, type, {conv.C}), empty(x.x, type, {conv.C})};
-    if (batch) result.grad = empty_rows(x.x, kGradRows, conv.C);
-  }
+  const Gradient result = empty_dgrad(conv, x, batch);
   if (conv.N > 0) {
-    const NormGrad grad{mutable_pointer(result.dgamma), mutable_pointer(result.dbeta), mutable_pointer(result.grad)};
-    device_.kernels.dgrad(conv, dtype_, raw(dy), filter(weight), raw(x), pointer(add), dz.mutable_data_ptr(), grad,
-                          Scope(*device_.scratch));
+    device_.kernels.dgrad(conv, dtype_, raw(dy), filter(weight), raw(x), pointer(add), result.g.mutable_data_ptr(),
+                          sums(result), Scope(*device_.scratch));
   } else {
     for (std::optional<Tensor> sum : {result.dgamma, result.dbeta, result.grad})
       if (sum) torch::stable::zero_(*sum);
@@ -70,19 +67,33 @@ Launch::Gradient Launch::dgrad(const Conv& conv, const Gradient& dy, const Tenso
   return result;
 }
 
-std::pair<Tensor, std::optional<Tensor>> Launch::wgrad(const Conv& conv, const Gradient& dy, const Activation& x,
-                                                       const Tensor& weight, bool need_bias) const {
-  std::pair<Tensor, std::optional<Tensor>> result{empty_gradient(weight), std::nullopt};
-  auto& [dweight, dbias] = result;
-  if (need_bias) dbias = empty(weight, type_, {conv.K});
+Launch::WeightGradient Launch::wgrad(const Conv& conv, const Gradient& dy, const Activation& x, const Tensor& weight,
+                                     bool need_bias) const {
+  WeightGradient result = empty_wgrad(conv, weight, need_bias);
   if (conv.N > 0) {
-    device_.kernels.wgrad(conv, dtype_, raw(dy), raw(x), filter_gradient(dweight),
-                          need_bias ? dbias->mutable_data_ptr() : nullptr, Scope(*device_.scratch));
+    device_.kernels.wgrad(conv, dtype_, raw(dy), raw(x), filter_gradient(result.dweight), mutable_pointer(result.dbias),
+                          Scope(*device_.scratch));
   } else {
-    torch::stable::zero_(dweight);
-    if (need_bias) torch::stable::zero_(*dbias);
+    torch::stable::zero_(result.dweight);
+    if (need_bias) torch::stable::zero_(*result.dbias);
   }
   return result;
+}
+
+std::pair<Launch::Gradient, Launch::WeightGradient> Launch::gradients(const Conv& conv, const Gradient& dy,
+                                                                      const Tensor& weight, const Activation& x,
+                                                                      const std::optional<Tensor>& add, bool batch,
+                                                                      bool need_bias) const {
+  if (device_.kernels.gradients == nullptr || conv.N == 0) {
+    const WeightGradient of_weight = wgrad(conv, dy, x, weight, need_bias);
+    return {dgrad(conv, dy, weight, x, add, batch), of_weight};
+  }
+  const Gradient result = empty_dgrad(conv, x, batch);
+  const WeightGradient of_weight = empty_wgrad(conv, weight, need_bias);
+  device_.kernels.gradients(conv, dtype_, raw(dy), filter(weight), raw(x), pointer(add), result.g.mutable_data_ptr(),
+                            sums(result), filter_gradient(of_weight.dweight), mutable_pointer(of_weight.dbias),
+                            Scope(*device_.scratch));
+  return {result, of_weight};
 }
 
 Tensor Launch::statistics(const Tensor& x, const Affine& next) const {
@@ -105,6 +116,21 @@ Tensor Launch::dx(const Gradient& dy, const std::optional<Tensor>& add) const {
     device_.kernels.dx(dtype_, pixels(dx), dx.size(1), raw(dy), pointer(add), dx.mutable_data_ptr(),
                        Scope(*device_.scratch));
   return dx;
+}
+
+Launch::Gradient Launch::empty_dgrad(const Conv& conv, const Activation& x, bool batch) const {
+  const Tensor dz = empty_nhwc(x.x, type_, conv.N, conv.C, conv.H, conv.W, device_.pool);
+  if (!x.norm) return {dz, std::nullopt, std::nullopt, std::nullopt, std::nullopt, std::nullopt};
+  const ScalarType type = accumulation_type(type_);
+  Gradient result{dz, x.x, x.norm, std::nullopt, empty(x.x, type, {conv.C}), empty(x.x, type, {conv.C})};
+  if (batch) result.grad = empty_rows(x.x, kGradRows, conv.C);
+  return result;
+}
+
+Launch::WeightGradient Launch::empty_wgrad(const Conv& conv, const Tensor& weight, bool need_bias) const {
+  WeightGradient result{empty_gradient(weight), std::nullopt};
+  if (need_bias) result.dbias = empty(weight, type_, {conv.K});
+  return result;
 }
 
 Tensor Launch::empty_rows(const Tensor& like, int64_t rows, int64_t C) const {

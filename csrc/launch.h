@@ -1,4 +1,4 @@
-// The table of kernels on tensors: the same six functions, which allocate their results.
+// The table of kernels on tensors: the same functions, which allocate their results.
 #pragma once
 #include <optional>
 #include <utility>
@@ -35,18 +35,29 @@ class Launch {
                                                    const std::optional<Tensor>& bias,
                                                    const std::optional<Tensor>& residual,
                                                    const std::optional<Affine>& next) const;
+  struct WeightGradient {
+    Tensor dweight;
+    std::optional<Tensor> dbias;
+  };
+
   // dz with what forms the gradient of x from it; where x has no norm, the gradient of x itself.
   Gradient dgrad(const Conv&, const Gradient& dy, const Tensor& weight, const Activation& x,
                  const std::optional<Tensor>& add, bool batch) const;
   // dweight, and dbias where asked for.
-  std::pair<Tensor, std::optional<Tensor>> wgrad(const Conv&, const Gradient& dy, const Activation& x,
-                                                 const Tensor& weight, bool need_bias) const;
+  WeightGradient wgrad(const Conv&, const Gradient& dy, const Activation& x, const Tensor& weight,
+                       bool need_bias) const;
+  // Both, which read the same tensors.
+  std::pair<Gradient, WeightGradient> gradients(const Conv&, const Gradient& dy, const Tensor& weight,
+                                                const Activation& x, const std::optional<Tensor>& add, bool batch,
+                                                bool need_bias) const;
   Tensor statistics(const Tensor& x, const Affine& next) const;
   Tensor running(const Tensor& mean, const Tensor& variance, const Affine& next) const;
   // Overwrites dy.g.
   Tensor dx(const Gradient& dy, const std::optional<Tensor>& add) const;
 
  private:
+  Gradient empty_dgrad(const Conv&, const Activation& x, bool batch) const;
+  WeightGradient empty_wgrad(const Conv&, const Tensor& weight, bool need_bias) const;
   Tensor empty_rows(const Tensor& like, int64_t rows, int64_t C) const;
 
   Device device_;

@@ -1,6 +1,7 @@
 #include "schedule.h"
 
 #include <algorithm>
+#include <tuple>
 #include <utility>
 
 namespace fused_preact {
@@ -183,7 +184,7 @@ class Backward {
     const auto shortcut_wgrad = [&](const std::optional<Tensor>& norm) {
       if (needs_.shortcut_weight[k])
         dshortcut_weight_[projection_] =
-            kernels_.wgrad(chain.conv.back(), plain(dy), {x, norm}, chain.weight.back(), false).first;
+            kernels_.wgrad(chain.conv.back(), plain(dy), {x, norm}, chain.weight.back(), false).dweight;
     };
 
     Launch::Gradient g = plain(dy);
@@ -199,13 +200,18 @@ class Backward {
         shortcut_wgrad(a.norm);
         if (wanted) add = shortcut_dgrad();
       }
-      if (needs_.weight[unit] || needs_.bias[unit]) {
-        auto [dweight, dbias] = kernels_.wgrad(chain.conv[i], g, a, chain.weight[i], needs_.bias[unit]);
-        if (needs_.weight[unit]) dweight_[unit] = dweight;
-        if (needs_.bias[unit]) dbias_[unit] = dbias;
-      }
+      const Tensor& weight = chain.weight[i];
+      std::optional<Launch::WeightGradient> of_weight;
+      if (!needs_.weight[unit] && !needs_.bias[unit])
+        g = wanted ? kernels_.dgrad(chain.conv[i], g, weight, a, add, stage_.training[unit]) : g;
+      else if (!wanted)
+        of_weight = kernels_.wgrad(chain.conv[i], g, a, weight, needs_.bias[unit]);
+      else
+        std::tie(g, of_weight) =
+            kernels_.gradients(chain.conv[i], g, weight, a, add, stage_.training[unit], needs_.bias[unit]);
+      if (needs_.weight[unit]) dweight_[unit] = of_weight->dweight;
+      if (needs_.bias[unit]) dbias_[unit] = of_weight->dbias;
       if (!wanted) continue;
-      g = kernels_.dgrad(chain.conv[i], g, chain.weight[i], a, add, stage_.training[unit]);
       if (needs_.norm[unit]) {
         dbn_weight_[unit] = g.dgamma;
         dbn_bias_[unit] = g.dbeta;

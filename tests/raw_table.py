@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -14,7 +14,8 @@ from torch import Tensor
 from fused_preact import reference
 from fused_preact.schedule import OFFSET, SLOPE, Activation, Affine, Conv, Gradient, accumulation_type
 
-NAMES = ("forward", "dgrad", "wgrad", "statistics", "running", "dx")  # struct Kernels
+NAMES = ("forward", "dgrad", "wgrad", "statistics", "running", "dx")
+TABLE = (*NAMES, "gradients")  # struct Kernels
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # enum Dtype
 NORM_ROWS, GRAD_ROWS = 5, 2
 
@@ -131,6 +132,23 @@ class RawTable(ABC):
     def dgrad(
         self, conv: Conv, dy: Gradient, weight: Tensor, x: Activation, add: Tensor | None, batch: bool
     ) -> Gradient:
+        return self._dgrad("dgrad", conv, dy, weight, x, add, batch)
+
+    def gradients(
+        self, conv: Conv, dy: Gradient, weight: Tensor, x: Activation, add: Tensor | None, batch: bool
+    ) -> tuple[Gradient, Tensor, Tensor]:
+        """dgrad and wgrad in one call: dz, dweight, dbias."""
+        results = torch.empty_like(weight), weight.new_empty(weight.size(0))
+
+        def place() -> list[int]:
+            nonlocal results
+            results = tuple(map(self._result, results))
+            return [self._filter(results[0]), self.address(results[1])]
+
+        dz = self._dgrad("gradients", conv, dy, weight, x, add, batch, place)
+        return dz, *(result.clone() for result in results)
+
+    def _dgrad(self, name, conv, dy, weight, x, add, batch, place_more: Callable[[], list[int]] = list) -> Gradient:
         self.clear()
         dz = self._result(x.x.contiguous(memory_format=torch.channels_last))
         dgamma, dbeta = (self._rows(1, dz, dz.size(1)) for _ in range(2))
@@ -138,7 +156,7 @@ class RawTable(ABC):
         if not batch:
             rows.zero_()
         self.call(
-            "dgrad",
+            name,
             self._conv(conv, x.x, weight),
             self.dtype(dz.dtype),
             self._gradient(dy),
@@ -147,6 +165,7 @@ class RawTable(ABC):
             self._place(add),
             self.address(dz),
             self.place_words(self.address(dgamma), self.address(dbeta), self.address(rows if batch else None)),
+            *place_more(),
         )
         if x.norm is None:
             return Gradient(dz.clone())

@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 from cases import CHAINS, UNITS, Case, assert_as_close_as_eager, assert_exact_on_integers, errors, fused
-from fused_preact import _extension
-from fused_preact.schedule import Gradient
+from fused_preact import _extension, reference
+from fused_preact.schedule import Activation, Affine, Gradient
 from raw_table import stand_in
 
 pytestmark = pytest.mark.skipif(
@@ -79,6 +80,20 @@ def test_a_large_mean_keeps_its_digits(backend: str) -> None:
 def test_integers_are_exact(kernels: Any, case: Case, dtype: torch.dtype) -> None:
     """A product left out or taken twice cannot hide in a tolerance."""
     assert_exact_on_integers(case, kernels, dtype)
+
+
+@each_product
+@pytest.mark.parametrize("name", ["odd", "many-pixels", "stride-2"])
+def test_gradients_made_together_are_those_made_apart(kernels: Any, name: str, dtype: torch.dtype) -> None:
+    """dgrad and wgrad in one call give the bits that each gives alone."""
+    sample = BY_ID[name].draw(0, dtype)
+    [unit] = sample.units
+    a = Activation(sample.x, reference.statistics(sample.x, Affine(unit.bn_weight, unit.bn_bias, unit.eps)))
+    dy = Gradient(sample.dy)
+    together = kernels.gradients(unit.conv, dy, unit.weight, a, None, True)
+    dz = kernels.dgrad(unit.conv, dy, unit.weight, a, None, True)
+    apart = dz, *kernels.wgrad(unit.conv, dy, a, unit.weight, True)
+    assert all(map(torch.equal, tree_leaves(together), tree_leaves(apart)))
 
 
 def test_results_do_not_depend_on_threads(kernels: Any, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:

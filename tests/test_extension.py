@@ -205,6 +205,37 @@ def test_needs_change_no_other_result(isa):
             assert torch.equal(result, expected), (only, i)
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("shape", [(21, 9, 3, 11), (3, 48, 9, 70), (2, 70, 33, 8)], ids=str)
+@pytest.mark.parametrize("size", [1, 3], ids=lambda size: f"{size}x{size}")
+def test_gradients_made_together_are_those_made_apart(size, shape, threads, isa):
+    """dgrad and wgrad take turns over many tiles where both are asked for, on any number of threads: no bit differs."""
+    N, channels, out_channels, width = shape
+    generator = torch.Generator().manual_seed(1)
+
+    def normal(*sizes: int) -> torch.Tensor:
+        return torch.randn(sizes, generator=generator)
+
+    x, dy = normal(N, channels, width, width), normal(N, out_channels, width, width)
+    weight, bias, rows = normal(out_channels, channels, size, size), normal(out_channels), normal(5, channels)
+
+    def gradients(*needs: bool) -> tuple[torch.Tensor, ...]:
+        dx, [dweight], [dbias], [dgamma], [dbeta], _ = torch.ops.fused_preact.backward(
+            dy, x, None, [], [rows], [weight], [bias], [], [True], [1, 1, size // 2, size // 2, 1, 1, 1], [1], [NONE],
+            torch.float32, 0, False, list(needs),
+        )  # fmt: skip
+        return dx, dweight, dbias, dgamma, dbeta
+
+    torch.set_num_threads(threads)
+    try:
+        together = gradients(True, True, True, True)
+    finally:
+        torch.set_num_threads(1)
+    dx, _, _, dgamma, dbeta = gradients(True, False, False, True)
+    _, dweight, dbias, _, _ = gradients(False, True, True, False)
+    assert all(map(torch.equal, together, (dx, dweight, dbias, dgamma, dbeta)))
+
+
 @pytest.mark.parametrize("pad", [0, 1, 4], ids=lambda pad: f"pad {pad}")
 @pytest.mark.parametrize("stride", [1, 2, 3, 5], ids=lambda stride: f"stride {stride}")
 @pytest.mark.parametrize("size", [(1, 1), (3, 3), (2, 3), (5, 1)], ids=lambda size: f"{size[0]}x{size[1]}")

@@ -8,6 +8,7 @@
 #include "correlate.h"
 #include "pack.h"
 #include "source.h"
+#include "walk.h"
 
 namespace fused_preact::cpu::FUSED_PREACT_ISA {
 
@@ -149,45 +150,65 @@ struct Pass {
     return {phase_h, phase_w, h, v, w, Tiling(w, tile_pixels(w, sizeof(E)))};
   }
 
-  // Adds the class to the sums of its groups.
-  void run(const Class& pixels, double* sums) const {
-    const Phase &h = pixels.h, &v = pixels.v;
-    const Window& w = pixels.w;
-    const Tiling& tiling = pixels.tiling;
-    const int64_t tiles = tiling.count(), groups = pixels.groups();
-    const FilterView<const S*> view{filter.data + h.last_tap * filter.step_h + v.last_tap * filter.step_w,
-                                    h.taps,
-                                    v.taps,
-                                    conv.K,
-                                    conv.C,
-                                    -conv.stride_h * filter.step_h,
-                                    -conv.stride_w * filter.step_w,
-                                    filter.step_outer,
-                                    filter.step_inner};
-    const E* packed = pack<E>(view, workspace);
-    const Panels<T> panels{view.outer, view.depth()};
-    const int64_t splits = splits_for(groups, panels.count());
+  // The call for one class, which adds to the sums of its groups.
+  class Call {
+   public:
+    Call(const Pass& pass, const Class& pixels, double* sums)
+        : pass_(pass),
+          class_(pixels),
+          sums_(sums),
+          packed_(pack<E>(view(), pass.workspace)),
+          panels_{view().outer, view().depth()},
+          splits_(splits_for(groups(), panels_.count())) {}
 
-    parallel(groups * splits, [&](int64_t job) {
-      const int64_t g = job / splits, part = job % splits;
-      TileScratch<E> scratch(tiling, tiling.most_pixels() * kColumns * kLanes<T>);
-      for (int64_t t = cut(tiles, groups, g); t < cut(tiles, groups, g + 1); ++t) {
-        const Tile tile = tiling[t];
-        gather(scratch.operand, scratch.strip, w, tile, source);
-        if (is_whole())
-          list_outputs(scratch.outputs, tile, w.P, w.Q, 0, 0, 1, 1);
-        else
-          list_outputs(scratch.outputs, tile, conv.H, conv.W, pixels.phase_h, pixels.phase_w, conv.stride_h,
-                       conv.stride_w);
-        for (int64_t p = cut(panels.count(), splits, part); p < cut(panels.count(), splits, part + 1); ++p) {
-          Epilogue<S> epilogue(output, scratch.outputs, panels.first_channel(p), panels.columns(p));
-          correlate(scratch.operand, tile.pixels(), w, packed + panels.offset(p), panels.columns(p), scratch.block,
-                    epilogue);
-          if (output.norm != nullptr) epilogue.add_to(sums + g * sums_size(), panels.columns(p));
-        }
+    int64_t tiles() const { return class_.tiling.count(); }
+    int64_t groups() const { return class_.groups(); }
+    int64_t splits() const { return splits_; }
+    void start(int64_t, int64_t) const {}
+
+    void run(int64_t g, int64_t part, int64_t t) const {
+      const Window& w = class_.w;
+      const Conv& conv = pass_.conv;
+      TileScratch<E> scratch(class_.tiling, class_.tiling.most_pixels() * kColumns * kLanes<T>);
+      const Tile tile = class_.tiling[t];
+      gather(scratch.operand, scratch.strip, w, tile, pass_.source);
+      if (pass_.is_whole())
+        list_outputs(scratch.outputs, tile, w.P, w.Q, 0, 0, 1, 1);
+      else
+        list_outputs(scratch.outputs, tile, conv.H, conv.W, class_.phase_h, class_.phase_w, conv.stride_h,
+                     conv.stride_w);
+      for (int64_t p = cut(panels_.count(), splits_, part); p < cut(panels_.count(), splits_, part + 1); ++p) {
+        Epilogue<S> epilogue(pass_.output, scratch.outputs, panels_.first_channel(p), panels_.columns(p));
+        correlate(scratch.operand, tile.pixels(), w, packed_ + panels_.offset(p), panels_.columns(p), scratch.block,
+                  epilogue);
+        if (pass_.output.norm != nullptr) epilogue.add_to(sums_ + g * pass_.sums_size(), panels_.columns(p));
       }
-    });
-  }
+    }
+
+   private:
+    // The filter's taps that reach the class.
+    FilterView<const S*> view() const {
+      const Phase &h = class_.h, &v = class_.v;
+      const Conv& conv = pass_.conv;
+      const FilterView<const S*>& filter = pass_.filter;
+      return {filter.data + h.last_tap * filter.step_h + v.last_tap * filter.step_w,
+              h.taps,
+              v.taps,
+              conv.K,
+              conv.C,
+              -conv.stride_h * filter.step_h,
+              -conv.stride_w * filter.step_w,
+              filter.step_outer,
+              filter.step_inner};
+    }
+
+    const Pass& pass_;
+    const Class& class_;
+    double* const sums_;
+    const E* const packed_;
+    const Panels<T> panels_;
+    const int64_t splits_;
+  };
 
  private:
   static void list_outputs(int64_t* outputs, const Tile& tile, int64_t H, int64_t W, int64_t phase_h, int64_t phase_w,
@@ -221,7 +242,7 @@ void finish(const double* dz, const double* centered, int64_t C, const T* norm, 
 
 template <class S, class E>
 void dgrad_of(const Conv& conv, const Gradient& dy, const Weight& weight, const Activation& x, const void* add,
-              void* dz, const NormGrad& grad, Workspace& workspace) {
+              void* dz, const NormGrad& grad, Workspace& workspace, const Walker& walker) {
   using T = Accumulate<S>;
   const T* norm = static_cast<const T*>(x.norm);
   const Pass<S, E> pass{conv,
@@ -238,7 +259,7 @@ void dgrad_of(const Conv& conv, const Gradient& dy, const Weight& weight, const 
   const size_t bytes = groups * pass.sums_size() * sizeof(double);
   double* sums = static_cast<double*>(workspace.take(bytes));
   memset(sums, 0, bytes);
-  for_each_class([&](const auto& pixels) { pass.run(pixels, sums); });
+  for_each_class([&](const auto& pixels) { walker(Walk(typename Pass<S, E>::Call(pass, pixels, sums))); });
   if (norm == nullptr) return;
   merge_groups(sums, groups, pass.sums_size());
   finish(sums, sums + pass.sums_size() / 2, conv.C, norm, grad, double(conv.N) * conv.H * conv.W);
@@ -246,12 +267,18 @@ void dgrad_of(const Conv& conv, const Gradient& dy, const Weight& weight, const 
 
 }  // namespace
 
-void dgrad(const Conv& conv, Dtype dtype, const Gradient& dy, const Weight& weight, const Activation& x,
-           const void* add, void* dz, const NormGrad& grad, Workspace& workspace) {
+void prepare_dgrad(const Conv& conv, Dtype dtype, const Gradient& dy, const Weight& weight, const Activation& x,
+                   const void* add, void* dz, const NormGrad& grad, Workspace& workspace, const Walker& walker) {
   with_storage(dtype, [&](auto s) {
     using S = decltype(s);
-    with_operand<S>(conv.K, [&](auto e) { dgrad_of<S, decltype(e)>(conv, dy, weight, x, add, dz, grad, workspace); });
+    with_operand<S>(conv.K,
+                    [&](auto e) { dgrad_of<S, decltype(e)>(conv, dy, weight, x, add, dz, grad, workspace, walker); });
   });
+}
+
+void dgrad(const Conv& conv, Dtype dtype, const Gradient& dy, const Weight& weight, const Activation& x,
+           const void* add, void* dz, const NormGrad& grad, Workspace& workspace) {
+  prepare_dgrad(conv, dtype, dy, weight, x, add, dz, grad, workspace, [](const Walk& walk) { walk_alone(walk); });
 }
 
 }  // namespace fused_preact::cpu::FUSED_PREACT_ISA

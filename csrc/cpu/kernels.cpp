@@ -8,12 +8,14 @@ void forward(const Conv&, Dtype, const Activation&, const Weight&, const void*, 
 void dgrad(const Conv&, Dtype, const Gradient&, const Weight&, const Activation&, const void*, void*, const NormGrad&,
            Workspace&);
 void wgrad(const Conv&, Dtype, const Gradient&, const Activation&, const WeightGrad&, void*, Workspace&);
+void gradients(const Conv&, Dtype, const Gradient&, const Weight&, const Activation&, const void*, void*,
+               const NormGrad&, const WeightGrad&, void*, Workspace&);
 void statistics(Dtype, int64_t, int64_t, const void*, const Affine&, void*, Workspace&);
 void running(Dtype, int64_t, const void*, const void*, const Affine&, void*, Workspace&);
 void dx(Dtype, int64_t, int64_t, const Gradient&, const void*, void*, Workspace&);
 
 const Kernels& kernels() {
-  static constexpr Kernels table{forward, dgrad, wgrad, statistics, running, dx};
+  static constexpr Kernels table{forward, dgrad, wgrad, statistics, running, dx, gradients};
   return table;
 }
 

@@ -9,6 +9,7 @@
 #include "pack.h"
 #include "source.h"
 #include "tile.h"
+#include "walk.h"
 
 namespace fused_preact::cpu::FUSED_PREACT_ISA {
 
@@ -99,8 +100,8 @@ void add_bias(double* dbias, const Columns<T>& b, int64_t n, int64_t width) {
 
 // Adds up the groups in order and stores the sum in the layout of the filter.
 template <class S>
-void finish(const Accumulate<S>* partial, const double* bias_partial, const Plan<Accumulate<S>>& plan,
-            const FilterView<S*>& dweight, S* dbias, Workspace& workspace) {
+void merge_groups(const Accumulate<S>* partial, const double* bias_partial, const Plan<Accumulate<S>>& plan,
+                  const FilterView<S*>& dweight, S* dbias, Workspace& workspace) {
   using T = Accumulate<S>;
   const auto total = [partial, groups = plan.groups, size = plan.panels.size()](int64_t i)
                          __attribute__((always_inline)) {
@@ -132,50 +133,93 @@ void finish(const Accumulate<S>* partial, const double* bias_partial, const Plan
   });
 }
 
+// A prepared call.
 template <class S>
-void wgrad_of(const Conv& conv, const Gradient& dy, const Activation& x, const WeightGrad& dweight, void* dbias,
-              Workspace& workspace) {
+class Wgrad {
   using T = Accumulate<S>;
-  const Plan<T> plan(conv);
-  const Window& w = plan.w;
-  const Panels<T>& panels = plan.panels;
-  const ActivationSource<S> activation(x, conv.C);
-  const GradientSource<S> gradient(dy, conv.K);
-  T* partial = static_cast<T*>(workspace.take(plan.groups * panels.size() * sizeof(T)));
-  double* bias_partial = static_cast<double*>(workspace.take(plan.groups * panels.padded_channels() * sizeof(double)));
 
-  parallel(plan.groups * plan.splits, [&](int64_t job) {
-    const int64_t g = job / plan.splits, part = job % plan.splits;
-    const int64_t first_panel = cut(panels.count(), plan.splits, part);
-    const int64_t last_panel = cut(panels.count(), plan.splits, part + 1);
-    const int64_t begin = panels.first_channel(first_panel);
-    const int64_t width = minimum(panels.first_channel(last_panel), panels.padded_channels()) - begin;
-    const int64_t end = minimum(begin + width, conv.K);
-    T* dw = partial + g * panels.size();
-    double* dbias_part = bias_partial + g * panels.padded_channels() + begin;
-    memset(dw + begin * panels.depth, 0, width * panels.depth * sizeof(T));
-    memset(dbias_part, 0, width * sizeof(double));
-    TileScratch<T> scratch(plan.tiling, plan.tiling.most_pixels() * width);
-    const int64_t tiles = plan.tiling.count();
-    for (int64_t t = cut(tiles, plan.groups, g); t < cut(tiles, plan.groups, g + 1); ++t) {
-      const Tile tile = plan.tiling[t];
-      gather(scratch.operand, scratch.strip, w, tile, activation);
-      const Columns<T> columns(scratch.block, gradient, (tile.n * w.P + tile.i0) * w.Q + tile.j0, tile.pixels(), begin,
-                               end);
-      for (int64_t panel = first_panel; panel < last_panel; ++panel)
-        add_panel(dw + panels.offset(panel), scratch.operand, w, tile.pixels(), columns,
-                  panels.first_channel(panel) - begin, panels.columns(panel));
-      if (dbias != nullptr) add_bias(dbias_part, columns, tile.pixels(), width);
+ public:
+  Wgrad(const Conv& conv, const Gradient& dy, const Activation& x, const WeightGrad& dweight, void* dbias,
+        Workspace& workspace)
+      : plan_(conv),
+        activation_(x, conv.C),
+        gradient_(dy, conv.K),
+        dweight_(forward_view<S>(conv, dweight)),
+        dbias_(static_cast<S*>(dbias)),
+        workspace_(workspace),
+        partial_(static_cast<T*>(workspace.take(plan_.groups * plan_.panels.size() * sizeof(T)))),
+        bias_partial_(
+            static_cast<double*>(workspace.take(plan_.groups * plan_.panels.padded_channels() * sizeof(double)))) {}
+
+  int64_t tiles() const { return plan_.tiling.count(); }
+  int64_t groups() const { return plan_.groups; }
+  int64_t splits() const { return plan_.splits; }
+
+  void start(int64_t g, int64_t part) const {
+    const Part p(*this, g, part);
+    memset(p.dw + p.begin * plan_.panels.depth, 0, p.width * plan_.panels.depth * sizeof(T));
+    memset(p.dbias, 0, p.width * sizeof(double));
+  }
+
+  void run(int64_t g, int64_t part, int64_t t) const {
+    const Part p(*this, g, part);
+    const Window& w = plan_.w;
+    const Panels<T>& panels = plan_.panels;
+    TileScratch<T> scratch(plan_.tiling, plan_.tiling.most_pixels() * p.width);
+    const Tile tile = plan_.tiling[t];
+    gather(scratch.operand, scratch.strip, w, tile, activation_);
+    const Columns<T> columns(scratch.block, gradient_, (tile.n * w.P + tile.i0) * w.Q + tile.j0, tile.pixels(), p.begin,
+                             minimum(p.begin + p.width, panels.channels));
+    for (int64_t panel = p.first_panel; panel < p.last_panel; ++panel)
+      add_panel(p.dw + panels.offset(panel), scratch.operand, w, tile.pixels(), columns,
+                panels.first_channel(panel) - p.begin, panels.columns(panel));
+    if (dbias_ != nullptr) add_bias(p.dbias, columns, tile.pixels(), p.width);
+  }
+
+  void finish() const { merge_groups<S>(partial_, bias_partial_, plan_, dweight_, dbias_, workspace_); }
+
+ private:
+  // The panels of one part of a group's dW.
+  struct Part {
+    int64_t first_panel, last_panel, begin, width;
+    T* dw;
+    double* dbias;
+
+    Part(const Wgrad& call, int64_t g, int64_t part) {
+      const Panels<T>& panels = call.plan_.panels;
+      first_panel = cut(panels.count(), call.plan_.splits, part);
+      last_panel = cut(panels.count(), call.plan_.splits, part + 1);
+      begin = panels.first_channel(first_panel);
+      width = minimum(panels.first_channel(last_panel), panels.padded_channels()) - begin;
+      dw = call.partial_ + g * panels.size();
+      dbias = call.bias_partial_ + g * panels.padded_channels() + begin;
     }
-  });
-  finish<S>(partial, bias_partial, plan, forward_view<S>(conv, dweight), static_cast<S*>(dbias), workspace);
-}
+  };
+
+  const Plan<T> plan_;
+  const ActivationSource<S> activation_;
+  const GradientSource<S> gradient_;
+  const FilterView<S*> dweight_;
+  S* const dbias_;
+  Workspace& workspace_;
+  T* const partial_;
+  double* const bias_partial_;
+};
 
 }  // namespace
 
+void prepare_wgrad(const Conv& conv, Dtype dtype, const Gradient& dy, const Activation& x, const WeightGrad& dweight,
+                   void* dbias, Workspace& workspace, const Walker& walker) {
+  with_storage(dtype, [&](auto s) {
+    const Wgrad<decltype(s)> call(conv, dy, x, dweight, dbias, workspace);
+    walker(Walk(call));
+    call.finish();
+  });
+}
+
 void wgrad(const Conv& conv, Dtype dtype, const Gradient& dy, const Activation& x, const WeightGrad& dweight,
            void* dbias, Workspace& workspace) {
-  with_storage(dtype, [&](auto s) { wgrad_of<decltype(s)>(conv, dy, x, dweight, dbias, workspace); });
+  prepare_wgrad(conv, dtype, dy, x, dweight, dbias, workspace, [](const Walk& walk) { walk_alone(walk); });
 }
 
 }  // namespace fused_preact::cpu::FUSED_PREACT_ISA

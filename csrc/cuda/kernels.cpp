@@ -13,7 +13,7 @@ void running(Dtype, int64_t, const void*, const void*, const Affine&, void*, Wor
 void dx(Dtype, int64_t, int64_t, const Gradient&, const void*, void*, Workspace&);
 
 const Kernels& kernels() {
-  static constexpr Kernels table{forward, dgrad, wgrad, statistics, running, dx};
+  static constexpr Kernels table{forward, dgrad, wgrad, statistics, running, dx, nullptr};
   return table;
 }
 

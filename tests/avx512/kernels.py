@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from raw_table import NAMES, RawTable
+from raw_table import TABLE, RawTable
 
 from .emulator import Emulator
 
@@ -27,7 +27,7 @@ class EmulatedKernels(RawTable):
         self._cpu.replace(self._cpu.symbol(f"{NAMESPACE}14thread_scratchE"), lambda size, *_: self._scratch(size))
         self._take = self._cpu.add_function(lambda workspace, size, *_: self._scratch(size))
         table = self._cpu.call(self._cpu.symbol(f"{NAMESPACE}{len(isa)}{isa}7kernelsE"))
-        self._functions = dict(zip(NAMES, self._cpu.read_words(table, len(NAMES)), strict=True))
+        self._functions = dict(zip(TABLE, self._cpu.read_words(table, len(TABLE)), strict=True))
 
     def close(self) -> None:
         """Frees the emulated CPU."""
