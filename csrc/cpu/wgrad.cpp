@@ -17,9 +17,10 @@ namespace {
 
 constexpr int64_t kTileBytes = 1 << 16, kLeastPixels = 64, kMostPixels = 128;
 
-// A group's dW costs a write and a read a weight; 256 pixels a group make that small beside the products. Its memory
-// is bounded too.
-constexpr int64_t kPixelsPerGroup = 256, kMostGroups = 32, kMostPartialBytes = int64_t(1) << 26;
+// A group's dW costs a write and a read a weight; so many pixels a group make that small beside the products: more where
+// it does not stay in the second level cache. Its memory is bounded too.
+constexpr int64_t kPixelsPerGroup = 256, kPixelsPerLargeGroup = 1024, kMostCachedBytes = 1 << 17;
+constexpr int64_t kMostGroups = 32, kMostPartialBytes = int64_t(1) << 26;
 
 template <class T>
 struct Plan {
@@ -29,8 +30,10 @@ struct Plan {
   int64_t groups, splits;
 
   explicit Plan(const Conv& conv) : w(forward_window(conv)), tiling(w, tile_pixels(w)), panels{conv.K, w.depth()} {
-    const int64_t wanted = minimum(w.N * w.P * w.Q / kPixelsPerGroup, kMostGroups);
-    const int64_t affordable = kMostPartialBytes / maximum<int64_t>(panels.size() * sizeof(T), 1);
+    const int64_t bytes = panels.size() * sizeof(T);
+    const int64_t pixels = bytes > kMostCachedBytes ? kPixelsPerLargeGroup : kPixelsPerGroup;
+    const int64_t wanted = minimum(w.N * w.P * w.Q / pixels, kMostGroups);
+    const int64_t affordable = kMostPartialBytes / maximum<int64_t>(bytes, 1);
     groups = maximum<int64_t>(minimum(minimum(wanted, affordable), tiling.count()), 1);
     splits = splits_for(groups, panels.count());
   }
