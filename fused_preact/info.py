@@ -9,7 +9,7 @@ from rich.table import Table
 
 import fused_preact
 
-from . import _extension, backends
+from . import _extension, backends, tables
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,6 +26,7 @@ def facts() -> dict[str, str]:
         "instruction set": _instruction_set(),
         "threads": f"{torch.get_num_threads()} (torch.set_num_threads changes it)",
         "extension": _extension.unavailable or str(_extension.BINARY),
+        "measured calls": _measured_calls(),
     }
 
 
@@ -42,6 +43,12 @@ def _instruction_set() -> str:
         return "none: the CPU kernels are not there"
     sets = _extension.instruction_sets()
     return f"{sets.chosen} (built: {', '.join(sets.built)}; this processor: {', '.join(sets.supported)})"
+
+
+def _measured_calls() -> str:
+    device = tables.device_name("cuda") or tables.device_name("cpu")
+    calls = len(tables.load(device)["calls"])
+    return f"{calls} on {device}" if calls else f"none on {device}: auto goes by rule, `fused-preact tune` measures"
 
 
 def _print(console: Console, title: str, rows: dict[str, str]) -> None:

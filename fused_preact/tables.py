@@ -4,7 +4,7 @@
 package's folder ``measured`` is what this version was shipped with, and counts where the user's has nothing. The file:
 
     {"device": name, "date": ..., "versions": {...},
-     "calls": {key of a call: {"best": backend, "seconds": {backend: median of forward + backward}}},
+     "calls": {key of a call: {N: {"best": backend, "seconds": {backend: median of forward + backward}}}},
      "tiles": {key of a kernel call: [rows, columns, depth, warps, stages]}}
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import platform
 import re
@@ -28,16 +29,27 @@ def folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fused_preact"
 
 
-@functools.cache
 def device_name(kind: str, index: int | None = None) -> str | None:
-    """Name of a device that a table is for; None where there is none of that kind."""
+    """Name of a device that a table is for, of a CPU with torch's threads; None where there is none of that kind."""
     if kind == "cpu":
-        info = Path("/proc/cpuinfo")
-        found = re.search(r"^model name\s*:\s*(.+)$", info.read_text() if info.exists() else "", re.MULTILINE)
-        return found.group(1) if found else platform.processor() or platform.machine()
-    if kind == "cuda" and torch.cuda.is_available():
-        return torch.cuda.get_device_name(index)
-    return None
+        return f"{_processor()}, {torch.get_num_threads()} threads"
+    return _gpu(index) if kind == "cuda" else None
+
+
+@functools.cache
+def _gpu(index: int | None) -> str | None:
+    return torch.cuda.get_device_name(index) if torch.cuda.is_available() else None
+
+
+@functools.cache
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    text = info.read_text() if info.exists() else ""
+    found = dict(re.findall(r"^(model name|cpu family|model)\s*:\s*(.+)$", text, re.MULTILINE))
+    if "model name" not in found:
+        return platform.processor() or platform.machine()
+    # Virtual machines often give processors of many generations one name.
+    return ", ".join([found["model name"], *(f"{key} {found[key]}" for key in ("cpu family", "model") if key in found)])
 
 
 def file_name(device: str) -> str:
@@ -48,45 +60,56 @@ def file_name(device: str) -> str:
 @functools.cache
 def load(device: str | None) -> dict[str, Any]:
     """The tables of a device, the user's over the shipped; empty where there are none."""
-    merged: dict[str, Any] = {"calls": {}, "tiles": {}}
-    for place in (SHIPPED, folder()):
-        path = place / file_name(device or "")
-        if path.exists():
-            document = json.loads(path.read_text())
-            for part in merged:
-                merged[part] |= document.get(part, {})
-    return merged
+    name = file_name(device or "")
+    return _over(_read(SHIPPED / name), _read(folder() / name))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.exists() else {"calls": {}, "tiles": {}}
+
+
+def _over(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """Both documents in one: where both have a value, that of ``after``."""
+    calls = {
+        key: before["calls"].get(key, {}) | after["calls"].get(key, {}) for key in before["calls"] | after["calls"]
+    }
+    return before | after | {"calls": calls, "tiles": before["tiles"] | after["tiles"]}
 
 
 def save(document: dict[str, Any], path: Path | None = None) -> Path:
     """Write the table of ``document["device"]``, over what the file has, and let it count from here on."""
     path = path or folder() / file_name(document["device"])
-    before = json.loads(path.read_text()) if path.exists() else {}
-    parts = {part: before.get(part, {}) | document[part] for part in ("calls", "tiles")}
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_suffix(".part")
-    fresh.write_text(json.dumps(document | parts, indent=1) + "\n")
+    fresh.write_text(json.dumps(_over(_read(path), document), indent=1) + "\n")
     fresh.replace(path)
     load.cache_clear()
     return path
 
 
 def call_key(problem: Any) -> str:
-    """Key of a call: dtype, memory format, shape of x, and each convolution as its geometry and filter."""
-    shape = "x".join(map(str, problem.shape))
-    convolutions = (",".join(map(str, (*conv, *weight))) for conv, weight in problem.convolutions)
+    """Key of a call: dtype, memory format, C, H and W of x, and how often each geometry and filter occurs."""
+    shape = "x".join(map(str, problem.shape[1:]))
+    counts: dict[str, int] = {}
+    for conv, weight in problem.convolutions:
+        text = ",".join(map(str, (*conv, *weight)))
+        counts[text] = counts.get(text, 0) + 1
+    convolutions = (f"{count}*{text}" for text, count in counts.items())
     return " ".join([str(problem.dtype).removeprefix("torch."), problem.format, shape, *convolutions])
 
 
 def best(problem: Any) -> str | None:
-    """The backend that was fastest at a call on this device, or None where it was not measured."""
-    return _best(problem.device, call_key(problem))
+    """The backend that was fastest at a call on this device, at the nearest N; None where it was not measured."""
+    return _best(problem.device, call_key(problem), str(problem.shape[0]))
 
 
 @torch.compiler.assume_constant_result  # a file is read here
-def _best(kind: str, key: str) -> str | None:
+def _best(kind: str, key: str, N: str) -> str | None:
     found = load(device_name(kind))["calls"].get(key)
-    return None if found is None else found["best"]
+    if not found:
+        return None
+    nearest = min(found, key=lambda measured: abs(math.log(int(measured) / max(int(N), 1))))
+    return found[nearest]["best"]
 
 
 def tile(device: torch.device, key: str) -> list[int] | None:

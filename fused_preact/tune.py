@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
 import fused_preact
 
 from . import backends, models, tables
 from .bench.measure import Step, Times, alternate, ratio, spread
+from .bench.report import progress_bar
 from .errors import UserError
 from .modules import Fused
 from .stage import PreActStage
@@ -56,17 +58,31 @@ def run(arguments: argparse.Namespace) -> int:
     if min(batch, arguments.size) < 1 or not arguments.budget > 0:
         raise UserError("--batch, --size and --budget must be positive")
     document = _document(device)
-    for dtype in arguments.dtypes:
-        for problem, block in _calls(arguments.models, device, DTYPES[dtype], batch, arguments.size):
-            key = tables.call_key(problem)
-            if key not in document["calls"]:
+    console = Console()
+    with progress_bar(console) as progress:
+        for dtype in arguments.dtypes:
+            calls = _calls(arguments.models, device, DTYPES[dtype], batch, arguments.size)
+            distinct = {tables.call_key(problem): (problem, block) for problem, block in calls}
+            for key, (problem, block) in progress.track(distinct.items(), description=f"calls in {dtype}"):
                 if device == "cuda" and backends.obstacle("triton", problem) is None:
                     document["tiles"] |= _tiles(problem, block, arguments.budget)
-                document["calls"][key] = found = measure(problem, block, arguments.budget)
-                times = ", ".join(f"{name} {1e3 * value:.2f} ms" for name, value in found["seconds"].items())
-                print(f"{found['best']:>8}  {key}: {times}", flush=True)
-    print(f"Table in {tables.save(document, arguments.output)}")
+                found = measure(problem, block, arguments.budget)
+                document["calls"][key] = {str(batch): found}
+                console.print(_line(problem, found), markup=False, highlight=False, soft_wrap=True)
+    path = tables.save(document, arguments.output)
+    console.print(f"Table in {path}", markup=False, highlight=False, soft_wrap=True)
     return 0
+
+
+def _line(problem: backends.Problem, found: dict[str, Any]) -> str:
+    """One call and its times, for people; in brackets how many times as fast as eager."""
+    seconds, shape = found["seconds"], "x".join(map(str, problem.shape))
+    dtype, n = str(problem.dtype).removeprefix("torch."), len(problem.convolutions)
+    times = ", ".join(
+        f"{name} {1e3 * value:.2f} ms" + (f" ({seconds['eager'] / value:.2f}x)" if name != "eager" else "")
+        for name, value in seconds.items()
+    )
+    return f"{found['best']:>8}  {dtype} {problem.format} {shape}, {n} convolution{'s' * (n > 1)}: {times}"
 
 
 def _document(device: str) -> dict[str, Any]:

@@ -1,13 +1,14 @@
 """What all tests share: one thread each, for pytest-xdist already keeps every core busy."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 import interpreted
 from cases import PYTHON_BACKENDS
-from fused_preact import _extension, tables
+from fused_preact import _extension, functional, tables
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -41,6 +42,17 @@ def nothing_measured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
         patch.setattr(tables, "SHIPPED", empty)
         patch.setattr(tables, "folder", lambda: empty)
         yield
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty folder of measured tables, in which the user's are."""
+    monkeypatch.setattr(tables, "folder", lambda: tmp_path)
+    tables.load.cache_clear()
+    functional._plans.clear()
+    yield tmp_path
+    tables.load.cache_clear()
+    functional._plans.clear()
 
 
 def instruction_sets() -> list[str]:

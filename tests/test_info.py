@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fused_preact
-from fused_preact import _extension, backends, info
+from fused_preact import _extension, backends, info, tables
 
 
 def test_facts_are_those_of_this_process(use_isa):
@@ -27,6 +27,14 @@ def test_every_backend_is_shown_with_its_reason(monkeypatch, capsys):
     shown = capsys.readouterr().out
     assert "no compiler was there" in shown
     assert "usable" in shown
+
+
+def test_what_is_measured_here_is_said(folder):
+    """With nothing measured it names the command; else how much is, and of which device."""
+    device = tables.device_name("cuda") or tables.device_name("cpu")
+    assert "fused-preact tune" in info.facts()["measured calls"]
+    tables.save({"device": device, "calls": {"a": {}, "b": {}}, "tiles": {}})
+    assert info.facts()["measured calls"] == f"2 on {device}"
 
 
 def test_without_the_binary_it_says_how_to_get_it(monkeypatch):

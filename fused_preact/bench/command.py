@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from fused_preact.errors import UserError
 
@@ -110,8 +109,7 @@ def _settings(arguments: argparse.Namespace) -> suite.Settings:
 
 def _measure(cases: list[Case], settings: suite.Settings, console: Console, path: Path) -> dict[str, Any]:
     """The result document; what is measured is in the file after each case, so that nothing is lost."""
-    columns = (BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=console, transient=True) as progress:
+    with report.progress_bar(console) as progress:
         task = progress.add_task("", total=len(cases))
 
         def announce(case: Case) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from fused_preact.errors import UserError
@@ -41,6 +42,12 @@ def read(path: Path) -> dict[str, Any]:
     if not isinstance(document, dict) or document.get("schema") != SCHEMA:
         raise UserError(f"{path} is no result file of fused-preact bench (schema {SCHEMA})")
     return document
+
+
+def progress_bar(console: Console) -> Progress:
+    """A bar for a list of measurements; lines printed meanwhile go above it."""
+    columns = BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}")
+    return Progress(*columns, console=console, transient=True)
 
 
 def show(document: dict[str, Any], console: Console) -> None:
