@@ -159,6 +159,24 @@ def test_a_bfloat16_model(backend):
     assert_close(norm[2], (0.9 * tensors()[4].bfloat16() + 0.1 * x.detach().mean((0, 2, 3))), rtol=0.02, atol=0.02)
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_an_infinite_pixel_reaches_only_the_taps_that_read_it(dtype, stride):
+    """The last of three pixels has no partner where products take pairs, and what lies beside it must not stand in.
+
+    Of the `cpu` kernels: torch's own bfloat16 convolution does not hold it.
+    """
+    x, weight, *norm = (t.to(dtype) for t in tensors(C=17))
+    x = x[..., :5, :] if stride == 1 else torch.cat([x, x], 3)[..., :7]
+    weight.requires_grad_()
+    x[..., 3 * stride] = torch.inf  # beyond what the filter's first column reads for the last pixel of a row
+    y = bn_relu_conv2d(x, weight, *norm, stride=stride, backend="cpu")
+    assert y.shape[-1] == 3
+    (dweight,) = torch.autograd.grad(y, weight, torch.randn_like(y))
+    assert dweight[..., 0].isfinite().all()
+    assert not dweight[..., 2].isfinite().all()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_inference_and_no_grad(backend):
     """Without a graph the same numbers come out, and no gradient is attached."""

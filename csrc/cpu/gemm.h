@@ -5,7 +5,8 @@
 //
 // m counts pixels (or rows of dW), v vectors of output channels. The accumulators must stay in registers: they are a
 // local array that only pack expansions in one inlined function touch; with loops over them the compiler leaves
-// them in memory. multiply reads operands of type E: the accumulation type, or pairs of bf16 where the processor has them.
+// them in memory. Operands are of type E: the accumulation type, or, where the processor multiplies pairs of bf16, bf16 in
+// multiply, whose pairs lie next to each other, and BFloat16Pair in outer.
 #pragma once
 #include <utility>
 
@@ -46,6 +47,10 @@ FUSED_PREACT_INLINE __m512bh broadcast(const BFloat16* a) {
   return (__m512bh)_mm512_set1_epi32(pair);
 }
 
+FUSED_PREACT_INLINE __m512bh load_pairs(const BFloat16Pair* from) { return (__m512bh)_mm512_loadu_si512(from); }
+
+FUSED_PREACT_INLINE __m512bh broadcast(const BFloat16Pair* a) { return (__m512bh)_mm512_set1_epi32(a->bits); }
+
 FUSED_PREACT_INLINE Vec<float> multiply_add(Vec<float> acc, __m512bh a, __m512bh b) {
   return (Vec<float>)_mm512_dpbf16_ps((__m512)acc, a, b);
 }
@@ -78,18 +83,18 @@ FUSED_PREACT_INLINE void multiply(Vec<Accumulate<E>> (&acc)[M * V], const E* con
   }
 }
 
-template <class T, int M, int V, int... I, int... J>
-FUSED_PREACT_INLINE void outer_step(Vec<T> (&acc)[M * V], const T* a, const T* b, std::integer_sequence<int, I...>,
-                                    std::integer_sequence<int, J...>) {
-  const Vec<T> column[V] = {load(b + J * kLanes<T>)...};
-  ((acc[I] += splat(a[I / V]) * column[I % V]), ...);
+template <class E, int M, int V, int... I, int... J>
+FUSED_PREACT_INLINE void outer_step(Vec<Accumulate<E>> (&acc)[M * V], const E* a, const E* b,
+                                    std::integer_sequence<int, I...>, std::integer_sequence<int, J...>) {
+  const decltype(load_pairs(b)) column[V] = {load_pairs(b + J * kLanes<Accumulate<E>>)...};
+  ((acc[I] = multiply_add(acc[I], broadcast(a + I / V), column[I % V])), ...);
 }
 
-template <class T, int M, int V>
-FUSED_PREACT_INLINE void outer(Vec<T> (&acc)[M * V], const T* const* pixels, int64_t offset, int64_t n, const T* b,
-                               int64_t ldb) {
+template <class E, int M, int V>
+FUSED_PREACT_INLINE void outer(Vec<Accumulate<E>> (&acc)[M * V], const E* const* pixels, int64_t offset, int64_t n,
+                               const E* b, int64_t ldb) {
   for (int64_t p = 0; p < n; ++p, b += ldb)
-    outer_step<T, M, V>(acc, pixels[p] + offset, b, std::make_integer_sequence<int, M * V>{},
+    outer_step<E, M, V>(acc, pixels[p] + offset, b, std::make_integer_sequence<int, M * V>{},
                         std::make_integer_sequence<int, V>{});
 }
 

@@ -101,15 +101,15 @@ void point_at(Operand<E>& operand, const Window& w, const Tile& tile, const E* o
       for (int64_t j = 0; j < tile.cols; ++j) *pixel++ = origin + i * w.stride_h * row_stride + j * w.stride_w * w.C;
 }
 
-// Points the operand at the pixels that a tile reads: in place where the source is a plain tensor of type E and no
-// padding is read, else in a strip that is filled here.
+// The rows and columns of one image that a tile reads.
+inline int64_t strip_rows(const Window& w, const Tile& tile) { return (tile.rows - 1) * w.stride_h + w.R; }
+inline int64_t strip_cols(const Window& w, const Tile& tile) { return (tile.cols - 1) * w.stride_w + w.S; }
+
+// Fills the strip of a tile: [images][rows][cols][C].
 template <class E, class Source>
-void gather(Operand<E>& operand, E* strip, const Window& w, const Tile& tile, const Source& source) {
+void fill_strip(E* strip, const Window& w, const Tile& tile, const Source& source) {
   const int64_t h0 = tile.i0 * w.stride_h + w.top, w0 = tile.j0 * w.stride_w + w.left;
-  const E* plain = source.template plain<E>();
-  if (plain != nullptr && w.stays_inside())
-    return point_at(operand, w, tile, plain + ((tile.n * w.H + h0) * w.W + w0) * w.C, w.H * w.W * w.C, w.W * w.C);
-  const int64_t rows = (tile.rows - 1) * w.stride_h + w.R, cols = (tile.cols - 1) * w.stride_w + w.S;
+  const int64_t rows = strip_rows(w, tile), cols = strip_cols(w, tile);
   const int64_t first = minimum(maximum<int64_t>(-w0, 0), cols), last = maximum(minimum(w.W - w0, cols), first);
   E* row = strip;
   for (int64_t n = tile.n; n < tile.n + tile.images; ++n)
@@ -122,7 +122,19 @@ void gather(Operand<E>& operand, E* strip, const Window& w, const Tile& tile, co
       source.fill(row + first * w.C, w.C, (n * w.H + h) * w.W + w0 + first, last - first, 0, w.C);
       memset(row + last * w.C, 0, (cols - last) * w.C * sizeof(E));
     }
-  point_at(operand, w, tile, strip, rows * cols * w.C, cols * w.C);
+}
+
+// Points the operand at the pixels that a tile reads: in place where the source is a plain tensor of type E and no
+// padding is read, else in a strip that is filled here.
+template <class E, class Source>
+void gather(Operand<E>& operand, E* strip, const Window& w, const Tile& tile, const Source& source) {
+  const int64_t h0 = tile.i0 * w.stride_h + w.top, w0 = tile.j0 * w.stride_w + w.left;
+  const E* plain = source.template plain<E>();
+  if (plain != nullptr && w.stays_inside())
+    return point_at(operand, w, tile, plain + ((tile.n * w.H + h0) * w.W + w0) * w.C, w.H * w.W * w.C, w.W * w.C);
+  fill_strip(strip, w, tile, source);
+  const int64_t row = strip_cols(w, tile) * w.C;
+  point_at(operand, w, tile, strip, strip_rows(w, tile) * row, row);
 }
 
 // body(job) for each job of [0, jobs). A thread takes the next job when it is done with one, so that one that the system

@@ -51,9 +51,16 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-// There is no vector of it: it is loaded as float. Without a type, the templates below step aside for its overloads.
+// Two values that are summed one after the other, the first in the low half.
+struct BFloat16Pair {
+  uint32_t bits;
+};
+
+// There are no vectors of them: bf16 is loaded as float. Without a type, the templates below step aside for overloads.
 template <>
 struct VecOf<BFloat16> {};
+template <>
+struct VecOf<BFloat16Pair> {};
 
 // The type that values of storage type S are computed and accumulated in.
 template <class S>
@@ -62,6 +69,10 @@ struct AccumulateOf {
 };
 template <>
 struct AccumulateOf<BFloat16> {
+  using type = float;
+};
+template <>
+struct AccumulateOf<BFloat16Pair> {
   using type = float;
 };
 template <class S>
@@ -98,9 +109,16 @@ FUSED_PREACT_INLINE void store(T* to, Vec<T> v) {
 constexpr int kBf16Lanes = kLanes<float>;
 typedef uint16_t HalfBits __attribute__((vector_size(kBf16Lanes * sizeof(uint16_t))));
 
-FUSED_PREACT_INLINE Vec<float> load(const BFloat16* from) {
-  const HalfBits half = load_as<HalfBits>(&from->bits);
-  return (Vec<float>)(__builtin_convertvector(half, Vec<uint32_t>) << 16);
+FUSED_PREACT_INLINE Vec<uint32_t> load_bits(const BFloat16* from) {
+  return __builtin_convertvector(load_as<HalfBits>(&from->bits), Vec<uint32_t>);
+}
+
+FUSED_PREACT_INLINE Vec<float> load(const BFloat16* from) { return (Vec<float>)(load_bits(from) << 16); }
+
+// The sum of each pair.
+FUSED_PREACT_INLINE Vec<float> load(const BFloat16Pair* from) {
+  const Vec<uint32_t> bits = load_as<Vec<uint32_t>>(&from->bits);
+  return (Vec<float>)(bits << 16) + (Vec<float>)(bits & 0xffff0000u);
 }
 
 // Rounds to nearest even; a NaN stays a (quiet) NaN.

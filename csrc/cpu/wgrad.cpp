@@ -5,10 +5,8 @@
 // strip and its vectors are output channels: an outer product a pixel.
 // Every group of tiles has a dW of its own; the groups are added up in order at the end.
 // Bytes: x and dy (or dz' and x') read once, dW written and read once a group.
-#include "gemm.h"
+#include "outer.h"
 #include "pack.h"
-#include "source.h"
-#include "tile.h"
 #include "walk.h"
 
 namespace fused_preact::cpu::FUSED_PREACT_ISA {
@@ -44,57 +42,37 @@ struct Plan {
   }
 };
 
-// The dy of one tile for channels [begin, end): in place, or formed into the block with its last vector filled up.
-template <class T>
-struct Columns {
-  const T* data;
-  int64_t ld;
-
-  template <class Source>
-  Columns(T* block, const Source& source, int64_t pixel, int64_t count, int64_t begin, int64_t end) {
-    const int64_t width = ceil_div(end - begin, kLanes<T>) * kLanes<T>;
-    if (source.template plain<T>() != nullptr && width == end - begin) {
-      data = source.template plain<T>() + pixel * source.C + begin;
-      ld = source.C;
-      return;
-    }
-    if (width != end - begin) memset(block, 0, count * width * sizeof(T));
-    source.fill(block, width, pixel, count, begin, end);
-    data = block;
-    ld = width;
-  }
-};
-
-template <class T, int M, int V, int... I>
-FUSED_PREACT_INLINE void outer_block(T* dw, const Operand<T>& a, int64_t offset, int64_t n, const Columns<T>& b,
-                                     int64_t column, std::integer_sequence<int, I...>) {
+template <class E, int M, int V, int... I>
+FUSED_PREACT_INLINE void outer_block(Accumulate<E>* dw, const OuterOperands<E>& x, int64_t offset, int64_t column,
+                                     std::integer_sequence<int, I...>) {
+  using T = Accumulate<E>;
   Vec<T> acc[M * V] = {};
-  outer<T, M, V>(acc, a.pixels, offset, n, b.data + column, b.ld);
+  outer<E, M, V>(acc, x.activation.pixels, offset, x.steps, x.dy + column, x.ld);
   (store(dw + I * kLanes<T>, load(dw + I * kLanes<T>) + acc[I]), ...);
 }
 
 // Adds one tile to one panel of dW.
-template <class T>
-void add_panel(T* dw, const Operand<T>& a, const Window& w, int64_t n, const Columns<T>& b, int64_t column,
-               int64_t columns) {
+template <class E>
+void add_panel(Accumulate<E>* dw, const OuterOperands<E>& x, const Window& w, int64_t column, int64_t columns) {
   with_constant<kColumns>(columns, [&](auto V) __attribute__((always_inline)) {
-    for (int64_t r = 0; r < w.R; ++r, dw += w.S * w.C * V * kLanes<T>)
+    for (int64_t r = 0; r < w.R; ++r, dw += w.S * w.C * V * kLanes<Accumulate<E>>)
       for_each_block(w.S * w.C, [&](int64_t i, auto M) __attribute__((always_inline)) {
-        outer_block<T, M, V>(dw + i * V * kLanes<T>, a, r * a.row_stride + i, n, b, column,
+        outer_block<E, M, V>(dw + i * V * kLanes<Accumulate<E>>, x, r * x.activation.row_stride + i, column,
                              std::make_integer_sequence<int, M * V>{});
       });
   });
 }
 
 // Sums a few values in T, and these sums in double.
-template <class T>
-void add_bias(double* dbias, const Columns<T>& b, int64_t n, int64_t width) {
+template <class E>
+void add_bias(double* dbias, const OuterOperands<E>& x, int64_t width) {
+  using T = Accumulate<E>;
   constexpr int64_t kFew = 8;
   for (int64_t c = 0; c < width; c += kLanes<T>) {
     Wide<T> total = load_wide<T>(dbias + c);
-    for (int64_t first = 0; first < n; first += kFew) {
+    for (int64_t first = 0; first < x.steps; first += kFew) {
       Vec<T> sum = {};
-      for (int64_t p = first; p < minimum(first + kFew, n); ++p) sum += load(b.data + p * b.ld + c);
+      for (int64_t p = first; p < minimum(first + kFew, x.steps); ++p) sum += load(x.dy + p * x.ld + c);
       total += widen<T>(sum);
     }
     store_wide<T>(dbias + c, total);
@@ -140,6 +118,7 @@ void merge_groups(const Accumulate<S>* partial, const double* bias_partial, cons
 template <class S>
 class Wgrad {
   using T = Accumulate<S>;
+  using E = OuterOperand<S>;
 
  public:
   Wgrad(const Conv& conv, const Gradient& dy, const Activation& x, const WeightGrad& dweight, void* dbias,
@@ -168,15 +147,11 @@ class Wgrad {
     const Part p(*this, g, part);
     const Window& w = plan_.w;
     const Panels<T>& panels = plan_.panels;
-    TileScratch<T> scratch(plan_.tiling, plan_.tiling.most_pixels() * p.width);
     const Tile tile = plan_.tiling[t];
-    gather(scratch.operand, scratch.strip, w, tile, activation_);
-    const Columns<T> columns(scratch.block, gradient_, (tile.n * w.P + tile.i0) * w.Q + tile.j0, tile.pixels(), p.begin,
-                             minimum(p.begin + p.width, panels.channels));
+    const OuterOperands<E> operands(w, plan_.tiling, tile, activation_, gradient_, p.begin, p.width);
     for (int64_t panel = p.first_panel; panel < p.last_panel; ++panel)
-      add_panel(p.dw + panels.offset(panel), scratch.operand, w, tile.pixels(), columns,
-                panels.first_channel(panel) - p.begin, panels.columns(panel));
-    if (dbias_ != nullptr) add_bias(p.dbias, columns, tile.pixels(), p.width);
+      add_panel(p.dw + panels.offset(panel), operands, w, panels.first_channel(panel) - p.begin, panels.columns(panel));
+    if (dbias_ != nullptr) add_bias(p.dbias, operands, p.width);
   }
 
   void finish() const { merge_groups<S>(partial_, bias_partial_, plan_, dweight_, dbias_, workspace_); }
