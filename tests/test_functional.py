@@ -177,6 +177,22 @@ def test_an_infinite_pixel_reaches_only_the_taps_that_read_it(dtype, stride):
     assert not dweight[..., 2].isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("K", [32, 33])
+def test_a_large_result_has_the_bits_of_its_images(dtype, K):
+    """Results of two megabytes and more are written past the cache, where their rows are whole cache lines."""
+    _, weight, *norm = tensors(C=4, K=K, size=1)
+    x, residual = torch.randn(16, 4, 48, 64, dtype=dtype), torch.randn(16, K, 48, 64, dtype=dtype)
+    x, residual = (t.contiguous(memory_format=torch.channels_last) for t in (x, residual))
+    assert residual.nbytes > 2 << 20
+
+    def run(x, residual):
+        return bn_relu_conv2d(x, weight.to(dtype), *norm, bias=norm[0].new_ones(K).to(dtype), residual=residual)
+
+    images = [run(*pair) for pair in zip(x.split(1), residual.split(1), strict=True)]
+    assert torch.equal(run(x, residual), torch.cat(images))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_inference_and_no_grad(backend):
     """Without a graph the same numbers come out, and no gradient is attached."""

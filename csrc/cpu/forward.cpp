@@ -13,6 +13,18 @@ namespace fused_preact::cpu::FUSED_PREACT_ISA {
 
 namespace {
 
+// A y of so many bytes has left the cache since its memory was last used, a step ago. Reading its lines only to overwrite
+// them would take as long as the products of a 1x1 convolution.
+constexpr int64_t kLeastStreamed = int64_t{2} << 20;
+constexpr uintptr_t kCacheLine = 64;
+
+// Whether y, of [pixels][K], may and should be written past the cache.
+template <class S>
+bool streams(const void* y, int64_t pixels, int64_t K) {
+  const bool whole_lines = K * sizeof(S) % kCacheLine == 0 && reinterpret_cast<uintptr_t>(y) % kCacheLine == 0;
+  return whole_lines && pixels * K * int64_t{sizeof(S)} >= kLeastStreamed;
+}
+
 // What is the same for all panels and tiles.
 template <class S>
 struct Output {
@@ -22,6 +34,7 @@ struct Output {
   S* y;
   int64_t K;
   void* moments;  // or null
+  bool streams;   // y is written past the cache
 };
 
 // Adds bias and residual to the blocks of one panel, stores them, and sums them up as stored.
@@ -71,8 +84,12 @@ struct Epilogue {
       ((I % V == 0 ? __builtin_prefetch(residual + (I / V + kAhead) * K) : void()), ...);
     }
     S* y = out.y + at;
-    (store_lanes(y + I / V * K + I % V * kLanes<T>, acc[I], block_lanes<T, V>(I, last)), ...);
-    ((I % V == 0 ? __builtin_prefetch(y + (I / V + kAhead) * K, 1) : void()), ...);
+    if (out.streams) {
+      (stream(y + I / V * K + I % V * kLanes<T>, acc[I]), ...);
+    } else {
+      (store_lanes(y + I / V * K + I % V * kLanes<T>, acc[I], block_lanes<T, V>(I, last)), ...);
+      ((I % V == 0 ? __builtin_prefetch(y + (I / V + kAhead) * K, 1) : void()), ...);
+    }
     if constexpr (!std::is_same_v<S, T>)
       if (out.moments != nullptr)
         ((acc[I] = load_lanes(y + I / V * K + I % V * kLanes<T>, block_lanes<T, V>(I, last))), ...);
@@ -100,9 +117,12 @@ void forward_of(const Conv& conv, const Activation& x, const Weight& weight, con
   const Panels<T> panels{view.outer, view.depth()};
   const int64_t splits = splits_for(groups, panels.count());
   const ActivationSource<S> source(x, conv.C);
-  const Output<S> output{padded_bias<T, S>(bias, panels, workspace), static_cast<const S*>(residual),
-                         static_cast<S*>(y), conv.K,
-                         next_rows != nullptr ? workspace.take(groups * Moments<T>::bytes(conv.K)) : nullptr};
+  const Output<S> output{padded_bias<T, S>(bias, panels, workspace),
+                         static_cast<const S*>(residual),
+                         static_cast<S*>(y),
+                         conv.K,
+                         next_rows != nullptr ? workspace.take(groups * Moments<T>::bytes(conv.K)) : nullptr,
+                         streams<S>(y, conv.N * conv.P * conv.Q, conv.K)};
 
   parallel(groups * splits, [&](int64_t job) {
     const int64_t g = job / splits, part = job % splits;
@@ -119,6 +139,7 @@ void forward_of(const Conv& conv, const Activation& x, const Weight& weight, con
       }
       count += n;
     }
+    if (output.streams) fence_streams();
   });
 
   if (next_rows != nullptr)

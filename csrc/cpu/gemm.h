@@ -10,10 +10,6 @@
 #pragma once
 #include <utility>
 
-#if defined(__AVX512BF16__)
-#include <immintrin.h>
-#endif
-
 #include "vec.h"
 
 namespace fused_preact::cpu::FUSED_PREACT_ISA {
