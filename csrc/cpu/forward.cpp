@@ -18,11 +18,11 @@ namespace {
 constexpr int64_t kLeastStreamed = int64_t{2} << 20;
 constexpr uintptr_t kCacheLine = 64;
 
-// Whether y, of [pixels][K], may and should be written past the cache.
+// Whether y, of [pixels][K], may and should be written past the cache. Rounded values are read back for their statistics.
 template <class S>
 bool streams(const void* y, int64_t pixels, int64_t K) {
   const bool whole_lines = K * sizeof(S) % kCacheLine == 0 && reinterpret_cast<uintptr_t>(y) % kCacheLine == 0;
-  return whole_lines && pixels * K * int64_t{sizeof(S)} >= kLeastStreamed;
+  return std::is_same_v<S, Accumulate<S>> && whole_lines && pixels * K * int64_t{sizeof(S)} >= kLeastStreamed;
 }
 
 // What is the same for all panels and tiles.
@@ -84,12 +84,11 @@ struct Epilogue {
       ((I % V == 0 ? __builtin_prefetch(residual + (I / V + kAhead) * K) : void()), ...);
     }
     S* y = out.y + at;
-    if (out.streams) {
-      (stream(y + I / V * K + I % V * kLanes<T>, acc[I]), ...);
-    } else {
-      (store_lanes(y + I / V * K + I % V * kLanes<T>, acc[I], block_lanes<T, V>(I, last)), ...);
-      ((I % V == 0 ? __builtin_prefetch(y + (I / V + kAhead) * K, 1) : void()), ...);
+    if constexpr (std::is_same_v<S, T>) {
+      if (out.streams) return (stream(y + I / V * K + I % V * kLanes<T>, acc[I]), ...);
     }
+    (store_lanes(y + I / V * K + I % V * kLanes<T>, acc[I], block_lanes<T, V>(I, last)), ...);
+    ((I % V == 0 ? __builtin_prefetch(y + (I / V + kAhead) * K, 1) : void()), ...);
     if constexpr (!std::is_same_v<S, T>)
       if (out.moments != nullptr)
         ((acc[I] = load_lanes(y + I / V * K + I % V * kLanes<T>, block_lanes<T, V>(I, last))), ...);

@@ -126,33 +126,32 @@ FUSED_PREACT_INLINE Vec<float> load(const BFloat16Pair* from) {
 }
 
 // Rounds to nearest even; a NaN stays a (quiet) NaN.
-FUSED_PREACT_INLINE HalfBits rounded_bits(Vec<float> v) {
+FUSED_PREACT_INLINE void store(BFloat16* to, Vec<float> v) {
+#if defined(__AVX512BF16__)
+  const HalfBits rounded = (HalfBits)_mm512_cvtneps_pbh((__m512)v);
+#else
   const Vec<uint32_t> bits = (Vec<uint32_t>)v;
-  const Vec<uint32_t> rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const Vec<uint32_t> nearest = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const Vec<uint32_t> nan = (bits >> 16) | 0x40u;
-  const Vec<uint32_t> chosen = (Vec<int32_t>)(v != v) ? nan : rounded;
-  return __builtin_convertvector(chosen, HalfBits);
+  const HalfBits rounded = __builtin_convertvector((Vec<int32_t>)(v != v) ? nan : nearest, HalfBits);
+#endif
+  store_as(&to->bits, rounded);
 }
-
-FUSED_PREACT_INLINE void store(BFloat16* to, Vec<float> v) { store_as(&to->bits, rounded_bits(v)); }
 
 // Stores past the cache, which so need not read what is overwritten: for whole cache lines, written soon after each other.
 // `to` is aligned to the vector. Other threads see it after a fence.
-template <class V>
-FUSED_PREACT_INLINE void stream_vector(void* to, V v) {
-#if defined(__x86_64__)
-  if constexpr (sizeof(V) == 64) return _mm512_stream_ps(static_cast<float*>(to), (__m512)v);
-  if constexpr (sizeof(V) == 32) return _mm256_stream_ps(static_cast<float*>(to), (__m256)v);
-  if constexpr (sizeof(V) == 16) return _mm_stream_ps(static_cast<float*>(to), (__m128)v);
-#endif
-  memcpy(to, &v, sizeof v);
-}
-
 template <class T>
 FUSED_PREACT_INLINE void stream(T* to, Vec<T> v) {
-  stream_vector(to, v);
+#if defined(__AVX512F__)
+  _mm512_stream_ps(reinterpret_cast<float*>(to), (__m512)v);
+#elif defined(__AVX2__)
+  _mm256_stream_ps(reinterpret_cast<float*>(to), (__m256)v);
+#elif defined(__x86_64__)
+  _mm_stream_ps(reinterpret_cast<float*>(to), (__m128)v);
+#else
+  store(to, v);
+#endif
 }
-FUSED_PREACT_INLINE void stream(BFloat16* to, Vec<float> v) { stream_vector(to, rounded_bits(v)); }
 
 FUSED_PREACT_INLINE void fence_streams() {
 #if defined(__x86_64__)

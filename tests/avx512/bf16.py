@@ -1,8 +1,10 @@
-"""vdpbf16ps for an emulated CPU that has AVX-512 without it: each one in the code becomes a jump to plain AVX-512 code.
+"""The instructions of avx512_bf16 for an emulated CPU that lacks them: each becomes a jump to plain AVX-512 code.
 
-    vdpbf16ps x, y, z:   x += high(y)*high(z);  x += low(y)*low(z)
+    vdpbf16ps x, y, z:     x += high(y)*high(z);  x += low(y)*low(z)
+    vcvtneps2bf16 x, y:    x = y rounded to nearest even
 
-of the two bf16 values in each 32-bit lane, both sums rounded to float. Unlike the instruction, denormal numbers count.
+of the two bf16 values in each 32-bit lane, both sums rounded to float. Unlike the instructions, denormal numbers count, and
+a NaN is to be one that arithmetic makes.
 """
 
 from __future__ import annotations
@@ -14,38 +16,52 @@ LENGTH = 6
 JUMP = 0xE9
 # EVEX prefix: map 0F38, F3, W0, 512 bits, neither mask nor broadcast; opcode; registers only.
 PATTERN = re.compile(
-    b"\x62[%s][%s][%s]\x52[\xc0-\xff]"
+    b"\x62[%s][%s][%s][\x52\x72][\xc0-\xff]"
     % tuple(
         b"".join(re.escape(bytes([byte])) for byte in range(256) if byte & mask == value)
         for mask, value in ((0x0F, 0x02), (0x87, 0x06), (0xF7, 0x40))
     )
 )
-MAP_0F, MAP_0F38 = 1, 2
-NO_PREFIX, PREFIX_66 = 0, 1
+ROUND = 0x72
+MAP_0F, MAP_0F38, MAP_0F3A = 1, 2, 3
+NO_PREFIX, PREFIX_66, PREFIX_F3 = 0, 1, 2
 
 
 def sites(code: bytes) -> Iterator[int]:
-    """Offsets of all vdpbf16ps in machine code."""
+    """Offsets of all such instructions in machine code."""
     return (match.start() for match in re.finditer(PATTERN, code))
 
 
 def substitute(instruction: bytes, at: int, spill: int, back: int) -> bytes:
-    """Code to stand at address `at` for one vdpbf16ps, that goes on at `back`; spill: address of 128 free bytes."""
+    """Code to stand at address `at` for one instruction, that goes on at `back`; spill: address of 128 free bytes."""
     x, y, z = _registers(instruction)
-    if x in (y, z):
+    rounds = instruction[4] == ROUND
+    if not rounds and x in (y, z):
         raise ValueError(f"vdpbf16ps with its sum among its factors: {instruction.hex()}")
     t, u, *_ = (register for register in range(5) if register not in (x, y, z))
     code = b""
     for i, register in enumerate((t, u)):
         code += _move(0x11, register, spill + 64 * i - (at + len(code)))
-    code += _shift(t, y, right=True) + _shift(t, t, right=False)
-    code += _shift(u, z, right=True) + _shift(u, u, right=False)
-    code += _multiply_add(x, t, u)
-    code += _shift(t, y, right=False) + _shift(u, z, right=False)
-    code += _multiply_add(x, t, u)
+    code += _round(x, z, t, u) if rounds else _multiply_pairs(x, y, z, t, u)
     for i, register in enumerate((t, u)):
         code += _move(0x10, register, spill + 64 * i - (at + len(code)))
     return code + jump(at + len(code), back)
+
+
+def _multiply_pairs(x: int, y: int, z: int, t: int, u: int) -> bytes:
+    code = _shift(t, y, right=True) + _shift(t, t, right=False)
+    code += _shift(u, z, right=True) + _shift(u, u, right=False)
+    code += _multiply_add(x, t, u)
+    code += _shift(t, y, right=False) + _shift(u, z, right=False)
+    return code + _multiply_add(x, t, u)
+
+
+def _round(x: int, y: int, t: int, u: int) -> bytes:
+    """x = (y + (1 << 15) - 1 + the last bit that stays) >> 16 in every lane, as 16 bits."""
+    code = _shift(u, y, right=True) + _shift(u, u, right=False, bits=31) + _shift(u, u, right=True, bits=31)
+    code += _ones(t) + _shift(t, t, right=True, bits=17)
+    code += _add(u, u, t) + _add(u, u, y) + _shift(u, u, right=True)
+    return code + _evex(0x33, MAP_0F38, PREFIX_F3, u, 0, x)  # vpmovdw
 
 
 def jump(at: int, to: int) -> bytes:
@@ -70,9 +86,19 @@ def _evex(opcode: int, opcode_map: int, prefix: int, reg: int, vvvv: int, rm: in
     return bytes([0x62, p0, p1, p2, opcode, mod << 6 | (reg & 7) << 3 | (rm & 7)])
 
 
-def _shift(to: int, register: int, right: bool) -> bytes:
-    """Every lane by 16 bits: vpsrld or vpslld."""
-    return _evex(0x72, MAP_0F, PREFIX_66, 2 if right else 6, to, register) + b"\x10"
+def _shift(to: int, register: int, right: bool, bits: int = 16) -> bytes:
+    """Every lane: vpsrld or vpslld."""
+    return _evex(0x72, MAP_0F, PREFIX_66, 2 if right else 6, to, register) + bytes([bits])
+
+
+def _ones(to: int) -> bytes:
+    """vpternlogd: all bits 1."""
+    return _evex(0x25, MAP_0F3A, PREFIX_66, to, to, to) + b"\xff"
+
+
+def _add(to: int, y: int, z: int) -> bytes:
+    """vpaddd: to = y + z."""
+    return _evex(0xFE, MAP_0F, PREFIX_66, to, y, z)
 
 
 def _multiply_add(x: int, y: int, z: int) -> bytes:

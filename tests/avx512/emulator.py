@@ -1,6 +1,6 @@
 """A CPU with AVX-512 in software (BochsCPU), that runs functions of a shared object on torch tensors.
 
-The CPU has AVX-512 F, BW, DQ and VL; the one instruction of avx512_bf16 that kernels use is substituted (bf16.py).
+The CPU has AVX-512 F, BW, DQ and VL; the instructions of avx512_bf16 that kernels use are substituted (bf16.py).
 
 Guest memory is one block of host memory, mapped flat: a guest address is an offset into it, and a tensor placed in it
 is seen by both sides. Each piece of data ends where an unmapped page begins, so that touching what is behind it stops
@@ -10,6 +10,7 @@ the emulator, and the memory before it is checked after each call. Memory that h
 
 from __future__ import annotations
 
+import bisect
 import mmap
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +27,7 @@ from .shared_object import SharedObject
 PAGE = 4096
 TABLES = 0x1000  # page tables: one page each of levels 4, 3 and 2, then level 1
 ROUTINES = 0x40000  # machine code of our own
-STACK, STACK_TOP = 0x50000, 0x100000
+STACK, STACK_TOP = 0x100000, 0x200000
 HEAP = STACK_TOP  # pieces of data, each in pages of its own, with an unmapped page behind them
 OBJECT = HEAP + (32 << 20)
 
@@ -71,7 +72,7 @@ class Emulator:
         shared_object.load(
             self._memory, OBJECT, {"memcpy": self._add_routine(MEMCPY), "memset": self._add_routine(MEMSET)}
         )
-        self._symbols = {name: OBJECT + value for name, value in shared_object.symbols.items()}
+        self._symbols = [(OBJECT + value, name) for value, name in shared_object.symbols]
         shared_object.close()
         self._substitute_bf16()
         self.clear()
@@ -122,7 +123,7 @@ class Emulator:
     def symbol(self, name: str) -> int:
         """Address of the one symbol that `name` is the beginning of, as a C++ function's is but for its parameters."""
         # A dot is in the names that the compiler gives to parts of functions (.cold).
-        found = {full: address for full, address in self._symbols.items() if full.startswith(name) and "." not in full}
+        found = {full: address for address, full in self._symbols if full.startswith(name) and "." not in full}
         if len(found) != 1:
             raise ValueError(f"expected one symbol that begins with {name}, found {len(found)}: {sorted(found)}")
         return next(iter(found.values()))
@@ -226,7 +227,7 @@ class Emulator:
 
     def _function_at(self, address: int) -> tuple[int, str]:
         """Where the function that holds this address begins, and its name."""
-        return max((begin, name) for name, begin in self._symbols.items() if begin <= address)
+        return self._symbols[bisect.bisect_right(self._symbols, (address, chr(0x10FFFF))) - 1]
 
     def _describe(self, vector: int, code: int) -> str:
         state = self._session.cpu.state

@@ -26,9 +26,12 @@ class SharedObject:
         table = self._elf.get_section_by_name(".symtab")
         if table is None:
             raise ValueError(f"{path} has no symbol table: build it without stripping")
-        self.symbols: dict[str, int] = {
-            s.name: s["st_value"] for s in table.iter_symbols() if s["st_info"]["type"] in ("STT_FUNC", "STT_OBJECT")
-        }
+        # In order; local functions of several sources may share a name.
+        self.symbols: list[tuple[int, str]] = sorted(
+            (s["st_value"], s.name)
+            for s in table.iter_symbols()
+            if s["st_info"]["type"] in ("STT_FUNC", "STT_OBJECT") and s["st_shndx"] != "SHN_UNDEF"
+        )
 
     def load(self, memory: np.ndarray, base: int, external: dict[str, int]) -> None:
         """Copies the segments to `base` and relocates them; symbols from elsewhere are 0, save those in `external`."""
