@@ -23,19 +23,44 @@ inline int64_t tile_pixels(const Window& w, int64_t value_bytes) {
   return minimum(maximum(pixels, kLeastPixels), kMostPixels);
 }
 
-// `rows` rows of `length` values of each pixel, from `offset` on.
+// Rows [begin, end) of the filter.
+struct RowRange {
+  int64_t begin, end;
+};
+
+// Those that are inside of the image for any of `count` pixels of a tile, from its pixel p on, which are in one or two rows.
+// The others read padding: to leave them out takes a twelfth off the products of a 3x3 filter on 8x8 pixels.
+FUSED_PREACT_INLINE RowRange rows_inside(const Window& w, const Tile& tile, uint32_t p, uint32_t count) {
+  const uint32_t cols = tile.cols, rows = tile.rows, first = p / cols, last = (p + count - 1) / cols;
+  const int64_t top = (tile.i0 + first % rows) * w.stride_h + w.top, bottom = top + (last - first) * w.stride_h;
+  if (tile.images > 1 && bottom > (w.P - 1) * w.stride_h + w.top) return {0, w.R};  // of two images
+  return {maximum<int64_t>(-bottom, 0), minimum(w.R, w.H - top)};
+}
+
+// `rows` rows of `length` values of each pixel, from `offset` on, and their weights.
+template <class E>
 struct Run {
   int64_t offset, rows, length;
+  const E* weights;
   bool is_first, is_last;
+
+  // Without the rows that are not `inside`; it begins with row r of the filter, `weights_in_row` each. Out of line: it is
+  // to take no registers from the products.
+  __attribute__((noinline)) void clip(int64_t r, const RowRange& inside, int64_t row_stride, int64_t weights_in_row) {
+    const int64_t skipped = maximum<int64_t>(inside.begin - r, 0);
+    rows = minimum(r + rows, inside.end) - r - skipped;
+    offset += skipped * row_stride;
+    weights += skipped * weights_in_row;
+  }
 };
 
 template <class E, int M, int V, class Sink, int... I>
-FUSED_PREACT_INLINE void correlate_block(const Operand<E>& a, int64_t p, const Run& run, const E* w,
-                                         Accumulate<E>* totals, Sink& sink, std::integer_sequence<int, I...> each) {
+FUSED_PREACT_INLINE void correlate_block(const Operand<E>& a, int64_t p, const Run<E>& run, Accumulate<E>* totals,
+                                         Sink& sink, std::integer_sequence<int, I...> each) {
   constexpr int64_t kStep = kLanes<Accumulate<E>>;
   Accumulate<E>* total = totals + p * V * kStep;
   Vec<Accumulate<E>> acc[M * V] = {};
-  multiply<E, M, V>(acc, a.pixels + p, run.offset, run.rows, a.row_stride, run.length, w);
+  multiply<E, M, V>(acc, a.pixels + p, run.offset, run.rows, a.row_stride, run.length, run.weights);
   if (!run.is_first) ((acc[I] += load(total + I * kStep)), ...);
   if (run.is_last)
     sink.template block<M, V>(p, acc, each);
@@ -53,21 +78,25 @@ FUSED_PREACT_INLINE int64_t block_lanes(int i, int64_t last) {
 }
 
 // sink.block<M, V>(p, acc, each) for every block of the panel: acc[i], i in `each`, is the product for pixel p + i / V
-// and column i % V. `totals` holds n x `columns` vectors.
+// and column i % V. `totals` holds a vector for each pixel of the tile and each column.
 template <class E, class Sink>
-FUSED_PREACT_INLINE void correlate(const Operand<E>& a, int64_t n, const Window& w, const E* panel, int64_t columns,
-                                   Accumulate<E>* totals, Sink& sink) {
+FUSED_PREACT_INLINE void correlate(const Operand<E>& a, const Window& w, const Tile& tile, const E* panel,
+                                   int64_t columns, Accumulate<E>* totals, Sink& sink) {
   const int64_t length = w.R > 0 ? w.S * w.C : 0, parts = maximum<int64_t>(ceil_div(length, kRun), 1);
   const int64_t part = ceil_div(ceil_div(length, parts), kPair<E>) * kPair<E>;
   const int64_t rows = parts == 1 ? maximum<int64_t>(minimum(w.R, kRun / maximum<int64_t>(length, 1)), 1) : 1;
+  const bool skips = !w.stays_inside() && tile.cols >= kRows;
   with_constant<kColumns>(columns, [&](auto V) __attribute__((always_inline)) {
     int64_t r = 0, i = 0;
     do {
-      const Run run{r * a.row_stride + i, minimum(rows, w.R - r), minimum(part, length - i), r == 0 && i == 0,
-                    r + rows >= w.R && i + part >= length};
-      const E* weights = panel + (r * length + i) * V * kLanes<Accumulate<E>>;
-      for_each_block(n, [&](int64_t p, auto M) __attribute__((always_inline)) {
-        correlate_block<E, M, V>(a, p, run, weights, totals, sink, std::make_integer_sequence<int, M * V>{});
+      constexpr int64_t kWidth = V * kLanes<Accumulate<E>>;
+      const Run<E> run{r * a.row_stride + i,      minimum(rows, w.R - r),
+                       minimum(part, length - i), panel + (r * length + i) * kWidth,
+                       r == 0 && i == 0,          r + rows >= w.R && i + part >= length};
+      for_each_block(tile.pixels(), [&](int64_t p, auto M) __attribute__((always_inline)) {
+        Run<E> inside = run;
+        if (skips) inside.clip(r, rows_inside(w, tile, p, M), a.row_stride, length * kWidth);
+        correlate_block<E, M, V>(a, p, inside, totals, sink, std::make_integer_sequence<int, M * V>{});
       });
       i += part;
       if (i >= length) i = 0, r += rows;

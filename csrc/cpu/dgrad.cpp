@@ -179,8 +179,7 @@ struct Pass {
                      conv.stride_w);
       for (int64_t p = cut(panels_.count(), splits_, part); p < cut(panels_.count(), splits_, part + 1); ++p) {
         Epilogue<S> epilogue(pass_.output, scratch.outputs, panels_.first_channel(p), panels_.columns(p));
-        correlate(scratch.operand, tile.pixels(), w, packed_ + panels_.offset(p), panels_.columns(p), scratch.block,
-                  epilogue);
+        correlate(scratch.operand, w, tile, packed_ + panels_.offset(p), panels_.columns(p), scratch.block, epilogue);
         if (pass_.output.norm != nullptr) epilogue.add_to(sums_ + g * pass_.sums_size(), panels_.columns(p));
       }
     }

@@ -133,7 +133,8 @@ void forward_of(const Conv& conv, const Activation& x, const Weight& weight, con
       gather(scratch.operand, scratch.strip, w, tile, source);
       for (int64_t panel = cut(panels.count(), splits, part); panel < cut(panels.count(), splits, part + 1); ++panel) {
         Epilogue<S> epilogue(output, first, panels.first_channel(panel));
-        correlate(scratch.operand, n, w, packed + panels.offset(panel), panels.columns(panel), scratch.block, epilogue);
+        correlate(scratch.operand, w, tile, packed + panels.offset(panel), panels.columns(panel), scratch.block,
+                  epilogue);
         if (output.moments != nullptr) epilogue.merge(g, count, n, panels.columns(panel));
       }
       count += n;

@@ -42,24 +42,46 @@ struct Plan {
   }
 };
 
+// The steps of a tile that a row of the filter takes: `parts` runs of `count`, `stride` apart.
+struct Steps {
+  int64_t first, count, parts, stride;
+};
+
+// Where each image of the tile has this many, a run of steps an image is worth leaving out the rows that read padding.
+constexpr int64_t kLeastSteps = 24;
+
+inline Steps steps_of(const Window& w, const Tile& tile, int64_t r, int64_t steps) {
+  const int64_t in_image = steps / tile.images, in_row = in_image / tile.rows;
+  const int64_t top = tile.i0 * w.stride_h + w.top + r;
+  const int64_t begin = top < 0 ? ceil_div(-top, w.stride_h) : 0,
+                end = minimum(ceil_div(w.H - top, w.stride_h), tile.rows);
+  if ((begin == 0 && end == tile.rows) || in_image < kLeastSteps) return {0, steps, 1, 0};
+  return {begin * in_row, maximum<int64_t>(end - begin, 0) * in_row, tile.images, in_image};
+}
+
 template <class E, int M, int V, int... I>
 FUSED_PREACT_INLINE void outer_block(Accumulate<E>* dw, const OuterOperands<E>& x, int64_t offset, int64_t column,
-                                     std::integer_sequence<int, I...>) {
+                                     int64_t first, int64_t count, std::integer_sequence<int, I...>) {
   using T = Accumulate<E>;
   Vec<T> acc[M * V] = {};
-  outer<E, M, V>(acc, x.activation.pixels, offset, x.steps, x.dy + column, x.ld);
+  outer<E, M, V>(acc, x.activation.pixels + first, offset, count, x.dy + first * x.ld + column, x.ld);
   (store(dw + I * kLanes<T>, load(dw + I * kLanes<T>) + acc[I]), ...);
 }
 
 // Adds one tile to one panel of dW.
 template <class E>
-void add_panel(Accumulate<E>* dw, const OuterOperands<E>& x, const Window& w, int64_t column, int64_t columns) {
+void add_panel(Accumulate<E>* dw, const OuterOperands<E>& x, const Window& w, const Tile& tile, int64_t column,
+               int64_t columns) {
   with_constant<kColumns>(columns, [&](auto V) __attribute__((always_inline)) {
-    for (int64_t r = 0; r < w.R; ++r, dw += w.S * w.C * V * kLanes<Accumulate<E>>)
-      for_each_block(w.S * w.C, [&](int64_t i, auto M) __attribute__((always_inline)) {
-        outer_block<E, M, V>(dw + i * V * kLanes<Accumulate<E>>, x, r * x.activation.row_stride + i, column,
-                             std::make_integer_sequence<int, M * V>{});
-      });
+    for (int64_t r = 0; r < w.R; ++r, dw += w.S * w.C * V * kLanes<Accumulate<E>>) {
+      const Steps steps = steps_of(w, tile, r, x.steps);
+      for (int64_t part = 0; part < steps.parts; ++part)
+        for_each_block(w.S * w.C, [&](int64_t i, auto M) __attribute__((always_inline)) {
+          outer_block<E, M, V>(dw + i * V * kLanes<Accumulate<E>>, x, r * x.activation.row_stride + i, column,
+                               steps.first + part * steps.stride, steps.count,
+                               std::make_integer_sequence<int, M * V>{});
+        });
+    }
   });
 }
 
@@ -150,7 +172,8 @@ class Wgrad {
     const Tile tile = plan_.tiling[t];
     const OuterOperands<E> operands(w, plan_.tiling, tile, activation_, gradient_, p.begin, p.width);
     for (int64_t panel = p.first_panel; panel < p.last_panel; ++panel)
-      add_panel(p.dw + panels.offset(panel), operands, w, panels.first_channel(panel) - p.begin, panels.columns(panel));
+      add_panel(p.dw + panels.offset(panel), operands, w, tile, panels.first_channel(panel) - p.begin,
+                panels.columns(panel));
     if (dbias_ != nullptr) add_bias(p.dbias, operands, p.width);
   }
 

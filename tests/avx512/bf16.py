@@ -3,8 +3,8 @@
     vdpbf16ps x, y, z:     x += high(y)*high(z);  x += low(y)*low(z)
     vcvtneps2bf16 x, y:    x = y rounded to nearest even
 
-of the two bf16 values in each 32-bit lane, both sums rounded to float. Unlike the instructions, denormal numbers count, and
-a NaN is to be one that arithmetic makes.
+of the two bf16 values in each 32-bit lane, both sums rounded to float. Unlike the instructions, denormal numbers count,
+and a NaN is to be one that arithmetic makes.
 """
 
 from __future__ import annotations
