@@ -137,26 +137,33 @@ void gather(Operand<E>& operand, E* strip, const Window& w, const Tile& tile, co
   point_at(operand, w, tile, strip, strip_rows(w, tile) * row, row);
 }
 
-// body(job) for each job of [0, jobs). A thread takes the next job when it is done with one, so that one that the system
-// holds up does not keep the others waiting; which thread does a job changes no result.
+// Parts of [0, n): part i of `parts` is [cut(n, parts, i), cut(n, parts, i + 1)).
+inline int64_t cut(int64_t n, int64_t parts, int64_t i) { return n * i / parts; }
+
+// body(job) for each job of [0, jobs). A thread takes the jobs of its own share first, which from kernel to kernel is about
+// the same part of the tensors, and so in its cache; then those that are left of the others', so that one that the system
+// holds up does not keep the others waiting. Which thread does a job changes no result.
 template <class Body>
 void parallel(int64_t jobs, const Body& body) {
+  constexpr int64_t kMostShares = 64;
   struct Queue {
     const Body& body;
-    int64_t jobs, next;
-  } queue{body, jobs, 0};
+    int64_t jobs, shares;
+    int64_t next[kMostShares];
+  } queue{body, jobs, minimum(minimum(jobs, num_threads()), kMostShares), {}};
+  for (int64_t share = 0; share < queue.shares; ++share) queue.next[share] = cut(jobs, queue.shares, share);
   parallel_for(
       minimum(jobs, num_threads()),
-      [](void* context, int64_t, int64_t) {
+      [](void* context, int64_t thread, int64_t) {
         Queue& shared = *static_cast<Queue*>(context);
-        for (int64_t job; (job = __atomic_fetch_add(&shared.next, 1, __ATOMIC_RELAXED)) < shared.jobs;)
-          shared.body(job);
+        for (int64_t i = 0; i < shared.shares; ++i) {
+          const int64_t share = (thread + i) % shared.shares, end = cut(shared.jobs, shared.shares, share + 1);
+          for (int64_t job; (job = __atomic_fetch_add(&shared.next[share], 1, __ATOMIC_RELAXED)) < end;)
+            shared.body(job);
+        }
       },
       &queue);
 }
-
-// Parts of [0, n): part i of `parts` is [cut(n, parts, i), cut(n, parts, i + 1)).
-inline int64_t cut(int64_t n, int64_t parts, int64_t i) { return n * i / parts; }
 
 // Into how many parts the columns of each group are cut so that every thread has work. Changes no result.
 inline int64_t splits_for(int64_t groups, int64_t most) {
