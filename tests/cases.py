@@ -335,6 +335,7 @@ UNITS = [
     Case("padded-1x1", (2, 4, 4, 3), (point(6, padding=(1, 2)),)),
     Case("wide-padding", (2, 5, 3, 4), (Layer(6, padding=(2, 3)),)),
     Case("64-channels", (2, 64, 8, 8), (Layer(64),)),
+    Case("images-of-nine-columns", (3, 8, 7, 9), (Layer(8),)),  # runs of six and of eight pixels from image to image
     Case("many-pixels", (2, 16, 33, 31), (Layer(16),)),
 ]
 # What only the composed backends serve.
