@@ -111,6 +111,7 @@ struct Epilogue {
       centered[v] += value * norm[v].centered(input);
     };
     (mask(at[I / V] + I % V * kStep, I % V, block_lanes<T, V>(I, last), acc[I]), ...);
+    for (int m = 0; m < M; ++m) prefetch_far(x + at[m], V * kStep);
     const int64_t ahead = kAhead * out.C;
     ((I % V == 0 ? __builtin_prefetch(x + at[I / V] + ahead) : void()), ...);
     ((I % V == 0 ? __builtin_prefetch(dz + at[I / V] + ahead, 1) : void()), ...);

@@ -16,13 +16,18 @@ namespace {
 // A y of so many bytes has left the cache since its memory was last used, a step ago. Reading its lines only to overwrite
 // them would take as long as the products of a 1x1 convolution.
 constexpr int64_t kLeastStreamed = int64_t{2} << 20;
-constexpr uintptr_t kCacheLine = 64;
+
+// Whether a tensor of so many values is one that passes the cache by.
+template <class S>
+bool is_streamed(int64_t values) {
+  return values * int64_t{sizeof(S)} >= kLeastStreamed;
+}
 
 // Whether y, of [pixels][K], may and should be written past the cache. Rounded values are read back for their statistics.
 template <class S>
 bool streams(const void* y, int64_t pixels, int64_t K) {
-  const bool whole_lines = K * sizeof(S) % kCacheLine == 0 && reinterpret_cast<uintptr_t>(y) % kCacheLine == 0;
-  return std::is_same_v<S, Accumulate<S>> && whole_lines && pixels * K * int64_t{sizeof(S)} >= kLeastStreamed;
+  const bool whole_lines = K * int64_t{sizeof(S)} % kCacheLine == 0 && reinterpret_cast<intptr_t>(y) % kCacheLine == 0;
+  return std::is_same_v<S, Accumulate<S>> && whole_lines && is_streamed<S>(pixels * K);
 }
 
 // What is the same for all panels and tiles.
@@ -35,6 +40,8 @@ struct Output {
   int64_t K;
   void* moments;  // or null
   bool streams;   // y is written past the cache
+  const S* x;     // what comes from memory, `x_step` values for each pixel of y; or null
+  int64_t x_step;
 };
 
 // Adds bias and residual to the blocks of one panel, stores them, and sums them up as stored.
@@ -49,6 +56,7 @@ struct Epilogue {
 
   template <int M, int V, int... I>
   FUSED_PREACT_INLINE void block(int64_t p, Vec<T> (&acc)[M * V], std::integer_sequence<int, I...> each) {
+    if (out.x != nullptr && k0 == 0) prefetch_far(out.x + (first + p) * out.x_step, M * out.x_step);
     with_lanes<T>(out.K - k0 - (V - 1) * kLanes<T>, [&](auto last) __attribute__((always_inline)) {
       finish<M, V>((first + p) * out.K + k0, acc, last, each);
     });
@@ -81,7 +89,7 @@ struct Epilogue {
     if (const S* residual = out.residual; residual != nullptr) {
       residual += at;
       ((acc[I] += load_lanes(residual + I / V * K + I % V * kLanes<T>, block_lanes<T, V>(I, last))), ...);
-      ((I % V == 0 ? __builtin_prefetch(residual + (I / V + kAhead) * K) : void()), ...);
+      (__builtin_prefetch(residual + (I / V + kAhead) * K + I % V * kLanes<T>), ...);
     }
     S* y = out.y + at;
     if constexpr (std::is_same_v<S, T>) {
@@ -121,7 +129,9 @@ void forward_of(const Conv& conv, const Activation& x, const Weight& weight, con
                          static_cast<S*>(y),
                          conv.K,
                          next_rows != nullptr ? workspace.take(groups * Moments<T>::bytes(conv.K)) : nullptr,
-                         streams<S>(y, conv.N * conv.P * conv.Q, conv.K)};
+                         streams<S>(y, conv.N * conv.P * conv.Q, conv.K),
+                         is_streamed<S>(conv.N * conv.H * conv.W * conv.C) ? static_cast<const S*>(x.x) : nullptr,
+                         conv.H * conv.W * conv.C / (conv.P * conv.Q)};
 
   parallel(groups * splits, [&](int64_t job) {
     const int64_t g = job / splits, part = job % splits;

@@ -26,6 +26,8 @@ constexpr int kVectorBytes = 32;
 constexpr int kVectorBytes = 16;
 #endif
 
+constexpr int64_t kCacheLine = 64;
+
 template <class T>
 struct VecOf {
   typedef T type __attribute__((vector_size(kVectorBytes)));
