@@ -14,11 +14,9 @@ constexpr int64_t kAhead = 2 * kRows;
 // tile would take as long as the products of a 1x1 convolution.
 constexpr int64_t kFar = 1 << 16;
 
-// Asks for the lines of n values, kFar behind x.
 template <class S>
 FUSED_PREACT_INLINE void prefetch_far(const S* x, int64_t n) {
-  const char* line = reinterpret_cast<const char*>(x) + kFar;
-  for (int64_t i = 0; i < n * int64_t{sizeof(S)}; i += kCacheLine) __builtin_prefetch(line + i, 0, 2);
+  prefetch(x + kFar / int64_t{sizeof(S)}, n);
 }
 
 // A sum over the depth is cut into runs of at most this many products. All pixels of the tile take one run of the panel

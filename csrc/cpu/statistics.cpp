@@ -35,6 +35,8 @@ void statistics_of(int64_t pixels, int64_t C, const void* x, const Affine& next,
       for_each_vector<T>(C, [&](int64_t c, int64_t n) __attribute__((always_inline)) {
         const S* value = values + p * C + c;
         const int64_t run = minimum(kTilePixels, pixels - p);
+        // The next tile, a part a column: read column by column, it would come line by line.
+        prefetch(values + (p + kTilePixels) * C + c * kTilePixels, n * kTilePixels);
         Vec<T> around[4] = {};
         side_by_side(0, run, [&](int64_t i, int which) __attribute__((always_inline)) {
           around[which] += load_lanes(value + i * C, n);

@@ -26,8 +26,6 @@ constexpr int kVectorBytes = 32;
 constexpr int kVectorBytes = 16;
 #endif
 
-constexpr int64_t kCacheLine = 64;
-
 template <class T>
 struct VecOf {
   typedef T type __attribute__((vector_size(kVectorBytes)));
@@ -48,6 +46,15 @@ FUSED_PREACT_INLINE V load_as(const T* from) {
 template <class V, class T>
 FUSED_PREACT_INLINE void store_as(T* to, V v) {
   *reinterpret_cast<typename InMemory<T, V>::type*>(to) = v;
+}
+
+constexpr int64_t kCacheLine = 64;
+
+// Asks for the lines of n values for the second level cache, which has room for what is not read at once.
+template <class S>
+FUSED_PREACT_INLINE void prefetch(const S* x, int64_t n) {
+  const char* line = reinterpret_cast<const char*>(x);
+  for (int64_t i = 0; i < n * int64_t{sizeof(S)}; i += kCacheLine) __builtin_prefetch(line + i, 0, 2);
 }
 
 template <class T>
