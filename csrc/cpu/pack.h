@@ -138,6 +138,7 @@ void for_each_weights_of(int64_t panel, FilterView<Pointer> f, Panels<T> panels,
 template <class T, class Pointer, class Visit, class Square>
 void for_each_weights(const FilterView<Pointer>& f, Workspace& workspace, const Visit& visit, const Square& square) {
   const Panels<T> panels{f.outer, f.depth()};
+  if (panels.depth == 0) return;  // where a stride is wider than the filter, some pixels of dx meet none of its taps
   // Where the output channels are stored side by side, the rows are taken in the order of the packed filter, without a list.
   const PackedRow* rows = f.step_outer == 1 ? nullptr : rows_as_stored(f, workspace);
   const auto body = [&](int64_t panel) {
