@@ -33,34 +33,60 @@ inline int64_t tile_pixels(const Window& w, int64_t value_bytes) {
   return minimum(maximum(pixels, kLeastPixels), kMostPixels);
 }
 
-// Rows [begin, end) of the filter.
-struct RowRange {
+// Rows [top, bottom) of the filter, and values [left, right) of the S*C of each.
+struct Taps {
+  int64_t top, bottom, left, right;
+};
+
+// Those that are inside of the image for `count` pixels of a tile, from its pixel p on: of one position, or in one or two
+// rows, for any of them. The others read padding: to leave out whole rows takes a twelfth off the products of a 3x3 filter
+// on 8x8 pixels.
+inline Taps taps_inside(const Window& w, const Tile& tile, uint32_t p, uint32_t count) {
+  const uint32_t cols = tile.cols, rows = tile.rows;
+  if (tile.by_position) {
+    const uint32_t position = p / uint32_t(tile.images);
+    const int64_t top = position / cols * w.stride_h + w.top, left = position % cols * w.stride_w + w.left;
+    return {maximum<int64_t>(-top, 0), minimum(w.R, w.H - top), maximum<int64_t>(-left, 0) * w.C,
+            minimum(w.S, w.W - left) * w.C};
+  }
+  const uint32_t first = p / cols, last = (p + count - 1) / cols;
+  const int64_t top = (tile.i0 + first % rows) * w.stride_h + w.top, bottom = top + (last - first) * w.stride_h;
+  if (tile.images > 1 && bottom > (w.P - 1) * w.stride_h + w.top) return {0, w.R, 0, w.S * w.C};  // of two images
+  return {maximum<int64_t>(-bottom, 0), minimum(w.R, w.H - top), 0, w.S * w.C};
+}
+
+// Pixels [begin, end) of a tile.
+struct Pixels {
   int64_t begin, end;
 };
 
-// Those that are inside of the image for any of `count` pixels of a tile, from its pixel p on, which are in one or two rows.
-// The others read padding: to leave them out takes a twelfth off the products of a 3x3 filter on 8x8 pixels.
-FUSED_PREACT_INLINE RowRange rows_inside(const Window& w, const Tile& tile, uint32_t p, uint32_t count) {
-  const uint32_t cols = tile.cols, rows = tile.rows, first = p / cols, last = (p + count - 1) / cols;
-  const int64_t top = (tile.i0 + first % rows) * w.stride_h + w.top, bottom = top + (last - first) * w.stride_h;
-  if (tile.images > 1 && bottom > (w.P - 1) * w.stride_h + w.top) return {0, w.R};  // of two images
-  return {maximum<int64_t>(-bottom, 0), minimum(w.R, w.H - top)};
+// Those for which no block clips its run: they read no padding, or their run is clipped already, or it is not worth it,
+// where blocks have pixels of more than two rows.
+inline Pixels pixels_inside(const Window& w, const Tile& tile) {
+  if (tile.by_position || w.stays_inside() || tile.cols < kRows) return {0, tile.pixels()};
+  if (tile.images > 1) return {0, 0};
+  const int64_t begin = ceil_div(-w.top, w.stride_h), end = (w.H - w.R - w.top + w.stride_h) / w.stride_h;
+  return {maximum<int64_t>(begin - tile.i0, 0) * tile.cols, (end - tile.i0) * tile.cols};
 }
 
-// `rows` rows of `length` values of each pixel, from `offset` on, and their weights.
+// `rows` rows of `length` values of each pixel, from row r and value i of the filter on, and their weights.
 template <class E>
 struct Run {
-  int64_t offset, rows, length;
+  int64_t r, i, rows, length;
+  int64_t offset;
   const E* weights;
   bool is_first, is_last;
 
-  // Without the rows that are not `inside`; it begins with row r of the filter, `weights_in_row` each. Out of line: it is
-  // to take no registers from the products.
-  __attribute__((noinline)) void clip(int64_t r, const RowRange& inside, int64_t row_stride, int64_t weights_in_row) {
-    const int64_t skipped = maximum<int64_t>(inside.begin - r, 0);
-    rows = minimum(r + rows, inside.end) - r - skipped;
-    offset += skipped * row_stride;
-    weights += skipped * weights_in_row;
+  // Without the taps that are outside of the image for `count` pixels from p on. A value has `width` weights. Out of line: it
+  // is to take no registers from the products.
+  __attribute__((noinline)) void clip(const Window& w, const Tile& tile, int64_t p, int64_t count, int64_t row_stride,
+                                      int64_t width) {
+    const Taps inside = taps_inside(w, tile, p, count);
+    const int64_t above = maximum<int64_t>(inside.top - r, 0), before = maximum<int64_t>(inside.left - i, 0);
+    rows = minimum(r + rows, inside.bottom) - r - above;
+    length = minimum(i + length, inside.right) - i - before;
+    offset += above * row_stride + before;
+    weights += (above * w.S * w.C + before) * width;
   }
 };
 
@@ -78,8 +104,11 @@ FUSED_PREACT_INLINE void correlate_block(const Operand<E>& a, int64_t p, const R
     (store(total + I * kStep, acc[I]), ...);
 }
 
-// Whether the sums that an epilogue keeps over the blocks of a tile are to settle after its first p pixels.
-FUSED_PREACT_INLINE bool is_few(int64_t p) { return p % (2 * kRows) == 0; }
+// Whether the sums that an epilogue keeps over the blocks of a tile are to settle after the block of M pixels from p on.
+template <int M>
+FUSED_PREACT_INLINE bool settles_after(int64_t p) {
+  return uint32_t(p) % (2 * kRows) >= 2 * kRows - M;
+}
 
 // Lanes of accumulator i of a panel of V columns whose last column has `last`.
 template <class T, int V>
@@ -94,20 +123,38 @@ FUSED_PREACT_INLINE void correlate(const Operand<E>& a, const Window& w, const T
                                    int64_t columns, Accumulate<E>* totals, Sink& sink) {
   const int64_t length = w.R > 0 ? w.S * w.C : 0, parts = maximum<int64_t>(ceil_div(length, kRun), 1);
   const int64_t part = ceil_div(ceil_div(length, parts), kPair<E>) * kPair<E>;
-  const int64_t rows = parts == 1 ? maximum<int64_t>(minimum(w.R, kRun / maximum<int64_t>(length, 1)), 1) : 1;
-  const bool skips = !w.stays_inside() && tile.cols >= kRows;
+  const bool whole_rows = parts == 1 && !tile.by_position;
+  const int64_t rows = whole_rows ? maximum<int64_t>(minimum(w.R, kRun / maximum<int64_t>(length, 1)), 1) : 1;
+  const Pixels whole = pixels_inside(w, tile);
   with_constant<kColumns>(columns, [&](auto V) __attribute__((always_inline)) {
     int64_t r = 0, i = 0;
     do {
       constexpr int64_t kWidth = V * kLanes<Accumulate<E>>;
-      const Run<E> run{r * a.row_stride + i,      minimum(rows, w.R - r),
-                       minimum(part, length - i), panel + (r * length + i) * kWidth,
-                       r == 0 && i == 0,          r + rows >= w.R && i + part >= length};
-      for_each_block(tile.pixels(), [&](int64_t p, auto M) __attribute__((always_inline)) {
-        Run<E> inside = run;
-        if (skips) inside.clip(r, rows_inside(w, tile, p, M), a.row_stride, length * kWidth);
-        correlate_block<E, M, V>(a, p, inside, totals, sink, std::make_integer_sequence<int, M * V>{});
-      });
+      const Run<E> run{r,
+                       i,
+                       minimum(rows, w.R - r),
+                       minimum(part, length - i),
+                       r * a.row_stride + i,
+                       panel + (r * length + i) * kWidth,
+                       r == 0 && i == 0,
+                       r + rows >= w.R && i + part >= length};
+      for (int64_t first = 0; first < tile.pixels(); first += tile.run()) {
+        Run<E> of_position = run;
+        if (tile.by_position) of_position.clip(w, tile, first, 1, a.row_stride, kWidth);
+        for_each_block(
+            first + tile.run(),
+            [&](int64_t p, auto M) __attribute__((always_inline)) {
+              const Run<E>* inside = &of_position;
+              Run<E> of_block;
+              if (p < whole.begin || p + M > whole.end) {
+                of_block = run;
+                of_block.clip(w, tile, p, M, a.row_stride, kWidth);
+                inside = &of_block;
+              }
+              correlate_block<E, M, V>(a, p, *inside, totals, sink, std::make_integer_sequence<int, M * V>{});
+            },
+            first);
+      }
       i += part;
       if (i >= length) i = 0, r += rows;
     } while (r < w.R);

@@ -117,7 +117,7 @@ struct Epilogue {
     ((I % V == 0 ? __builtin_prefetch(dz + at[I / V] + ahead, 1) : void()), ...);
     ((I < V ? dbeta[I % V].add(sums[I % V]) : void()), ...);
     ((I < V ? dgamma[I % V].add(centered[I % V]) : void()), ...);
-    if (is_few(p + M)) ((I < V ? (dbeta[I % V].settle(), dgamma[I % V].settle()) : void()), ...);
+    if (settles_after<M>(p)) ((I < V ? (dbeta[I % V].settle(), dgamma[I % V].settle()) : void()), ...);
   }
 };
 
@@ -148,7 +148,7 @@ struct Pass {
     const Phase v(phase_w, conv.W, conv.S, conv.stride_w, conv.pad_w);
     Window w{conv.N, conv.P, conv.Q, conv.K, h.pixels, v.pixels, h.taps, v.taps, 1, 1, h.first, v.first};
     if (is_whole()) w = flattened(w);
-    return {phase_h, phase_w, h, v, w, Tiling(w, tile_pixels(w, sizeof(E)))};
+    return {phase_h, phase_w, h, v, w, Tiling(w, tile_pixels(w, sizeof(E)), images_by_position<E>(w))};
   }
 
   // The call for one class, which adds to the sums of its groups.
@@ -213,11 +213,13 @@ struct Pass {
  private:
   static void list_outputs(int64_t* outputs, const Tile& tile, int64_t H, int64_t W, int64_t phase_h, int64_t phase_w,
                            int64_t stride_h, int64_t stride_w) {
-    for (int64_t n = tile.n; n < tile.n + tile.images; ++n)
+    for (int64_t n = 0; n < tile.images; ++n) {
+      int64_t* output = outputs + n * tile.image_step();
       for (int64_t i = 0; i < tile.rows; ++i) {
-        const int64_t row = (n * H + (tile.i0 + i) * stride_h + phase_h) * W + phase_w;
-        for (int64_t j = 0; j < tile.cols; ++j) *outputs++ = row + (tile.j0 + j) * stride_w;
+        const int64_t row = ((tile.n + n) * H + (tile.i0 + i) * stride_h + phase_h) * W + phase_w;
+        for (int64_t j = 0; j < tile.cols; ++j, output += tile.pixel_step()) *output = row + (tile.j0 + j) * stride_w;
       }
+    }
   }
 };
 

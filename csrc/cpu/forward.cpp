@@ -49,16 +49,18 @@ template <class S>
 struct Epilogue {
   using T = Accumulate<S>;
   const Output<S>& out;
+  const Tile& tile;
   int64_t first, k0;  // pixel, channel
   RunSums<T> sums[kColumns];
 
-  Epilogue(const Output<S>& output, int64_t pixel, int64_t channel) : out(output), first(pixel), k0(channel) {}
+  Epilogue(const Output<S>& output, const Tile& of, int64_t pixel, int64_t channel)
+      : out(output), tile(of), first(pixel), k0(channel) {}
 
   template <int M, int V, int... I>
   FUSED_PREACT_INLINE void block(int64_t p, Vec<T> (&acc)[M * V], std::integer_sequence<int, I...> each) {
     if (out.x != nullptr && k0 == 0) prefetch_far(out.x + (first + p) * out.x_step, M * out.x_step);
     with_lanes<T>(out.K - k0 - (V - 1) * kLanes<T>, [&](auto last) __attribute__((always_inline)) {
-      finish<M, V>((first + p) * out.K + k0, acc, last, each);
+      finish<M, V>((first + tile.offset(p)) * out.K + k0, tile.offset_step() * out.K, acc, last, each);
     });
     if (out.moments == nullptr) return;
     Vec<T> sum[V] = {}, squares[V] = {};
@@ -69,7 +71,7 @@ struct Epilogue {
     }
     ((acc[I] -= sums[I % V].origin, sum[I % V] += acc[I], squares[I % V] += acc[I] * acc[I]), ...);
     ((I < V ? sums[I % V].add(sum[I % V], squares[I % V]) : void()), ...);
-    if (is_few(p + M)) ((I < V ? sums[I % V].settle() : void()), ...);
+    if (settles_after<M>(p)) ((I < V ? sums[I % V].settle() : void()), ...);
   }
 
   void merge(int64_t g, int64_t count, int64_t n, int64_t columns) {
@@ -80,26 +82,27 @@ struct Epilogue {
   }
 
  private:
-  // Makes of the products the values as they are stored, from element `at` on, so that the statistics are those of y. The
-  // last column has `last` lanes.
+  // Makes of the products the values as they are stored, from element `at` on, `step` from pixel to pixel, so that the
+  // statistics are those of y. The last column has `last` lanes.
   template <int M, int V, class Last, int... I>
-  FUSED_PREACT_INLINE void finish(int64_t at, Vec<T> (&acc)[M * V], Last last, std::integer_sequence<int, I...>) const {
-    const int64_t K = out.K;
+  FUSED_PREACT_INLINE void finish(int64_t at, int64_t step, Vec<T> (&acc)[M * V], Last last,
+                                  std::integer_sequence<int, I...>) const {
+    const int64_t ahead = kAhead * out.K;
     if (out.bias != nullptr) ((acc[I] += load(out.bias + k0 + I % V * kLanes<T>)), ...);
     if (const S* residual = out.residual; residual != nullptr) {
       residual += at;
-      ((acc[I] += load_lanes(residual + I / V * K + I % V * kLanes<T>, block_lanes<T, V>(I, last))), ...);
-      (__builtin_prefetch(residual + (I / V + kAhead) * K + I % V * kLanes<T>), ...);
+      ((acc[I] += load_lanes(residual + I / V * step + I % V * kLanes<T>, block_lanes<T, V>(I, last))), ...);
+      (__builtin_prefetch(residual + I / V * step + ahead + I % V * kLanes<T>), ...);
     }
     S* y = out.y + at;
     if constexpr (std::is_same_v<S, T>) {
-      if (out.streams) return (stream(y + I / V * K + I % V * kLanes<T>, acc[I]), ...);
+      if (out.streams) return (stream(y + I / V * step + I % V * kLanes<T>, acc[I]), ...);
     }
-    (store_lanes(y + I / V * K + I % V * kLanes<T>, acc[I], block_lanes<T, V>(I, last)), ...);
-    ((I % V == 0 ? __builtin_prefetch(y + (I / V + kAhead) * K, 1) : void()), ...);
+    (store_lanes(y + I / V * step + I % V * kLanes<T>, acc[I], block_lanes<T, V>(I, last)), ...);
+    ((I % V == 0 ? __builtin_prefetch(y + I / V * step + ahead, 1) : void()), ...);
     if constexpr (!std::is_same_v<S, T>)
       if (out.moments != nullptr)
-        ((acc[I] = load_lanes(y + I / V * K + I % V * kLanes<T>, block_lanes<T, V>(I, last))), ...);
+        ((acc[I] = load_lanes(y + I / V * step + I % V * kLanes<T>, block_lanes<T, V>(I, last))), ...);
   }
 };
 
@@ -117,7 +120,7 @@ void forward_of(const Conv& conv, const Activation& x, const Weight& weight, con
                 void* y, const Affine& next, void* next_rows, Workspace& workspace) {
   using T = Accumulate<S>;
   const Window w = forward_window(conv);
-  const Tiling tiling(w, tile_pixels(w, sizeof(E)));
+  const Tiling tiling(w, tile_pixels(w, sizeof(E)), images_by_position<E>(w));
   const int64_t tiles = tiling.count(), groups = minimum(tiles, kMostGroups);
   const auto view = forward_view<S>(conv, weight);
   const E* packed = pack<E>(view, workspace);
@@ -142,7 +145,7 @@ void forward_of(const Conv& conv, const Activation& x, const Weight& weight, con
       const int64_t n = tile.pixels(), first = (tile.n * w.P + tile.i0) * w.Q + tile.j0;
       gather(scratch.operand, scratch.strip, w, tile, source);
       for (int64_t panel = cut(panels.count(), splits, part); panel < cut(panels.count(), splits, part + 1); ++panel) {
-        Epilogue<S> epilogue(output, first, panels.first_channel(panel));
+        Epilogue<S> epilogue(output, tile, first, panels.first_channel(panel));
         correlate(scratch.operand, w, tile, packed + panels.offset(panel), panels.columns(panel), scratch.block,
                   epilogue);
         if (output.moments != nullptr) epilogue.merge(g, count, n, panels.columns(panel));

@@ -16,18 +16,21 @@ template <class S>
 using OuterOperand = std::conditional_t<std::is_same_v<Native<S>, BFloat16>, BFloat16Pair, Accumulate<S>>;
 
 // The dy of one tile for the channels from `begin` on: in place, or formed into `block`, [pixels][width], its last vector
-// filled up with zeros.
+// filled up with zeros, in the order of the tile.
 template <class E, class S>
 const E* gather_columns(E* block, int64_t& ld, const GradientSource<S>& dy, const Window& w, const Tile& tile,
                         int64_t begin, int64_t width) {
   const int64_t pixel = (tile.n * w.P + tile.i0) * w.Q + tile.j0, end = minimum(begin + width, dy.C);
   const E* plain = dy.template plain<E>();
-  if (plain != nullptr && width == end - begin) {
+  if (plain != nullptr && width == end - begin && !tile.by_position) {
     ld = dy.C;
     return plain + pixel * dy.C + begin;
   }
   if (width != end - begin) memset(block, 0, tile.pixels() * width * sizeof(E));
-  dy.fill(block, width, pixel, tile.pixels(), begin, end);
+  const int64_t in_image = tile.rows * tile.cols;
+  for (int64_t n = 0; n < tile.images; ++n)
+    dy.fill(block + n * tile.image_step() * width, tile.pixel_step() * width, pixel + n * in_image, in_image, begin,
+            end);
   ld = width;
   return block;
 }
@@ -35,6 +38,7 @@ const E* gather_columns(E* block, int64_t& ld, const GradientSource<S>& dy, cons
 // activation.pixels has a pointer a step, dy a row of `width` values, `ld` apart. Lives in the scratch memory of the thread.
 template <class E>
 struct OuterOperands {
+  static constexpr bool kByPosition = true;  // the tile may be so
   int64_t steps, ld;
   Operand<E> activation;
   const E* dy;
@@ -67,6 +71,7 @@ inline void interleave(BFloat16Pair* to, const BFloat16* first, const BFloat16* 
 
 template <>
 struct OuterOperands<BFloat16Pair> {
+  static constexpr bool kByPosition = false;  // pairs are neighbours in a row
   int64_t steps, ld;
   Operand<BFloat16Pair> activation;
   const BFloat16Pair* dy;

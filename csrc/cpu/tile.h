@@ -2,9 +2,13 @@
 //
 // A strip is a run of operand rows of one image, already normalised (or the formed dy), with its zero padding, in the
 // type E of the product: [rows][cols][C]. An output pixel reads R rows of it, S*C contiguous values in each.
+//
+// The pixels of a tile come image by image, or position by position: the same pixel of all its images, then the next one.
+// Then all pixels of a register block have the same taps inside of the image, the others are left out, and the strip, whole
+// images, has no padding: a 3x3 filter on 4x4 pixels takes 100 taps an image instead of 144.
 #pragma once
+#include "gemm.h"
 #include "parallel.h"
-#include "vec.h"
 
 namespace fused_preact::cpu::FUSED_PREACT_ISA {
 
@@ -19,6 +23,7 @@ struct Window {
     return R == 1 && S == 1 && stride_h == 1 && stride_w == 1 && top == 0 && left == 0 && P == H && Q == W;
   }
 
+  // Whether no pixel reads padding.
   bool stays_inside() const {
     return top >= 0 && left >= 0 && (P - 1) * stride_h + top + R <= H && (Q - 1) * stride_w + left + S <= W;
   }
@@ -40,18 +45,58 @@ inline Window forward_window(const Conv& c) {
 // one; of more than one image all of them, so that the pixels follow each other in an NHWC tensor.
 struct Tile {
   int64_t n, images, i0, rows, j0, cols;
+  bool by_position;
 
   int64_t pixels() const { return images * rows * cols; }
+  // Pixels that make register blocks together: those of one position, or all.
+  int64_t run() const { return by_position ? images : pixels(); }
+  // From one pixel of an image to the next one, and from a pixel of one image to that of the next, in the tile's order.
+  int64_t pixel_step() const { return by_position ? images : 1; }
+  int64_t image_step() const { return by_position ? 1 : rows * cols; }
+  // Pixel p of the tile in the order of the tensor, from the tile's first one on, and the step to the next of its run.
+  int64_t offset(int64_t p) const {
+    return by_position ? uint32_t(p) % uint32_t(images) * (rows * cols) + uint32_t(p) / uint32_t(images) : p;
+  }
+  int64_t offset_step() const { return by_position ? rows * cols : 1; }
 };
 
 // A run of this many pixels is made of whole register blocks, of six rows and of eight.
 constexpr int64_t kTileStep = 24;
 
-// Cuts a window into tiles of about `pixels` output pixels; small images share one, since each tile reads all weights.
-// The cut depends on the shape alone.
+// No more pixels, and bytes of its strip, make a tile by position than stay in the second level cache.
+constexpr int64_t kMostPixelsByPosition = 256, kMostBytesByPosition = 1 << 19;
+
+// How many images make a tile by position, in whole register blocks where there are several tiles; or 0 where they are so
+// few that short blocks cost what the padding does. Pairs of bf16 want whole ones: a product is two there, a load is not.
+template <class E>
+int64_t images_by_position(const Window& w) {
+  constexpr int64_t kLeast = sizeof(E) == 2 ? kRows : 4;
+  if (w.stays_inside()) return 0;
+  const int64_t pixels = kMostPixelsByPosition / maximum<int64_t>(w.P * w.Q, 1);
+  const int64_t bytes = w.H * w.W * w.C * int64_t{sizeof(E)};
+  const int64_t most = minimum(pixels, kMostBytesByPosition / maximum<int64_t>(bytes, 1));
+  const int64_t images = w.N <= most ? w.N : most - most % (most >= kRows ? kRows : kLeast);
+  return images < kLeast ? 0 : images;
+}
+
+// From one image to the next in a strip by position. The pixels of a register block, and then those of an outer product,
+// are this far apart: an odd number of cache lines, nine more than a multiple of sixteen, keeps them in different sets.
+template <class E>
+int64_t image_stride(const Window& w) {
+  constexpr int64_t kLine = kCacheLine / int64_t{sizeof(E)};
+  return (ceil_div(ceil_div(w.H * w.W * w.C, kLine) - 9, 16) * 16 + 9) * kLine;
+}
+
+// Cuts a window into tiles of about `pixels` output pixels, or by position into tiles of so many images. Small images share
+// one anyway, since each tile reads all weights. The cut depends on the shape alone.
 class Tiling {
  public:
-  Tiling(const Window& w, int64_t pixels) : window_(w) {
+  Tiling(const Window& w, int64_t pixels, int64_t images_by_position = 0)
+      : window_(w), by_position_(images_by_position > 0) {
+    if (by_position_) {
+      rows_ = w.P, cols_ = w.Q, down_ = across_ = 1, images_ = images_by_position;
+      return;
+    }
     const bool one_row = w.P == 1 && w.N == 1 && w.is_pointwise();
     cols_ = one_row ? ceil_div(even_part(w.Q, pixels), kTileStep) * kTileStep : maximum<int64_t>(w.Q, 1);
     rows_ = one_row ? 1 : even_part(w.P, pixels / cols_);
@@ -63,14 +108,17 @@ class Tiling {
   int64_t count() const { return ceil_div(window_.N, images_) * down_ * across_; }
   int64_t most_pixels() const { return images_ * rows_ * cols_; }
 
+  template <class E>
   int64_t most_strip() const {
+    if (by_position_) return images_ * image_stride<E>(window_);
     return images_ * ((rows_ - 1) * window_.stride_h + window_.R) * ((cols_ - 1) * window_.stride_w + window_.S) *
            window_.C;
   }
 
   Tile operator[](int64_t t) const {
     const int64_t n = t / (down_ * across_) * images_, i0 = t / across_ % down_ * rows_, j0 = t % across_ * cols_;
-    return {n, minimum(images_, window_.N - n), i0, minimum(rows_, window_.P - i0), j0, minimum(cols_, window_.Q - j0)};
+    return {n,  minimum(images_, window_.N - n), i0,          minimum(rows_, window_.P - i0),
+            j0, minimum(cols_, window_.Q - j0),  by_position_};
   }
 
  private:
@@ -81,6 +129,7 @@ class Tiling {
   }
 
   Window window_;
+  bool by_position_;
   int64_t rows_, cols_, down_, across_, images_;
 };
 
@@ -95,10 +144,12 @@ template <class E>
 void point_at(Operand<E>& operand, const Window& w, const Tile& tile, const E* origin, int64_t image_stride,
               int64_t row_stride) {
   operand.row_stride = row_stride;
-  const E** pixel = operand.pixels;
-  for (int64_t n = 0; n < tile.images; ++n, origin += image_stride)
+  for (int64_t n = 0; n < tile.images; ++n, origin += image_stride) {
+    const E** pixel = operand.pixels + n * tile.image_step();
     for (int64_t i = 0; i < tile.rows; ++i)
-      for (int64_t j = 0; j < tile.cols; ++j) *pixel++ = origin + i * w.stride_h * row_stride + j * w.stride_w * w.C;
+      for (int64_t j = 0; j < tile.cols; ++j, pixel += tile.pixel_step())
+        *pixel = origin + i * w.stride_h * row_stride + j * w.stride_w * w.C;
+  }
 }
 
 // The rows and columns of one image that a tile reads.
@@ -125,10 +176,15 @@ void fill_strip(E* strip, const Window& w, const Tile& tile, const Source& sourc
 }
 
 // Points the operand at the pixels that a tile reads: in place where the source is a plain tensor of type E and no
-// padding is read, else in a strip that is filled here.
+// padding is read, else in a strip that is filled here. By position, a pointer is to the first tap, inside or not.
 template <class E, class Source>
 void gather(Operand<E>& operand, E* strip, const Window& w, const Tile& tile, const Source& source) {
   const int64_t h0 = tile.i0 * w.stride_h + w.top, w0 = tile.j0 * w.stride_w + w.left;
+  if (tile.by_position) {
+    const int64_t pixels = w.H * w.W, step = image_stride<E>(w);
+    for (int64_t n = 0; n < tile.images; ++n) source.fill(strip + n * step, w.C, (tile.n + n) * pixels, pixels, 0, w.C);
+    return point_at(operand, w, tile, strip + (h0 * w.W + w0) * w.C, step, w.W * w.C);
+  }
   const E* plain = source.template plain<E>();
   if (plain != nullptr && w.stays_inside())
     return point_at(operand, w, tile, plain + ((tile.n * w.H + h0) * w.W + w0) * w.C, w.H * w.W * w.C, w.W * w.C);
@@ -182,7 +238,7 @@ struct TileScratch {
   TileScratch(const Tiling& tiling, int64_t block_values) {
     const auto aligned = [](int64_t bytes) { return (bytes + 63) / 64 * 64; };
     const int64_t pixels = aligned(tiling.most_pixels() * sizeof(int64_t));
-    const int64_t strip_bytes = aligned(tiling.most_strip() * sizeof(E));
+    const int64_t strip_bytes = aligned(tiling.most_strip<E>() * sizeof(E));
     char* base = static_cast<char*>(thread_scratch(2 * pixels + strip_bytes + block_values * sizeof(Accumulate<E>)));
     operand.pixels = reinterpret_cast<const E**>(base);
     outputs = reinterpret_cast<int64_t*>(base + pixels);

@@ -20,14 +20,18 @@ constexpr int64_t kTileBytes = 1 << 16, kLeastPixels = 64, kMostPixels = 128;
 constexpr int64_t kPixelsPerGroup = 256, kPixelsPerLargeGroup = 1024, kMostCachedBytes = 1 << 17;
 constexpr int64_t kMostGroups = 32, kMostPartialBytes = int64_t(1) << 26;
 
-template <class T>
+template <class E>
 struct Plan {
+  using T = Accumulate<E>;
   Window w;
   Tiling tiling;
   Panels<T> panels;
   int64_t groups, splits;
 
-  explicit Plan(const Conv& conv) : w(forward_window(conv)), tiling(w, tile_pixels(w)), panels{conv.K, w.depth()} {
+  explicit Plan(const Conv& conv)
+      : w(forward_window(conv)),
+        tiling(w, tile_pixels(w), OuterOperands<E>::kByPosition ? images_by_position<E>(w) : 0),
+        panels{conv.K, w.depth()} {
     const int64_t bytes = panels.size() * sizeof(T);
     const int64_t pixels = bytes > kMostCachedBytes ? kPixelsPerLargeGroup : kPixelsPerGroup;
     const int64_t wanted = minimum(w.N * w.P * w.Q / pixels, kMostGroups);
@@ -42,29 +46,46 @@ struct Plan {
   }
 };
 
-// The steps of a tile that a row of the filter takes: `parts` runs of `count`, `stride` apart.
+// The steps of a tile that a row of the filter takes, or by position one of its taps: `parts` runs of `count`, `stride`
+// apart.
 struct Steps {
   int64_t first, count, parts, stride;
+};
+
+// Which of n pixels, `stride` apart, read one of `size` pixels with a tap whose first one is `offset`.
+struct Readers {
+  int64_t begin, end;
+
+  Readers(int64_t offset, int64_t stride, int64_t size, int64_t n)
+      : begin(offset < 0 ? ceil_div(-offset, stride) : 0), end(minimum(ceil_div(size - offset, stride), n)) {}
+
+  int64_t count() const { return maximum<int64_t>(end - begin, 0); }
 };
 
 // Where each image of the tile has this many, a run of steps an image is worth leaving out the rows that read padding.
 constexpr int64_t kLeastSteps = 24;
 
-inline Steps steps_of(const Window& w, const Tile& tile, int64_t r, int64_t steps) {
+inline Steps steps_of(const Window& w, const Tile& tile, int64_t r, int64_t s, int64_t steps) {
+  const Readers rows(tile.i0 * w.stride_h + w.top + r, w.stride_h, w.H, tile.rows);
+  if (tile.by_position) {
+    const Readers cols(w.left + s, w.stride_w, w.W, tile.cols);
+    return {(rows.begin * tile.cols + cols.begin) * tile.images, cols.count() * tile.images, rows.count(),
+            tile.cols * tile.images};
+  }
   const int64_t in_image = steps / tile.images, in_row = in_image / tile.rows;
-  const int64_t top = tile.i0 * w.stride_h + w.top + r;
-  const int64_t begin = top < 0 ? ceil_div(-top, w.stride_h) : 0,
-                end = minimum(ceil_div(w.H - top, w.stride_h), tile.rows);
-  if ((begin == 0 && end == tile.rows) || in_image < kLeastSteps) return {0, steps, 1, 0};
-  return {begin * in_row, maximum<int64_t>(end - begin, 0) * in_row, tile.images, in_image};
+  if (rows.count() == tile.rows || in_image < kLeastSteps) return {0, steps, 1, 0};
+  return {rows.begin * in_row, rows.count() * in_row, tile.images, in_image};
 }
 
+// Not inlined: its loop needs more address registers than its caller leaves it.
 template <class E, int M, int V, int... I>
-FUSED_PREACT_INLINE void outer_block(Accumulate<E>* dw, const OuterOperands<E>& x, int64_t offset, int64_t column,
-                                     int64_t first, int64_t count, std::integer_sequence<int, I...>) {
+__attribute__((noinline)) void outer_block(Accumulate<E>* dw, const OuterOperands<E>& x, int64_t offset, int64_t column,
+                                           const Steps& steps, std::integer_sequence<int, I...>) {
   using T = Accumulate<E>;
   Vec<T> acc[M * V] = {};
-  outer<E, M, V>(acc, x.activation.pixels + first, offset, count, x.dy + first * x.ld + column, x.ld);
+  int64_t first = steps.first;
+  for (int64_t part = 0; part < steps.parts; ++part, first += steps.stride)
+    outer<E, M, V>(acc, x.activation.pixels + first, offset, steps.count, x.dy + first * x.ld + column, x.ld);
   (store(dw + I * kLanes<T>, load(dw + I * kLanes<T>) + acc[I]), ...);
 }
 
@@ -72,16 +93,17 @@ FUSED_PREACT_INLINE void outer_block(Accumulate<E>* dw, const OuterOperands<E>& 
 template <class E>
 void add_panel(Accumulate<E>* dw, const OuterOperands<E>& x, const Window& w, const Tile& tile, int64_t column,
                int64_t columns) {
+  const int64_t taps = tile.by_position ? w.S : 1, values = w.S * w.C / taps;
   with_constant<kColumns>(columns, [&](auto V) __attribute__((always_inline)) {
-    for (int64_t r = 0; r < w.R; ++r, dw += w.S * w.C * V * kLanes<Accumulate<E>>) {
-      const Steps steps = steps_of(w, tile, r, x.steps);
-      for (int64_t part = 0; part < steps.parts; ++part)
-        for_each_block(w.S * w.C, [&](int64_t i, auto M) __attribute__((always_inline)) {
-          outer_block<E, M, V>(dw + i * V * kLanes<Accumulate<E>>, x, r * x.activation.row_stride + i, column,
-                               steps.first + part * steps.stride, steps.count,
-                               std::make_integer_sequence<int, M * V>{});
+    constexpr int64_t kWidth = V * kLanes<Accumulate<E>>;
+    for (int64_t r = 0; r < w.R; ++r)
+      for (int64_t s = 0; s < taps; ++s, dw += values * kWidth) {
+        const Steps steps = steps_of(w, tile, r, s, x.steps);
+        const int64_t offset = r * x.activation.row_stride + s * values;
+        for_each_block(values, [&](int64_t i, auto M) __attribute__((always_inline)) {
+          outer_block<E, M, V>(dw + i * kWidth, x, offset + i, column, steps, std::make_integer_sequence<int, M * V>{});
         });
-    }
+      }
   });
 }
 
@@ -103,7 +125,7 @@ void add_bias(double* dbias, const OuterOperands<E>& x, int64_t width) {
 
 // Adds up the groups in order and stores the sum in the layout of the filter.
 template <class S>
-void merge_groups(const Accumulate<S>* partial, const double* bias_partial, const Plan<Accumulate<S>>& plan,
+void merge_groups(const Accumulate<S>* partial, const double* bias_partial, const Plan<OuterOperand<S>>& plan,
                   const FilterView<S*>& dweight, S* dbias, Workspace& workspace) {
   using T = Accumulate<S>;
   const auto total = [partial, groups = plan.groups, size = plan.panels.size()](int64_t i)
@@ -197,7 +219,7 @@ class Wgrad {
     }
   };
 
-  const Plan<T> plan_;
+  const Plan<E> plan_;
   const ActivationSource<S> activation_;
   const GradientSource<S> gradient_;
   const FilterView<S*> dweight_;
