@@ -19,15 +19,19 @@ constexpr size_t kLeastPooled = size_t{32} << 10;  // malloc itself keeps what i
 Tensor empty_strided(const Tensor& like, IntHeaderOnlyArrayRef sizes, IntHeaderOnlyArrayRef strides, int32_t dtype) {
   AtenTensorHandle handle;
   int32_t device;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), dtype, device,
-                                                         like.get_device_index(), &handle));
-  return Tensor(handle);
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  if (aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), dtype, device, like.get_device_index(),
+                               &handle) == TORCH_SUCCESS)
+    return Tensor(handle);
+  std::string shape;
+  for (const int64_t size : sizes) shape += (shape.empty() ? "" : ", ") + std::to_string(size);
+  throw std::runtime_error("out of memory: torch could not allocate a tensor of shape (" + shape +
+                           "); its own message stands on stderr");
 }
 
 int32_t shim_dtype(const Tensor& x) {
   int32_t dtype;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
   return dtype;
 }
 

@@ -23,6 +23,9 @@ def _load() -> str | None:
 
 
 unavailable: str | None = _load()
+# Compute capabilities that the CUDA kernels were compiled for; none where they were left out. Asked for once: a call
+# that returns names could not be traced by torch.compile.
+cuda_architectures: tuple[str, ...] = () if unavailable else tuple(torch.ops.fused_preact._cuda_architectures())
 
 
 class InstructionSets(NamedTuple):
@@ -31,15 +34,6 @@ class InstructionSets(NamedTuple):
     chosen: str
     built: list[str]
     supported: list[str]  # those built that this machine can run
-
-
-def cuda_architectures() -> list[str]:
-    """Compute capabilities that the CUDA kernels were compiled for; none where they were left out.
-
-    Raises:
-        AttributeError: the operators are not there (see `unavailable`).
-    """
-    return torch.ops.fused_preact._cuda_architectures()
 
 
 def instruction_sets() -> InstructionSets:

@@ -72,7 +72,7 @@ def _auto_no_cuda(problem: Problem) -> str | None:
 def _cuda_unavailable() -> str | None:
     if _extension.unavailable is not None:
         return _extension.unavailable
-    if not _extension.cuda_architectures():
+    if not _extension.cuda_architectures:
         return "the CUDA kernels were left out: install again where nvcc is, or with FUSED_PREACT_CUDA=1"
     if not torch.cuda.is_available():
         return f"torch {torch.__version__} has no CUDA device on this machine"

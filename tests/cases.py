@@ -367,3 +367,12 @@ CHAINS = [
 ]
 CHAINS += [CHAINS[0].eval, CHAINS[5].eval, CHAINS[6].eval]
 UNITS += [UNITS[1].eval, UNITS[7].eval]
+# For GPUs: more channels than one block has, rows longer than a tile, and more tiles than blocks.
+LARGE = [
+    Case("200-channels", (1, 200, 5, 6), (Layer(130),), bias=True),
+    Case("200-channels-1x1", (2, 200, 5, 6), (point(72),), residual=True),
+    Case("264-to-8-channels-1x1", (2, 264, 6, 5), (point(8),)),
+    Case("long-rows", (1, 8, 3, 150), (Layer(16),)),
+    Case("long-rows-stride-2", (1, 9, 5, 141), (Layer(8, stride=(2, 2)),)),
+    Case("many-images", (40, 4, 3, 3), (Layer(8),)),
+]

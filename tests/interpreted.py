@@ -6,6 +6,7 @@ Left out are shapes that give the kernels no other work than those that stay, an
 kernels, which is the same for every backend.
 """
 
+import numpy as np
 import pytest
 
 # Channels and pixels that fill no tile; bias and residual; no padding, and more than the filter needs; strides that
@@ -31,6 +32,30 @@ def without_overflow_checks() -> None:
     from triton.runtime import interpreter
 
     interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
+
+
+def products_as_on_a_gpu() -> None:
+    """Sums of float32 in the order of a GPU, product after product. TF32 cuts operands off to ten bits of mantissa.
+
+    The interpreter's own product is numpy's, whose error is smaller and which knows no TF32.
+    """
+    from triton._C.libtriton.ir import INPUT_PRECISION
+    from triton.runtime import interpreter
+
+    whole = interpreter.InterpreterBuilder.create_dot
+
+    def create_dot(self, a, b, d, precision, imprecise):
+        if a.data.dtype != np.float32:
+            return whole(self, a, b, d, precision, imprecise)
+        left, right, acc = a.data, b.data, d.data
+        if precision == INPUT_PRECISION.TF32:
+            left, right = ((v.view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32) for v in (left, right))
+        left, right = left.astype(np.float64), right.astype(np.float64)
+        for k in range(left.shape[1]):
+            acc = (left[:, k, None] * right[k] + acc).astype(np.float32)
+        return interpreter.TensorHandle(acc, d.dtype.scalar)
+
+    interpreter.InterpreterBuilder.create_dot = create_dot
 
 
 def left_out(item: pytest.Item) -> bool:

@@ -77,7 +77,7 @@ def gpu(monkeypatch):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     monkeypatch.setattr(_extension, "unavailable", None)
-    monkeypatch.setattr(_extension, "cuda_architectures", lambda: ["9.0"])
+    monkeypatch.setattr(_extension, "cuda_architectures", ("9.0",))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(tables, "device_name", lambda *_: "a GPU that nothing was measured on")
@@ -125,7 +125,7 @@ def test_why_cuda_cannot_be_used(gpu):
     gpu.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="has no CUDA device"):
         backends.choose("cuda", asked)
-    gpu.setattr(_extension, "cuda_architectures", list)
+    gpu.setattr(_extension, "cuda_architectures", ())
     with pytest.raises(ValueError, match=r"the CUDA kernels were left out: .*FUSED_PREACT_CUDA=1"):
         backends.choose("cuda", asked)
     assert "left out" in backends.status()["cuda"]

@@ -13,12 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 import cuda_toolkit
 from cases import (
     CHAINS,
+    LARGE,
     UNITS,
     Case,
     Layer,
@@ -39,20 +38,12 @@ from test_ops import (  # noqa: F401  (with the fixture `backend` of this file)
     test_layouts_give_the_same_bits,
     test_two_runs_agree_to_the_bit,
 )
+from tf32 import eager_tf32
 
 pytestmark = pytest.mark.skipif(cuda_toolkit.home() is None, reason=cuda_toolkit.NO_NVCC)
 
 PRODUCTS = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SCHEDULES = 8
-# More channels than one block has, rows longer than a tile, and more tiles than blocks.
-LARGE = [
-    Case("200-channels", (1, 200, 5, 6), (Layer(130),), bias=True),
-    Case("200-channels-1x1", (2, 200, 5, 6), (point(72),), residual=True),
-    Case("264-to-8-channels-1x1", (2, 264, 6, 5), (point(8),)),
-    Case("long-rows", (1, 8, 3, 150), (Layer(16),)),
-    Case("long-rows-stride-2", (1, 9, 5, 141), (Layer(8, stride=(2, 2)),)),
-    Case("many-images", (40, 4, 3, 3), (Layer(8),)),
-]
 CASES = [*UNITS, *CHAINS, *LARGE]
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 
@@ -83,39 +74,6 @@ def product(request: pytest.FixtureRequest, kernels: Any) -> str:
     """Each way to multiply."""
     kernels.tf32 = request.param == "tf32"
     return request.param
-
-
-class Tf32Convolution(torch.autograd.Function):
-    """conv2d of float32 whose operands, forward and backward, are rounded to ten bits of mantissa, as cuDNN's are."""
-
-    @staticmethod
-    def forward(ctx, a, weight, *geometry):
-        operands = _tf32(a), _tf32(weight)
-        ctx.save_for_backward(*operands)
-        ctx.geometry = geometry
-        return torch.ops.aten.convolution(*operands, None, *geometry)
-
-    @staticmethod
-    def backward(ctx, dy):
-        mask = [True, True, False]
-        da, dweight, _ = torch.ops.aten.convolution_backward(_tf32(dy), *ctx.saved_tensors, None, *ctx.geometry, mask)
-        return da, dweight, *[None] * len(ctx.geometry)
-
-
-def _tf32(x: Tensor) -> Tensor:
-    return ((x.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
-
-
-def _tf32_conv2d(a, weight, bias=None, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1):
-    y = Tf32Convolution.apply(a, weight, stride, padding, dilation, False, (0, 0), groups)
-    return y if bias is None else y + bias.view(1, -1, 1, 1)
-
-
-def eager_tf32(sample: Sample) -> Results:
-    """Plain layers with torch's switch for TF32 on, which it has for CUDA alone."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(F, "conv2d", _tf32_conv2d)
-        return eager(sample)
 
 
 @functools.cache

@@ -6,13 +6,24 @@ pytest.importorskip("triton")
 import torch
 import triton
 
-from cases import CHAINS, PYTHON_BACKENDS, UNITS, assert_as_close_as_eager, assert_exact_on_integers, fused
+from cases import (
+    CHAINS,
+    LARGE,
+    PYTHON_BACKENDS,
+    UNITS,
+    assert_as_close_as_eager,
+    assert_exact_on_integers,
+    assert_no_worse,
+    errors,
+    fused,
+)
 from fused_preact import backends, ops, reference, schedule
 from fused_preact.triton import configurations, launch, statistics
 from fused_preact.triton.launch import Config
+from tf32 import eager_tf32
 
 interpreted = pytest.mark.skipif("triton" not in PYTHON_BACKENDS, reason="needs TRITON_INTERPRET=1")
-BY_ID = {case.id: case for case in UNITS + CHAINS}
+BY_ID = {case.id: case for case in UNITS + CHAINS + LARGE}
 
 
 @interpreted
@@ -29,6 +40,25 @@ def test_tiles_that_overhang_in_every_direction(name, monkeypatch):
 def test_fp16(name):
     """float16, which the CPU kernels do not serve, has at most twice eager's error."""
     assert_as_close_as_eager(BY_ID[name], "triton", torch.float16)
+
+
+@interpreted
+@pytest.mark.parametrize("name", ["200-channels", "long-rows-stride-2"])
+def test_long_sums_of_float32(name, monkeypatch):
+    """Sums in the order of a GPU, with its tile, have at most twice the error of eager's sums in parts."""
+    sm90 = configurations.SHIPPED["sm90"][4]
+    monkeypatch.setattr(configurations, "candidates", lambda *args: sm90)
+    assert_as_close_as_eager(BY_ID[name], "triton", torch.float32)
+
+
+@interpreted
+@pytest.mark.parametrize("name", ["odd", "stride-2-1x1", "bottleneck-stride-2"])
+def test_tf32_is_rounded_to_nearest(name, monkeypatch):
+    """Tensor cores cut operands off, which has more than twice the error of rounding them, as cuDNN does."""
+    monkeypatch.setattr(launch, "precision", lambda x: "tf32")
+    case = BY_ID[name]
+    ours = errors(case, torch.float32, lambda sample: fused(sample, "triton"))
+    assert_no_worse(ours, errors(case, torch.float32, eager_tf32), torch.float32)
 
 
 @interpreted

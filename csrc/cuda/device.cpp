@@ -23,7 +23,7 @@ constexpr size_t kAlignment = 256, kLeastBytes = size_t{1} << 20;
 class TensorScratch final : public Scratch {
  public:
   explicit TensorScratch(const Tensor& like) : guard_(like.get_device_index()), like_(like) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream));
     counters_ = empty(like, ScalarType::Int, {kCounters});
     torch::stable::zero_(*counters_);
     counters = static_cast<uint32_t*>(counters_->mutable_data_ptr());

@@ -26,22 +26,25 @@ class CheckError(Exception):
     """A contender's error exceeds its limit."""
 
 
-def pose(case: Case, seed: int = 0) -> Problem:
-    """Input, target and parameters of a case, from a seed, with no ReLU input close to zero in float64."""
+def pose(case: Case, seed: int = 0, device: str = "cpu") -> Problem:
+    """Input, target and parameters of a case, from a seed, with no ReLU input close to zero in float64.
+
+    device: where the zeros are looked for.
+    """
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
-        return _pose(case)
+        return _pose(case, device)
 
 
-def _pose(case: Case) -> Problem:
+def _pose(case: Case, device: str) -> Problem:
     reference = case.make("eager").train()
     for module in reference.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.normal_(module.bias, 0.0, 0.1)
     x = torch.randn(case.shape).to(torch.float32 if case.net else DTYPES[case.dtype])
-    reference.double()
-    y = _separate(reference, x.double())
+    reference.double().to(device)
+    y = _separate(reference, x.double().to(device))
     target = torch.randint(y.shape[1], (len(y),)) if case.net else torch.randn(y.shape).to(DTYPES[case.dtype])
     return Problem(case, x, target, reference.float().state_dict())
 

@@ -92,7 +92,7 @@ def copy_bandwidth() -> float:
 
 
 def _block(case: Case) -> dict[str, Any]:
-    problem = pose(case)
+    problem = pose(case, device="cuda")
     errors = verify(problem, "cuda")
     calls = {c.backend: call_of(c, problem, build(c, problem)) for c in (EAGER, FUSED)}
     runs = {**calls, **{f"{name} in a graph": captured(call) for name, call in calls.items()}}
@@ -118,7 +118,7 @@ def minimum_bytes(kernel: str, x: int, y: int) -> int | None:
 
 def _kernels(case: Case, copy: float) -> list[dict[str, Any]]:
     """Each kernel of a unit's forward and backward, over inputs that together are larger than the cache."""
-    problem = pose(case)
+    problem = pose(case, device="cuda")
     module: nn.Module = build(FUSED, problem)
     N, C, H, W = case.shape
     x_bytes, y_bytes = 2 * N * C * H * W, 2 * problem.target.numel()

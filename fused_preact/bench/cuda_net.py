@@ -52,7 +52,7 @@ def run() -> Iterator[tuple[str, dict[str, Any]]]:
     """
     eager, fused, *_ = entrants()
     cases = [replace(resnet1001(batch, "bf16"), backends=(fused.backend, eager.backend)) for batch in BATCHES]
-    small = pose(replace(cases[0], shape=(NET_BATCH, *cases[0].shape[1:])))
+    small = pose(replace(cases[0], shape=(NET_BATCH, *cases[0].shape[1:])), device=eager.device)
     errors = verify(small, eager.device)
     problems = [widen(small, case) for case in cases]
     peaks = [{name(c): _peak_bytes(c, problem) for c in entrants()} for problem in problems]

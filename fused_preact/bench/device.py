@@ -69,7 +69,9 @@ def fits(call: Callable[[], object], limit: int) -> bool:
     torch.cuda.set_per_process_memory_fraction(min(limit / total, 1.0))
     try:
         call()
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; the operators of the binary cannot raise it
+        if "out of memory" not in str(error):
+            raise
         return False
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)

@@ -21,7 +21,7 @@ PROGRAMS = 128  # about the multiprocessors of a large GPU
 
 _AMPERE = {
     2: (Config(128, 128, 32, 8, 3), Config(128, 64, 32, 4, 3), Config(64, 64, 32, 4, 3), Config(64, 32, 32, 4, 3)),
-    4: (Config(64, 64, 32, 4, 2), Config(64, 32, 16, 4, 2)),
+    4: (Config(64, 64, 16, 8, 3), Config(64, 32, 16, 4, 2)),
     8: (Config(32, 32, 16, 4, 2),),
 }
 SHIPPED: dict[str, dict[int, tuple[Config, ...]]] = {

@@ -28,11 +28,28 @@ def narrow(v, dtype: tl.constexpr):
 
 @triton.jit
 def multiply(a, b, acc, PRECISION: tl.constexpr):
-    """Acc + a @ b; the interpreter would multiply the bits of bf16 as integers."""
+    """acc + a @ b."""
     if INTERPRETED and a.dtype == tl.bfloat16:
+        # The interpreter would multiply their bits as integers.
         a = a.to(tl.float32)
         b = b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+    if PRECISION == "tf32":
+        a = nearest_tf32(a)
+        b = nearest_tf32(b)
+    if a.dtype == tl.float32 and PRECISION == "ieee":
+        # Without tensor cores each product would be a rounding of the long sum. Told how many products may share an
+        # accumulator, the compiler does not make this the sum of one.
+        acc += tl.dot(a, b, input_precision=PRECISION, max_num_imprecise_acc=a.shape[1], out_dtype=acc.dtype)
+    else:
+        acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+    return acc
+
+
+@triton.jit
+def nearest_tf32(v):
+    """V with the ten bits of mantissa that tensor cores read of it rounded to nearest, ties away; they cut off."""
+    nearest = (v.to(tl.uint32, bitcast=True) + 0x1000).to(tl.float32, bitcast=True)
+    return tl.where(v == v, nearest, v)
 
 
 @triton.jit
