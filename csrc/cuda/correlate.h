@@ -1,7 +1,8 @@
 // The loop that forward and dgrad share: correlation of a source with a filter, as a matrix product a tile.
 //
 // A block takes a run of tiles and `Columns` output channels. For each tile, and each chunk of the summed channels, it has
-//   the strip of source pixels in shared memory (copied while the one before is multiplied; formed in place),
+//   the strip of source pixels in shared memory (copied while the one before is multiplied; formed in place), by a table of
+//   where its pixels lie, made once a tile,
 //   the filter's slab [tap][column][chunk], loaded once where all chunks have room, else when it changes,
 // and multiplies them tap by tap: the strip serves all taps, without im2col. A warp has 32 pixels of the tile; its
 // accumulators then pass through its own rows of shared memory, from where the epilogue takes them in pieces of 16 bytes.
@@ -14,7 +15,9 @@
 namespace fused_preact::cuda {
 
 constexpr int kWarps = 4, kThreads = 32 * kWarps, kLogPixels = 7, kWarpPixels = 32;
+constexpr int kBoxPixels = 1 << kLogPixels;
 constexpr int kMostWindows = 4;
+constexpr int kMostSummed = 64;         // values that a lane sums in float
 constexpr int kMostShared = 99 * 1024;  // of a block, on every architecture
 constexpr int kWantShared = 72 * 1024;  // lets three blocks share a multiprocessor of 228 KiB
 
@@ -25,8 +28,23 @@ constexpr int resident_blocks(int columns) { return columns == 16 ? 4 : 3; }
 template <class S>
 struct FilterView {
   const S* data;
-  int64_t stride_n, stride_d, stride_r, stride_s;
+  int stride_n, stride_d, stride_r, stride_s;
   int N, D;
+  bool along;  // pieces of the depth are pieces of the filter
+
+  FilterView(const void* from, int64_t n, int64_t d, int64_t r, int64_t s, const Conv& conv, int outputs, int summed)
+      : data(static_cast<const S*>(from)),
+        stride_n(static_cast<int>(n)),
+        stride_d(static_cast<int>(d)),
+        stride_r(static_cast<int>(r)),
+        stride_s(static_cast<int>(s)),
+        N(outputs),
+        D(summed) {
+    constexpr int L = kLanes<S>;
+    if ((N - 1) * n + (D - 1) * d + (conv.R - 1) * r + (conv.S - 1) * s > INT32_MAX)
+      throw std::runtime_error("the CUDA kernels have no filters of 2^31 values");
+    along = d == 1 && D % L == 0 && n % L == 0 && r % L == 0 && s % L == 0 && is_aligned(from);
+  }
 };
 
 template <class Op, class Source>
@@ -38,15 +56,18 @@ struct Correlation {
   int window_count, columns;  // Columns of blocks
   Runs runs;
   StripLayout strip;
-  int chunk, chunks;          // channels of a chunk
-  int slab_columns;           // output channels of a block, in whole groups of 16
-  int tap_bytes, slab_bytes;  // of a slab, for one tap and for all
-  bool resident;              // every chunk's slab has a place
+  int strip_pixels;            // of the largest strip
+  int chunk, chunks;           // channels of a chunk
+  int slab_columns;            // output channels of a block, in whole groups of 16
+  Divisor by_columns, by_tap;  // slab_columns, and the pieces of a tap
+  int tap_bytes, slab_bytes;   // of a slab, for one tap and for all
+  bool resident;               // every chunk's slab has a place
   Teams teams;
   uint32_t* counters;
 
   __host__ __device__ int slabs() const { return resident ? chunks : 1; }
   __host__ __device__ int strips_bytes() const { return 2 * strip.bytes; }
+  __host__ __device__ int tables() const { return 2 * strip_pixels + kBoxPixels; }
 };
 
 template <class S, int Columns>
@@ -55,15 +76,19 @@ struct Staging {
   static constexpr int kBytes = kWarps * kRows * kLd * static_cast<int>(sizeof(float));
   static constexpr int kPieces = Columns / kLanes<S>;  // of a pixel
   static constexpr int kPasses = kRows * kPieces / 32;
-  static constexpr int kBatch = kPasses < 2 ? kPasses : 2;  // pieces a lane reads ahead
+  // Tiles between two stores of the lanes' sums: a lane has kPieces pieces of a tile. Wide accumulators leave the sums no
+  // registers beyond a tile.
+  static constexpr int kTiles = Columns > 16 ? 1 : kMostSummed / kPieces;
   static_assert(kPieces <= 32 && 32 % kPieces == 0 && kPasses >= 1);
+  static_assert(kBytes >= 3 * kThreads * static_cast<int>(sizeof(double)), "it is also the room of sum_members");
 };
 
 // Windows of one convolution, with a common plan for the shared memory of blocks of `Columns` channels.
-template <int Columns, class Op, class Source>
+template <int Columns, class Epilogue, class Op, class Source>
 size_t shared_bytes(const Correlation<Op, Source>& c) {
   using Rows = Staging<typename Op::Storage, Columns>;
-  return c.strips_bytes() + c.slabs() * c.slab_bytes + Rows::kBytes + kWarps * Columns * sizeof(float4);
+  return c.strips_bytes() + c.slabs() * c.slab_bytes + Rows::kBytes +
+         Columns * (kWarps * sizeof(float4) + sizeof(typename Epilogue::Total)) + c.tables() * sizeof(int);
 }
 
 template <int Columns, class Op, class Source>
@@ -74,29 +99,31 @@ void lay_out(Correlation<Op, Source>& c, int log_pieces) {
     taps = maximum(taps, c.windows[i].taps());
   }
   c.strip = StripLayout(log_pieces, pixels, c.source.tensors());
+  c.strip_pixels = pixels;
   c.chunk = kLanes<typename Op::Storage> << log_pieces;
   c.chunks = ceil_div(c.filter.D, c.chunk);
   c.slab_columns = minimum(ceil_div(c.filter.N, 16) * 16, Columns);
+  c.by_columns = Divisor(c.slab_columns), c.by_tap = Divisor(c.slab_columns << log_pieces);
   c.tap_bytes = c.slab_columns * c.strip.pixel_bytes();
   c.slab_bytes = taps * c.tap_bytes;
 }
 
 // Chooses the chunk, the largest that leaves room for other blocks, and whether the filter stays.
-template <int Columns, class Op, class Source>
+template <int Columns, class Epilogue, class Op, class Source>
 void plan_shared(Correlation<Op, Source>& c) {
   constexpr int kLeast = 1, kMost = 3;  // pieces of a chunk, as powers of two
   int log_pieces = maximum(log2_ceil(ceil_div(c.filter.D, kLanes<typename Op::Storage>), kMost), kLeast);
   c.resident = false;
   lay_out<Columns>(c, log_pieces);
-  while (log_pieces > kLeast && shared_bytes<Columns>(c) > kWantShared) lay_out<Columns>(c, --log_pieces);
-  while (shared_bytes<Columns>(c) > kMostShared) {
+  while (log_pieces > kLeast && shared_bytes<Columns, Epilogue>(c) > kWantShared) lay_out<Columns>(c, --log_pieces);
+  while (shared_bytes<Columns, Epilogue>(c) > kMostShared) {
     bool smaller = false;
     for (int i = 0; i < c.window_count; ++i) smaller |= shrink(c.windows[i]);
     if (!smaller) throw std::runtime_error("the CUDA kernels have no room for a filter of this size");
     lay_out<Columns>(c, log_pieces);
   }
   c.resident = c.window_count == 1;
-  if (shared_bytes<Columns>(c) > kWantShared) c.resident = false;
+  if (shared_bytes<Columns, Epilogue>(c) > kWantShared) c.resident = false;
   int64_t tiles = 0;
   for (int i = 0; i < c.window_count; ++i) {
     c.windows[i].first_tile = static_cast<int>(minimum<int64_t>(tiles, INT32_MAX));
@@ -117,26 +144,53 @@ void with_columns(const Correlation<Op, Source>& c, const Body& body) {
   return body(std::integral_constant<int, 64>());
 }
 
-// Loads chunk `chunk` of the filter's columns from n0 on into its slab.
-template <class Op, class Source>
+// Piece i of chunk `chunk` of a window's slab, and where it goes in it. Neighbours are neighbours in the filter, if they can be.
+template <bool Along, class Op, class Source>
+__device__ __forceinline__ uint4 filter_piece(const Correlation<Op, Source>& p, const Window& w, int n0, int chunk,
+                                              int i, int& at) {
+  using S = typename Op::Storage;
+  constexpr int L = kLanes<S>;
+  const int tap = p.by_tap.quotient(i), rest = i - tap * (p.slab_columns << p.strip.log_pieces);
+  const int r = w.by_taps.quotient(tap), s = tap - r * w.w.taps;
+  const int piece = Along ? rest & ((1 << p.strip.log_pieces) - 1) : p.by_columns.quotient(rest);
+  const int column = Along ? rest >> p.strip.log_pieces : rest - piece * p.slab_columns;
+  const int n = n0 + column, d = chunk * p.chunk + piece * L;
+  at = tap * p.tap_bytes + column * p.strip.pixel_bytes() + piece * kPieceBytes;
+  const int from = (w.h.tap0 + r * w.h.tap_step) * p.filter.stride_r +
+                   (w.w.tap0 + s * w.w.tap_step) * p.filter.stride_s + n * p.filter.stride_n + d * p.filter.stride_d;
+  const bool inside = n < p.filter.N && d < p.filter.D;
+  if constexpr (Along) return inside ? *reinterpret_cast<const uint4*>(p.filter.data + from) : uint4{0, 0, 0, 0};
+  float v[L];
+#pragma unroll
+  for (int j = 0; j < L; ++j)
+    v[j] = inside && d + j < p.filter.D ? widen(p.filter.data[from + j * p.filter.stride_d]) : 0.0f;
+  return pack<S>(v);
+}
+
+// Loads chunk `chunk` of the filter's columns from n0 on into its slab, `Batch` pieces at a time.
+template <bool Along, int Batch, class Op, class Source>
 __device__ __forceinline__ void load_slab(const Correlation<Op, Source>& p, const Window& w, int n0, int chunk,
                                           std::byte* slab) {
   using S = typename Op::Storage;
-  const int width = p.chunk, log_width = p.strip.log_pieces + (sizeof(S) == 4 ? 2 : 3);
+  const int pieces = w.taps() * p.slab_columns << p.strip.log_pieces;
 #pragma unroll 1
-  for (int r = 0; r < w.h.taps; ++r)
-#pragma unroll 1
-    for (int s = 0; s < w.w.taps; ++s) {
-      const S* tap = p.filter.data + (w.h.tap0 + r * w.h.tap_step) * p.filter.stride_r +
-                     (w.w.tap0 + s * w.w.tap_step) * p.filter.stride_s;
-      for (int i = threadIdx.x; i < p.slab_columns << log_width; i += kThreads) {
-        const int column = i >> log_width, d = i & (width - 1), n = n0 + column, from = chunk * width + d;
-        const bool inside = n < p.filter.N && from < p.filter.D;
-        reinterpret_cast<S*>(slab + column * p.strip.pixel_bytes())[d] =
-            inside ? Op::rounded(tap[n * p.filter.stride_n + from * p.filter.stride_d]) : narrow<S>(0.0f);
+  for (int first = threadIdx.x; first < pieces; first += Batch * kThreads) {
+    uint4 piece[Batch];
+    int at[Batch];
+#pragma unroll
+    for (int b = 0; b < Batch; ++b)
+      if (first + b * kThreads < pieces) piece[b] = filter_piece<Along>(p, w, n0, chunk, first + b * kThreads, at[b]);
+#pragma unroll
+    for (int b = 0; b < Batch; ++b) {
+      if (first + b * kThreads >= pieces) continue;
+      if constexpr (Op::kRounds) {
+        float v[kLanes<S>];
+        unpack<S>(v, piece[b]);
+        piece[b] = Op::operand(v);
       }
-      slab += p.tap_bytes;
+      *reinterpret_cast<uint4*>(slab + at[b]) = piece[b];
     }
+  }
 }
 
 // acc += the strip's pixels of this warp times the slab, over `bytes` of each pixel, for its `columns` in groups of 16;
@@ -179,11 +233,13 @@ __device__ __forceinline__ void multiply_strip(Block (&acc)[2][Columns / 16], co
     }
 }
 
-// Hands the accumulators of this warp to the epilogue, in pieces.
+// Hands the accumulators of this warp to the epilogue, in pieces; targets: where the tile's pixels lie behind its corner, or -1.
 template <int Columns, class S, class Epilogue>
-__device__ __forceinline__ void finish_tile(const Block (&acc)[2][Columns / 16], const Window& w, const Tile& tile,
+__device__ __forceinline__ void finish_tile(const Block (&acc)[2][Columns / 16], int64_t corner, const int* targets,
                                             int n0, float* staging, Epilogue& epilogue) {
   using Rows = Staging<S, Columns>;
+  using Beside = typename Epilogue::Beside;
+  constexpr int kBatch = minimum(Rows::kPasses, 64 / static_cast<int>(sizeof(Beside)));  // pieces a lane reads ahead
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int piece = lane % Rows::kPieces, c = n0 + piece * kLanes<S>;
   staging += warp * Rows::kRows * Rows::kLd;
@@ -199,17 +255,17 @@ __device__ __forceinline__ void finish_tile(const Block (&acc)[2][Columns / 16],
     }
     __syncwarp();
 #pragma unroll 1
-    for (int pass = 0; pass < Rows::kPasses; pass += Rows::kBatch) {
-      int64_t pixel[Rows::kBatch];
-      typename Epilogue::Beside beside[Rows::kBatch];
+    for (int pass = 0; pass < Rows::kPasses; pass += kBatch) {
+      int64_t pixel[kBatch];
+      Beside beside[kBatch];
 #pragma unroll
-      for (int b = 0; b < Rows::kBatch; ++b) {
-        const int row = ((pass + b) * 32 + lane) / Rows::kPieces;
-        pixel[b] = w.target_pixel(tile, warp * kWarpPixels + m * 16 + row);
+      for (int b = 0; b < kBatch; ++b) {
+        const int offset = targets[warp * kWarpPixels + m * 16 + ((pass + b) * 32 + lane) / Rows::kPieces];
+        pixel[b] = offset < 0 ? -1 : corner + offset;
         beside[b] = epilogue.read(pixel[b], c);
       }
 #pragma unroll
-      for (int b = 0; b < Rows::kBatch; ++b) {
+      for (int b = 0; b < kBatch; ++b) {
         const int row = ((pass + b) * 32 + lane) / Rows::kPieces;
         float v[kLanes<S>];
 #pragma unroll
@@ -224,8 +280,10 @@ __device__ __forceinline__ void finish_tile(const Block (&acc)[2][Columns / 16],
 }
 
 // The epilogue of a thread. read(pixel, c): what lies beside a piece. write(v, beside, pixel, c, start): the piece, of pixel -1
-// outside of the tensor; all lanes of a warp call it together, with start > 0 at the first piece of a tile: so many
-// lanes then have different channels. store_sums: those of a warp's tile, for merge_sums by the thread of each channel.
+// outside of the tensor; all lanes of a warp call it together, with start > 0 at the first of a tile: so many lanes then have
+// different channels. Where that has no pixel of the tensor, no other of the warp and the tile has one: a box is full up to
+// some line, row and image. store_sums: those of what a warp has written since the last, or since restart, for the
+// Total of each channel.
 template <int Columns, class Op, class Source, class Epilogue>
 __global__ __launch_bounds__(kThreads,
                              resident_blocks(Columns)) void correlate(const __grid_constant__ Correlation<Op, Source> p,
@@ -237,6 +295,10 @@ __global__ __launch_bounds__(kThreads,
   std::byte* const slabs = strips + p.strips_bytes();
   float* const staging = reinterpret_cast<float*>(slabs + p.slabs() * p.slab_bytes);
   float4* const sums = reinterpret_cast<float4*>(staging + Rows::kBytes / sizeof(float));
+  using Total = typename Epilogue::Total;
+  Total* const totals = reinterpret_cast<Total*>(sums + kWarps * Columns);  // each of one thread
+  int* const targets = reinterpret_cast<int*>(totals + Columns);
+  int* const sources = targets + kBoxPixels;  // two tables, of a tile and the next
 
   const int group = blockIdx.x / p.columns, n0 = static_cast<int>(blockIdx.x % p.columns) * Columns;
   const int begin = p.runs.begin(group), end = p.runs.end(group);
@@ -245,20 +307,35 @@ __global__ __launch_bounds__(kThreads,
     while (i + 1 < p.window_count && t >= p.windows[i + 1].first_tile) ++i;
     return i;
   };
+  const auto table_of = [&](int t) { return sources + (t & 1) * p.strip_pixels; };
+  const auto index_source = [&](int t) {
+    if (t >= end) return;
+    const Window& w = p.windows[window_of(t)];
+    w.index_source<kThreads>(w.tile(t), table_of(t));
+  };
   const auto copy = [&](int t, int chunk, int which) {
     if (t < end) {
       const Window& w = p.windows[window_of(t)];
-      const Tile tile = w.tile(t);
       if (w.taps() > 0)
         copy_strip<kThreads>(p.source, chunk * p.chunk, p.strip, strips + which * p.strip.bytes, w.strip_pixels(),
-                             [&](int q) { return w.source_pixel(tile, q); });
+                             w.source_corner(w.tile(t)), table_of(t));
     }
     cp_async_commit();
   };
 
   Epilogue epilogue(output);
+  if (threadIdx.x < Columns) totals[threadIdx.x] = Total{};
+  const auto add_sums = [&] {
+    if (threadIdx.x < Columns)
+#pragma unroll 1
+      for (int warp = 0; warp < kWarps; ++warp) totals[threadIdx.x].add(sums[warp * Columns + threadIdx.x]);
+  };
   Block acc[2][Columns / 16];
-  int loaded_window = -1, loaded_chunk = -1;
+  int loaded_window = -1, loaded_chunk = -1, unstored = 0;
+  bool stored = false;
+#pragma unroll 1
+  for (int t = begin; t < begin + 2; ++t) index_source(t);
+  __syncthreads();
   // Each step queues the copies of the next chunk, or tile, and multiplies those that the step before it queued.
   for (int t = begin - 1, chunk = p.chunks - 1, which = 1; t < end; which ^= 1) {
     const bool last = chunk == p.chunks - 1;
@@ -267,40 +344,52 @@ __global__ __launch_bounds__(kThreads,
     if (t >= begin) {
       const int window = window_of(t);
       const Window& w = p.windows[window];
-      const Tile tile = w.tile(t);
+      const auto rows = p.source.rows(own_channel<Source>(p.strip, chunk * p.chunk));
       if (window != loaded_window || (!p.resident && chunk != loaded_chunk)) {
-        for (int i = 0; i < p.slabs(); ++i) load_slab(p, w, n0, p.resident ? i : chunk, slabs + i * p.slab_bytes);
+        for (int i = 0; i < p.slabs(); ++i) {
+          const int loaded = p.resident ? i : chunk;
+          if (p.filter.along)
+            load_slab<true, 2>(p, w, n0, loaded, slabs + i * p.slab_bytes);
+          else
+            load_slab<false, 1>(p, w, n0, loaded, slabs + i * p.slab_bytes);
+        }
         loaded_window = window, loaded_chunk = chunk;
       }
       cp_async_wait<1>();
       std::byte* const strip = strips + which * p.strip.bytes;
-      if (w.taps() > 0)
-        form_strip<kThreads>(p.source, chunk * p.chunk, p.strip, strip, w.strip_pixels(),
-                             [&](int q) { return w.source_pixel(tile, q); });
+      if (w.taps() > 0) form_strip<kThreads>(p.source, rows, p.strip, strip, w.strip_pixels(), table_of(t));
       if (chunk == 0) clear(acc[0]), clear(acc[1]);
       __syncthreads();
+      if (stored) add_sums();
+      stored = false;
+      if (last) {
+        w.index_target<kThreads>(w.tile(t), kBoxPixels, targets);
+        index_source(t + 2);  // in place of that of this tile
+      }
       const int depth = minimum(p.filter.D - chunk * p.chunk, p.chunk) * static_cast<int>(sizeof(S));
       multiply_strip<Columns, Op>(acc, w, strip, slabs + (p.resident ? chunk : 0) * p.slab_bytes, p.strip.pixel_bytes(),
                                   depth, p.tap_bytes, p.slab_columns);
       __syncthreads();
       if (last) {
-        finish_tile<Columns, S>(acc, w, tile, n0, staging, epilogue);
-        if (output.has_sums()) {
+        if constexpr (Rows::kTiles == 1) epilogue.restart();
+        finish_tile<Columns, S>(acc, w.target_corner(w.tile(t)), targets, n0, staging, epilogue);
+        if (output.has_sums() && (++unstored == Rows::kTiles || t + 1 == end)) {
           epilogue.store_sums(sums + threadIdx.x / 32 * Columns, threadIdx.x % 32, Rows::kPieces);
-          __syncthreads();
-          if (threadIdx.x < Columns)
-            for (int warp = 0; warp < kWarps; ++warp) epilogue.merge_sums(sums[warp * Columns + threadIdx.x]);
+          stored = true, unstored = 0;  // others read them behind the next barrier
         }
       }
     }
     t = next_t, chunk = next_chunk;
   }
   if (!output.has_sums()) return;
+  __syncthreads();
+  add_sums();
   const int n = n0 + threadIdx.x;
-  if (threadIdx.x < Columns && n < p.filter.N) epilogue.write_slot(group, n);
+  if (threadIdx.x < Columns && n < p.filter.N) output.slots.write(group, n, totals[threadIdx.x]);
   merge_groups(p.counters + n0 / Columns * p.teams.counters(), p.teams, group,
                [&](int first, int count, int step, bool finish) {
-                 output.merge(n0, minimum(n0 + Columns, p.filter.N), first, count, step, finish);
+                 output.slots.template merge<kThreads>(reinterpret_cast<double*>(staging), n0,
+                                                       minimum(n0 + Columns, p.filter.N), first, count, step, finish);
                });
 }
 
@@ -309,10 +398,10 @@ template <class Epilogue, class Op, class Source, class MakeOutput>
 void launch_correlate(Correlation<Op, Source>& c, const Workspace& workspace, const MakeOutput& output) {
   with_columns(c, [&](auto columns) {
     constexpr int kColumns = decltype(columns)::value;
-    plan_shared<kColumns>(c);
+    plan_shared<kColumns, Epilogue>(c);
     c.counters = take_counters(workspace, c.teams, c.columns);
-    launch(correlate<kColumns, Op, Source, Epilogue>, c.teams.groups * c.columns, kThreads, shared_bytes<kColumns>(c),
-           static_cast<cudaStream_t>(workspace.stream), c, output(c.teams));
+    launch(correlate<kColumns, Op, Source, Epilogue>, c.teams.groups * c.columns, kThreads,
+           shared_bytes<kColumns, Epilogue>(c), static_cast<cudaStream_t>(workspace.stream), c, output(c.teams));
   });
 }
 

@@ -11,6 +11,12 @@ namespace fused_preact::cuda {
 
 namespace {
 
+struct GradSums {
+  double dz = 0, dz_x = 0;
+
+  __device__ void add(const float4& sums) { dz += sums.x, dz_x += sums.y; }
+};
+
 // The two sums of every group and channel in global memory, and the rows that come of them.
 struct GradSlots {
   double* data;       // [groups][2][C]
@@ -22,22 +28,26 @@ struct GradSlots {
   static size_t bytes(int64_t groups, int64_t C) { return groups * 2 * C * sizeof(double); }
 
   __device__ double* slot(int group, int64_t c) const { return data + group * 2 * C + c; }
-  __device__ void write(int group, int64_t c, double dz, double dz_x) const {
-    slot(group, c)[0] = dz, slot(group, c)[C] = dz_x;
+  __device__ void write(int group, int64_t c, const GradSums& sums) const {
+    slot(group, c)[0] = sums.dz, slot(group, c)[C] = sums.dz_x;
   }
 
-  __device__ void merge(int64_t begin, int64_t end, int first, int members, int step, bool finish) const {
-    for (int64_t c = begin + threadIdx.x; c < end; c += blockDim.x) {
-      double dz = 0, dz_x = 0;
-      for (int i = 0; i < members; ++i) {
-        const double* from = slot(first + i * step, c);
-        dz += from[0], dz_x += from[C];
-      }
-      if (finish)
-        write_grad(c, dz, dz_x);
-      else
-        write(first, c, dz, dz_x);
-    }
+  template <int Threads>
+  __device__ void merge(double* shared, int begin, int end, int first, int count, int step, bool finish) const {
+    sum_members<2, Threads>(
+        shared, begin, end, count,
+        [&](int64_t c) {
+          return [this, first, step, c](double (&sum)[2], int i) {
+            const double* from = slot(first + i * step, c);
+            sum[0] += from[0], sum[1] += from[C];
+          };
+        },
+        [&](int64_t c, const double (&sum)[2]) {
+          if (finish)
+            write_grad(c, sum[0], sum[1]);
+          else
+            write(first, c, {sum[0], sum[1]});
+        });
   }
 
   __device__ void write_grad(int64_t c, double dbeta, double dz_x) const {
@@ -65,17 +75,14 @@ struct DgradEpilogue {
     GradSlots slots;
 
     __device__ bool has_sums() const { return slots.norm != nullptr; }
-    __device__ void merge(int begin, int end, int first, int count, int step, bool finish) const {
-      slots.merge(begin, end, first, count, step, finish);
-    }
   };
   struct Beside {
     uint4 x, add;
   };
+  using Total = GradSums;
 
   const Output& out;
-  float dz[L], dz_x[L];
-  double total_dz = 0, total_dz_x = 0;  // of channel threadIdx.x of the block
+  float dz[L] = {}, dz_x[L] = {};  // since the last store_sums
 
   __device__ explicit DgradEpilogue(const Output& output) : out(output) {}
 
@@ -87,7 +94,7 @@ struct DgradEpilogue {
     return beside;
   }
 
-  __device__ void write(float (&v)[L], const Beside& beside, int64_t pixel, int c, int start) {
+  __device__ void write(float (&v)[L], const Beside& beside, int64_t pixel, int c, int) {
     if (out.add != nullptr) {
       float add[L];
       unpack<S>(add, beside.add);
@@ -110,24 +117,24 @@ struct DgradEpilogue {
       if (fmaf(x[i], scale[i], shift[i]) <= 0.0f) v[i] = 0;
     const uint4 stored = pack<S>(v);
     if (pixel >= 0) store_piece(out.dz + pixel * out.C, c, out.C, out.aligned, stored);
+    if (pixel < 0) return;
     unpack<S>(v, stored);
 #pragma unroll
-    for (int i = 0; i < L; ++i) {
-      const float kept = pixel >= 0 ? v[i] : 0.0f;
-      dz[i] = start > 0 ? kept : dz[i] + kept;
-      dz_x[i] = start > 0 ? kept * x[i] : fmaf(kept, x[i], dz_x[i]);
-    }
+    for (int i = 0; i < L; ++i) dz[i] += v[i], dz_x[i] = fmaf(v[i], x[i], dz_x[i]);
   }
 
+  __device__ void restart() {
+#pragma unroll
+    for (int i = 0; i < L; ++i) dz[i] = dz_x[i] = 0;
+  }
   __device__ void store_sums(float4* to, int lane, int stride) {
     sum_lanes(dz, stride);
     sum_lanes(dz_x, stride);
-    if (lane >= stride) return;
+    if (lane < stride)
 #pragma unroll
-    for (int i = 0; i < L; ++i) to[lane * L + i] = {dz[i], dz_x[i], 0, 0};
+      for (int i = 0; i < L; ++i) to[lane * L + i] = {dz[i], dz_x[i], 0, 0};
+    restart();
   }
-  __device__ void merge_sums(const float4& of_warp) { total_dz += of_warp.x, total_dz_x += of_warp.y; }
-  __device__ void write_slot(int group, int c) const { out.slots.write(group, c, total_dz, total_dz_x); }
 };
 
 // The classes of input pixels; those of no pixel are left out.
@@ -155,7 +162,7 @@ void dgrad(const Conv& conv, Dtype dtype, const Gradient& dy, const Weight& weig
     const int K = static_cast<int>(conv.K), C = static_cast<int>(conv.C);
     Correlation<Op, Source> c{
         Source(dy, conv.K),
-        {static_cast<const S*>(weight.data), weight.stride_c, weight.stride_k, weight.stride_r, weight.stride_s, C, K}};
+        {weight.data, weight.stride_c, weight.stride_k, weight.stride_r, weight.stride_s, conv, C, K}};
     add_windows(c, conv);
     const bool sums = x.norm != nullptr;
     const bool aligned =

@@ -37,9 +37,7 @@ __global__ __launch_bounds__(kThreads, kBlocks) void dx_kernel(const __grid_cons
   const int64_t start =
       static_cast<int64_t>(blockIdx.x / p.columns) * (kThreads >> p.log_pieces) + (threadIdx.x >> p.log_pieces);
   const bool forms = p.source.tensors() == 2;
-  typename GradientSource<Elementwise<S>>::Rows rows[L / 4];
-#pragma unroll
-  for (int i = 0; i < L / 4; ++i) rows[i] = p.source.rows(c + 4 * i);
+  const auto rows = p.source.rows(c);
   for (int64_t first = start; first < p.pixels; first += kAhead * step) {
     uint4 g[kAhead], x[kAhead] = {}, add[kAhead] = {};
 #pragma unroll
@@ -56,8 +54,7 @@ __global__ __launch_bounds__(kThreads, kBlocks) void dx_kernel(const __grid_cons
       float v[L], other[L];
       unpack<S>(v, g[i]);
       unpack<S>(other, x[i]);
-#pragma unroll
-      for (int j = 0; j < L; j += 4) p.source.form(v + j, other + j, rows[j / 4]);
+      p.source.form(v, other, rows);
       if (p.add != nullptr) {
         unpack<S>(other, add[i]);
 #pragma unroll

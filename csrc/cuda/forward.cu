@@ -24,15 +24,12 @@ struct ForwardEpilogue {
     MomentSlots slots;
 
     __device__ bool has_sums() const { return slots.rows != nullptr; }
-    __device__ void merge(int begin, int end, int first, int count, int step, bool finish) const {
-      slots.merge(begin, end, first, count, step, finish);
-    }
   };
   using Beside = uint4;
+  using Total = Moments;
 
   const Output& out;
   MomentSums<L> sums;
-  Moments moments;  // of channel threadIdx.x of the block
 
   __device__ explicit ForwardEpilogue(const Output& output) : out(output) {}
 
@@ -59,9 +56,8 @@ struct ForwardEpilogue {
     if (pixel >= 0) sums.add(v);
   }
 
+  __device__ void restart() { sums = {}; }
   __device__ void store_sums(float4* to, int lane, int stride) { sums.store(to, lane, stride); }
-  __device__ void merge_sums(const float4& of_warp) { moments.merge(of_warp); }
-  __device__ void write_slot(int group, int c) const { out.slots.write(group, c, moments); }
 };
 
 }  // namespace
@@ -75,7 +71,7 @@ void forward(const Conv& conv, Dtype dtype, const Activation& x, const Weight& w
     const int K = static_cast<int>(conv.K), C = static_cast<int>(conv.C);
     Correlation<Op, Source> c{
         Source(x, conv.C),
-        {static_cast<const S*>(weight.data), weight.stride_k, weight.stride_c, weight.stride_r, weight.stride_s, K, C}};
+        {weight.data, weight.stride_k, weight.stride_c, weight.stride_r, weight.stride_s, conv, K, C}};
     c.windows[0] = window(conv.N, Axis::forward(conv.H, conv.P, conv.R, conv.stride_h, conv.pad_h),
                           Axis::forward(conv.W, conv.Q, conv.S, conv.stride_w, conv.pad_w), kLogPixels);
     c.window_count = 1;

@@ -61,20 +61,45 @@ __device__ __forceinline__ bool last_to_arrive(uint32_t* counter, int members) {
 // into the first of them or, where finish, into the result. Every block calls this when its slot is written.
 template <class Merge>
 __device__ __forceinline__ void merge_groups(uint32_t* counters, const Teams& teams, int group, const Merge& merge) {
-  if (teams.groups == 1) {
+  const int team = group / teams.size;
+  int first = team * teams.size, count = minimum(teams.size, teams.groups - first), step = 1;
+  if (teams.groups == 1)
     __syncthreads();
-    return merge(0, 1, 1, true);
+  else if (!last_to_arrive(counters + 1 + team, count))
+    return;
+  for (bool finish = teams.count() == 1;; finish = true) {
+    merge(first, count, step, finish);
+    if (finish || !last_to_arrive(counters, teams.count())) return;
+    first = 0, count = teams.count(), step = teams.size;
   }
-  const int team = group / teams.size, first = team * teams.size;
-  const int members = minimum(teams.size, teams.groups - first);
-  if (!last_to_arrive(counters + 1 + team, members)) return;
-  if (teams.count() > 1) {
-    merge(first, members, 1, false);
-    if (!last_to_arrive(counters, teams.count())) return;
-    merge(0, teams.count(), teams.size, true);
-  } else {
-    merge(first, members, 1, true);
+}
+
+// Adds up `count` members of every channel of [begin, end), at most Threads of them: channel by channel, or several threads a
+// channel where there are more threads. member(c) makes add(sum, i), which adds member i of channel c to its `Values`
+// sums; finish(c, sum) takes what has come of all. `shared` holds Threads*Values doubles; the order is always the same.
+template <int Values, int Threads, class Member, class Finish>
+__device__ __forceinline__ void sum_members(double* shared, int begin, int end, int count, const Member& member,
+                                            const Finish& finish) {
+  int width = 16;  // channels that stand side by side; so at most Threads/16 sums are added up by one thread
+  while (width < end - begin) width *= 2;
+  const int lane = threadIdx.x & (width - 1), part = threadIdx.x / width, parts = Threads / width, c = begin + lane;
+  double sum[Values] = {};
+  if (c < end) {
+    const auto add = member(c);
+#pragma unroll 4
+    for (int i = part; i < count; i += parts) add(sum, i);
   }
+  if (parts > 1) {
+#pragma unroll
+    for (int v = 0; v < Values; ++v) shared[(part * Values + v) * width + lane] = sum[v];
+    __syncthreads();
+    if (part > 0) return;
+#pragma unroll 4
+    for (int other = 1; other < parts; ++other)
+#pragma unroll
+      for (int v = 0; v < Values; ++v) sum[v] += shared[(other * Values + v) * width + lane];
+  }
+  if (c < end) finish(c, sum);
 }
 
 // Sums s1, s2 of `Values` channels over the lanes that share them: those whose numbers differ by multiples of `stride`.

@@ -1,48 +1,49 @@
-// Batch statistics: (count, mean, M2) a channel, merged by Chan's formula in a fixed order.
+// Batch statistics: (count, mean, M2) a channel, merged in a fixed order.
 //
-// A warp sums in float, about an origin near the mean of its values, so that channels with a mean that is large against
-// their deviation keep their digits. What it has summed is merged in double, a few values a tile.
+// All sums are of distances from an origin near the mean, so that channels with a mean that is large against their
+// deviation keep their digits: in float, of a few dozen values a lane, about the mean of a warp's first; in double, of those
+// sums, about the first of their origins. Sums move to another origin without a division.
 #pragma once
 #include "merge.h"
 
 namespace fused_preact::cuda {
 
 struct Moments {
-  double count = 0, mean = 0, m2 = 0;
+  double count = 0, origin = 0, s1 = 0, s2 = 0;
 
-  __device__ void merge(double n, double other_mean, double other_m2) {
-    if (n == 0) return;
-    const double share = n / (count + n), delta = other_mean - mean;
-    m2 += other_m2 + delta * delta * count * share;
-    mean += delta * share;
+  // (n, origin, s1, s2) of n values: the sum and the sum of squares of their distances from an origin of their own.
+  __device__ void add(const float4& sums) {
+    if (sums.x == 0) return;
+    if (count == 0) origin = sums.y;
+    const double n = sums.x, shift = sums.y - origin;
+    s2 += sums.w + shift * (2.0 * sums.z + n * shift);
+    s1 += sums.z + n * shift;
     count += n;
   }
 
-  // n values whose distances from origin have the sum s1 and the sum of squares s2.
-  __device__ void merge(const float4& sums) {
-    if (sums.x == 0) return;
-    const double n = sums.x, s1 = sums.z, m2_here = sums.w - s1 * s1 / n;
-    merge(n, sums.y + s1 / n, m2_here < 0 ? 0 : m2_here);
-  }
+  __device__ double mean() const { return origin + s1 / count; }
+  __device__ double m2() const { return maximum(s2 - s1 * s1 / count, 0.0); }
 };
 
 // What one lane adds up of kLanes channels: sums about an origin that all lanes of a channel share.
 template <int L>
 struct MomentSums {
   float n = 0, origin[L] = {}, s1[L] = {}, s2[L] = {};
+  bool started = false;
 
-  // Sets the origin to the mean of the first values: one of each lane, where `valid`. `stride` lanes have different
-  // channels.
+  // Sets the origin, where it is not yet set, to the mean of the values of all lanes, where `valid`; `stride` lanes have
+  // different channels. Nothing may have been added before that.
   __device__ void start(const float (&v)[L], bool valid, int stride) {
+    if (started) return;
     float sum[L + 1];
 #pragma unroll
     for (int i = 0; i < L; ++i) sum[i] = valid ? v[i] : 0.0f;
     sum[L] = valid;
     sum_lanes(sum, stride);
-    const float scale = sum[L] > 0 ? 1 / sum[L] : 0.0f;
+    started = sum[L] > 0;  // the same for all lanes, since all channels of a pixel are as valid
+    const float scale = started ? 1 / sum[L] : 0.0f;
 #pragma unroll
-    for (int i = 0; i < L; ++i) origin[i] = sum[i] * scale, s1[i] = s2[i] = 0;
-    n = 0;
+    for (int i = 0; i < L; ++i) origin[i] = sum[i] * scale;
   }
 
   __device__ void add(const float (&v)[L]) {
@@ -55,15 +56,16 @@ struct MomentSums {
     }
   }
 
-  // Sums over the lanes of a channel and writes (n, origin, s1, s2) of this lane's channels.
+  // Sums over the lanes of a channel, writes (n, origin, s1, s2) of this lane's channels, and begins at zero again.
   __device__ void store(float4* to, int lane, int stride) {
     float count[1] = {n};
     sum_lanes(count, stride);
     sum_lanes(s1, stride);
     sum_lanes(s2, stride);
-    if (lane >= stride) return;
+    if (lane < stride)
 #pragma unroll
-    for (int i = 0; i < L; ++i) to[lane * L + i] = {count[0], origin[i], s1[i], s2[i]};
+      for (int i = 0; i < L; ++i) to[lane * L + i] = {count[0], origin[i], s1[i], s2[i]};
+    *this = {};
   }
 };
 
@@ -88,24 +90,33 @@ struct MomentSlots {
   static size_t bytes(int64_t groups, int64_t C) { return groups * 3 * C * sizeof(double); }
 
   __device__ double* slot(int group, int64_t c) const { return data + group * 3 * C + c; }
-  __device__ void write(int group, int64_t c, const Moments& m) const {
+  __device__ void write(int group, int64_t c, double count, double mean, double m2) const {
     double* to = slot(group, c);
-    to[0] = m.count, to[C] = m.mean, to[2 * C] = m.m2;
+    to[0] = count, to[C] = mean, to[2 * C] = m2;
   }
+  __device__ void write(int group, int64_t c, const Moments& m) const { write(group, c, m.count, m.mean(), m.m2()); }
 
   // Merges channels [begin, end), as merge_groups asks.
-  __device__ void merge(int64_t begin, int64_t end, int first, int count, int step, bool finish) const {
-    for (int64_t c = begin + threadIdx.x; c < end; c += blockDim.x) {
-      Moments total;
-      for (int i = 0; i < count; ++i) {
-        const double* from = slot(first + i * step, c);
-        total.merge(from[0], from[C], from[2 * C]);
-      }
-      if (finish)
-        write_norm_rows(rows, C, c, total.mean, total.m2 / total.count, total.m2 / (total.count - 1), next);
-      else
-        write(first, c, total);
-    }
+  template <int Threads>
+  __device__ void merge(double* shared, int begin, int end, int first, int count, int step, bool finish) const {
+    sum_members<3, Threads>(
+        shared, begin, end, count,
+        [&](int64_t c) {
+          const double origin = slot(first, c)[C];
+          return [this, origin, first, step, c](double (&sum)[3], int i) {
+            const double* from = slot(first + i * step, c);
+            const double n = from[0], shift = from[C] - origin;
+            sum[0] += n, sum[1] += n * shift, sum[2] += from[2 * C] + n * shift * shift;
+          };
+        },
+        [&](int64_t c, const double (&sum)[3]) {
+          const double n = sum[0], mean = slot(first, c)[C] + sum[1] / n;
+          const double m2 = maximum(sum[2] - sum[1] * sum[1] / n, 0.0);
+          if (finish)
+            write_norm_rows(rows, C, c, mean, m2 / n, m2 / (n - 1), next);
+          else
+            write(first, c, n, mean, m2);
+        });
   }
 };
 

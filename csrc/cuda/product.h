@@ -33,7 +33,7 @@ struct MmaHalf {
   using B = A;
 
   __device__ static T rounded(T x) { return x; }
-  __device__ static uint2 operand(const float (&v)[4]) { return {narrow(v[0], v[1], T{}), narrow(v[2], v[3], T{})}; }
+  __device__ static uint4 operand(const float (&v)[8]) { return pack<T>(v); }
 
   // The row of A that the lane points at, and the byte in it.
   __device__ static int row(int lane, int) { return lane % 16; }

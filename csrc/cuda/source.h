@@ -42,7 +42,7 @@ struct ActivationSource {
   __device__ void copy(std::byte* to, int, int64_t pixel, int c) const { copy_piece(to, x, pixel, c, C, aligned); }
 
   struct Rows {
-    float mean[4], scale[4], shift[4];
+    float mean[L], scale[L], shift[L];
   };
   __device__ Rows rows(int c) const {
     Rows rows{};
@@ -53,12 +53,12 @@ struct ActivationSource {
     return rows;
   }
   __device__ void form(std::byte* at, int, const Rows& rows) const {
-    float v[4];
-    unpack_four(v, *reinterpret_cast<const Four<S>*>(at), S{});
+    float v[L];
+    unpack<S>(v, *reinterpret_cast<const uint4*>(at));
     if (norm != nullptr)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) v[i] = relu(fmaf(v[i] - rows.mean[i], rows.scale[i], rows.shift[i]));
-    *reinterpret_cast<Four<S>*>(at) = Op::operand(v);
+      for (int i = 0; i < L; ++i) v[i] = relu(fmaf(v[i] - rows.mean[i], rows.scale[i], rows.shift[i]));
+    *reinterpret_cast<uint4*>(at) = Op::operand(v);
   }
 };
 
@@ -92,7 +92,7 @@ struct GradientSource {
   }
 
   struct Rows {
-    float mean[4], scale[4], slope[4], offset[4];
+    float mean[L], scale[L], slope[L], offset[L];
   };
   __device__ Rows rows(int c) const {
     Rows rows{};
@@ -111,19 +111,19 @@ struct GradientSource {
     if (grad == nullptr) return scaled;
     return fmaf(widen(x[pixel * C + c]) - norm[kMean * C + c], grad[kSlope * C + c], scaled + grad[kOffset * C + c]);
   }
-  // dy of four channels from g, of which it takes the place, and x.
-  __device__ void form(float* v, const float* input, const Rows& rows) const {
+  // dy of a piece from g, of which it takes the place, and x.
+  __device__ void form(float (&v)[L], const float (&input)[L], const Rows& rows) const {
     if (norm == nullptr) return;
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
+    for (int i = 0; i < L; ++i)
       v[i] = fmaf(input[i] - rows.mean[i], rows.slope[i], fmaf(v[i], rows.scale[i], rows.offset[i]));
   }
   __device__ void form(std::byte* at, int second, const Rows& rows) const {
-    float v[4], input[4] = {};
-    unpack_four(v, *reinterpret_cast<const Four<S>*>(at), S{});
-    if (grad != nullptr) unpack_four(input, *reinterpret_cast<const Four<S>*>(at + second), S{});
+    float v[L], input[L] = {};
+    unpack<S>(v, *reinterpret_cast<const uint4*>(at));
+    if (grad != nullptr) unpack<S>(input, *reinterpret_cast<const uint4*>(at + second));
     form(v, input, rows);
-    *reinterpret_cast<Four<S>*>(at) = Op::operand(v);
+    *reinterpret_cast<uint4*>(at) = Op::operand(v);
   }
 };
 
@@ -140,10 +140,10 @@ struct StripLayout {
 // body(pixel of the strip, its piece) for every piece that belongs to this thread, always of the same channels.
 template <int Threads, class Body>
 __device__ __forceinline__ void for_own_pieces(const StripLayout& layout, int pixels, const Body& body) {
-  const int piece = threadIdx.x & ((1 << layout.log_pieces) - 1);
-#pragma unroll 1
-  for (int q = threadIdx.x >> layout.log_pieces; q < pixels; q += Threads >> layout.log_pieces)
-    body(q, q * layout.pixel_bytes() + piece * kPieceBytes);
+  const int piece = threadIdx.x & ((1 << layout.log_pieces) - 1), step = Threads >> layout.log_pieces;
+  int q = threadIdx.x >> layout.log_pieces, at = q * layout.pixel_bytes() + piece * kPieceBytes;
+#pragma unroll 4
+  for (; q < pixels; q += step, at += step * layout.pixel_bytes()) body(q, at);
 }
 
 template <class Source>
@@ -151,29 +151,26 @@ __device__ __forceinline__ int own_channel(const StripLayout& layout, int first)
   return first + (threadIdx.x & ((1 << layout.log_pieces) - 1)) * Source::L;
 }
 
-// Queues the copies of a strip of `pixels` pixels, of channels from `first` on; pixel_of(q) is the pixel of the tensor that
-// belongs at pixel q of the strip, or -1 for zeros.
-template <int Threads, class Source, class PixelOf>
+// Queues the copies of a strip of `pixels` pixels, of channels from `first` on: pixel q of the strip is pixel corner +
+// offsets[q] of the tensor, or zeros where the offset is -1.
+template <int Threads, class Source>
 __device__ __forceinline__ void copy_strip(const Source& source, int first, const StripLayout& layout, std::byte* strip,
-                                           int pixels, const PixelOf& pixel_of) {
+                                           int pixels, int64_t corner, const int* offsets) {
   const int c = own_channel<Source>(layout, first);
-  for_own_pieces<Threads>(layout, pixels,
-                          [&](int q, int at) { source.copy(strip + at, layout.tensor_bytes, pixel_of(q), c); });
+  for_own_pieces<Threads>(layout, pixels, [&](int q, int at) {
+    source.copy(strip + at, layout.tensor_bytes, offsets[q] < 0 ? -1 : corner + offsets[q], c);
+  });
 }
 
-// Forms the strip when its copies have come: four channels at a time, whose rows stay in registers.
-template <int Threads, class Source, class PixelOf>
-__device__ __forceinline__ void form_strip(const Source& source, int first, const StripLayout& layout, std::byte* strip,
-                                           int pixels, const PixelOf& pixel_of) {
+// Forms the strip when its copies have come, with the rows of own_channel.
+template <int Threads, class Source>
+__device__ __forceinline__ void form_strip(const Source& source, const typename Source::Rows& rows,
+                                           const StripLayout& layout, std::byte* strip, int pixels,
+                                           const int* offsets) {
   if (!source.forms()) return;
-#pragma unroll 1
-  for (int i = 0; i < Source::L; i += 4) {
-    const auto rows = source.rows(own_channel<Source>(layout, first) + i);
-    std::byte* const four = strip + i * sizeof(typename Source::S);
-    for_own_pieces<Threads>(layout, pixels, [&](int q, int at) {
-      if (pixel_of(q) >= 0) source.form(four + at, layout.tensor_bytes, rows);
-    });
-  }
+  for_own_pieces<Threads>(layout, pixels, [&](int q, int at) {
+    if (offsets[q] >= 0) source.form(strip + at, layout.tensor_bytes, rows);
+  });
 }
 
 }  // namespace fused_preact::cuda

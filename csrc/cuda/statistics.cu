@@ -10,7 +10,7 @@ namespace fused_preact::cuda {
 
 namespace {
 
-constexpr int kThreads = 256, kWarps = kThreads / 32, kAhead = 4, kBlocks = 4;
+constexpr int kThreads = 256, kWarps = kThreads / 32, kAhead = 4, kBlocks = 3;
 
 template <class S>
 struct StatisticsParams {
@@ -47,7 +47,7 @@ __global__ __launch_bounds__(kThreads, kBlocks) void statistics_kernel(const __g
     for (int i = 0; i < kAhead; ++i) {
       float v[L] = {};
       if (pixel[i] < end) unpack<S>(v, piece[i]);
-      if (i == 0 && base == begin) sums.start(v, pixel[i] < end, pieces);
+      if (i == 0) sums.start(v, pixel[i] < end, pieces);
       if (pixel[i] < end) sums.add(v);
     }
   }
@@ -55,14 +55,18 @@ __global__ __launch_bounds__(kThreads, kBlocks) void statistics_kernel(const __g
   __syncthreads();
   for (int i = threadIdx.x; i < pieces * L && first + i < p.C; i += kThreads) {
     Moments moments;
-    for (int w = 0; w < kWarps; ++w) moments.merge(shared[w * pieces * L + i]);
+    for (int w = 0; w < kWarps; ++w) moments.add(shared[w * pieces * L + i]);
     p.slots.write(group, first + i, moments);
   }
   merge_groups(p.counters + column * p.teams.counters(), p.teams, group,
                [&](int from, int count, int stride, bool finish) {
-                 p.slots.merge(first, minimum(first + pieces * L, p.C), from, count, stride, finish);
+                 p.slots.template merge<kThreads>(reinterpret_cast<double*>(shared), first,
+                                                  minimum(first + pieces * L, p.C), from, count, stride, finish);
                });
 }
+
+// For the sums of each warp, then for those that `merge` adds up.
+size_t shared_bytes(int channels) { return maximum(kWarps * channels * sizeof(float4), 3 * kThreads * sizeof(double)); }
 
 struct RunningParams {
   const float* mean;
@@ -98,7 +102,7 @@ void statistics(Dtype dtype, int64_t pixels, int64_t C, const void* x, const Aff
                           take_counters(workspace, teams, columns),
                           {static_cast<double*>(workspace.take(MomentSlots::bytes(teams.groups, C))),
                            static_cast<float*>(rows), C, next}};
-    launch(statistics_kernel<S>, teams.groups * p.columns, kThreads, kWarps * (L << log_pieces) * sizeof(float4),
+    launch(statistics_kernel<S>, teams.groups * p.columns, kThreads, shared_bytes(L << log_pieces),
            static_cast<cudaStream_t>(workspace.stream), p);
   });
 }

@@ -13,7 +13,7 @@ template <class S>
 constexpr int kLanes = kPieceBytes / static_cast<int>(sizeof(S));
 
 template <class T>
-__host__ __device__ __forceinline__ T minimum(T a, T b) {
+__host__ __device__ __forceinline__ constexpr T minimum(T a, T b) {
   return a < b ? a : b;
 }
 
@@ -74,17 +74,6 @@ __device__ __forceinline__ void unpack(float (&v)[kLanes<S>], uint4 piece) {
       v[2 * i] = pair.x, v[2 * i + 1] = pair.y;
     }
   }
-}
-
-// The same for four values at a time, which is half a piece of a 16-bit type.
-template <class S>
-using Four = std::conditional_t<sizeof(S) == 4, uint4, uint2>;
-
-__device__ __forceinline__ void unpack_four(float (&v)[4], uint4 four, float) { unpack<float>(v, four); }
-template <class S>
-__device__ __forceinline__ void unpack_four(float (&v)[4], uint2 four, S type) {
-  const float2 low = widen(four.x, type), high = widen(four.y, type);
-  v[0] = low.x, v[1] = low.y, v[2] = high.x, v[3] = high.y;
 }
 
 template <class S>

@@ -2,7 +2,7 @@
 //
 // The product of dy, transposed, with the activation at each tap, over pixels. One block is a run of tiles of output pixels, with
 // `k_tile` output and `c_tile` input channels: for each tile it has dy and the strip of x in shared memory (copied while the
-// tile before is multiplied; formed in place), where the strip serves all taps. A warp keeps units of 16 x 16 channels
+// tile before is multiplied; formed in place; by tables of where their pixels lie), where the strip serves all taps. A warp keeps units of 16 x 16 channels
 // by tap in registers: nine taps of one pair of channel groups, or one tap of 2 x 4. Where there are fewer units than
 // warps, warps share them and split the pixels of a tile; their sums are added in order at the end. The last block adds up
 // the blocks (merge.h).
@@ -47,6 +47,7 @@ struct WgradParams {
   int64_t stride_k, stride_c, stride_r, stride_s;
 
   __host__ __device__ int stage_bytes() const { return dy_strip.bytes + x_strip.bytes; }
+  __host__ __device__ int table() const { return slot_pixels + window.strip_pixels(); }
 };
 
 template <class Op, int Taps>
@@ -57,7 +58,7 @@ __host__ __device__ int slot_vectors(const WgradParams<Op>& p) {
 template <class Op, int Taps>
 size_t shared_bytes(const WgradParams<Op>& p) {
   const size_t exchange = p.splits > 1 ? slot_vectors<Op, Taps>(p) * sizeof(float4) : 0;
-  return maximum<size_t>(2 * p.stage_bytes(), exchange);
+  return maximum<size_t>(2 * p.stage_bytes() + 2 * p.table() * sizeof(int), exchange);
 }
 
 // Adds one tile to the accumulators of the warp.
@@ -96,16 +97,14 @@ __device__ __forceinline__ void multiply_tile(Block (&acc)[Units<Taps>::kCount],
 // register from the rest, and reads dy again, for what is in shared memory may be rounded for the product.
 template <class Op>
 __device__ __forceinline__ void add_bias(const WgradParams<Op>& p, int group, int k0, int k_tile, bool first,
-                                         const Tile& tile) {
+                                         int64_t corner, const int* offsets) {
   const int k = k0 + static_cast<int>(threadIdx.x);
   if (static_cast<int>(threadIdx.x) >= k_tile || k >= p.dy.C) return;
   double* const slot = p.bias_slots + static_cast<int64_t>(group) * p.dy.C + k;
   double sum = first ? 0 : *slot;
 #pragma unroll 1
-  for (int q = 0; q < p.window.box_pixels(); ++q) {
-    const int64_t pixel = p.window.target_pixel(tile, q);
-    if (pixel >= 0) sum += p.dy.value(pixel, k);
-  }
+  for (int q = 0; q < p.slot_pixels; ++q)
+    if (offsets[q] >= 0) sum += p.dy.value(corner + offsets[q], k);
   *slot = sum;
 }
 
@@ -159,7 +158,7 @@ __device__ __forceinline__ void merge_slots(const WgradParams<Op>& p, int column
   float4* const slots = p.slots + first * group_vectors + static_cast<int64_t>(column) * vectors;
   for (int i = threadIdx.x; i < vectors; i += kThreads) {
     float4 sum = slots[i];
-#pragma unroll 4
+#pragma unroll 8
     for (int j = 1; j < count; ++j) {
       const float4 other = slots[j * step * group_vectors + i];
       sum.x += other.x, sum.y += other.y, sum.z += other.z, sum.w += other.w;
@@ -194,28 +193,46 @@ __global__ __launch_bounds__(kThreads, kBlocks) void wgrad_kernel(const __grid_c
   const int begin = p.runs.begin(group), end = p.runs.end(group);
   const Window& w = p.window;
 
-  // use(source, first channel, layout, its place in a stage, pixels, pixel_of) for both operands.
-  const auto for_both = [&](const Tile& tile, std::byte* stage, const auto& use) {
-    use(p.dy, k0, p.dy_strip, stage, p.slot_pixels, [&](int q) { return w.target_pixel(tile, q); });
-    use(p.x, c0, p.x_strip, stage + p.dy_strip.bytes, w.strip_pixels(), [&](int q) { return w.source_pixel(tile, q); });
+  // Where the pixels of dy and of the strip of x lie: two tables, of a tile and the next.
+  int* const tables = reinterpret_cast<int*>(stages + 2 * p.stage_bytes());
+  const auto table_of = [&](int t) { return tables + (t & 1) * p.table(); };
+  const auto index = [&](int t) {
+    if (t >= end) return;
+    w.index_target<kThreads>(w.tile(t), p.slot_pixels, table_of(t));
+    w.index_source<kThreads>(w.tile(t), table_of(t) + p.slot_pixels);
   };
+  const auto copy = [&](int t, std::byte* stage) {
+    if (t < end) {
+      const Tile tile = w.tile(t);
+      copy_strip<kThreads>(p.dy, k0, p.dy_strip, stage, p.slot_pixels, w.target_corner(tile), table_of(t));
+      copy_strip<kThreads>(p.x, c0, p.x_strip, stage + p.dy_strip.bytes, w.strip_pixels(), w.source_corner(tile),
+                           table_of(t) + p.slot_pixels);
+    }
+    cp_async_commit();
+  };
+
   Block acc[U::kCount];
   clear(acc);
   const bool with_bias = p.bias_slots != nullptr && c0 == 0;
+#pragma unroll 1
+  for (int t = begin; t < begin + 2; ++t) index(t);
+  __syncthreads();
   // Each step queues the copies of the next tile, and multiplies the one that the step before it queued.
   for (int t = begin - 1, which = 1; t < end; ++t, which ^= 1) {
-    if (t + 1 < end)
-      for_both(w.tile(t + 1), stages + (which ^ 1) * p.stage_bytes(),
-               [](const auto&... what) { copy_strip<kThreads>(what...); });
-    cp_async_commit();
+    copy(t + 1, stages + (which ^ 1) * p.stage_bytes());
     if (t < begin) continue;
     std::byte* const stage = stages + which * p.stage_bytes();
+    const auto dy_rows = p.dy.rows(own_channel<GradientSource<Op>>(p.dy_strip, k0));
     cp_async_wait<1>();
-    for_both(w.tile(t), stage, [](const auto&... what) { form_strip<kThreads>(what...); });
+    form_strip<kThreads>(p.dy, dy_rows, p.dy_strip, stage, p.slot_pixels, table_of(t));
+    const auto x_rows = p.x.rows(own_channel<ActivationSource<Op>>(p.x_strip, c0));
+    form_strip<kThreads>(p.x, x_rows, p.x_strip, stage + p.dy_strip.bytes, w.strip_pixels(),
+                         table_of(t) + p.slot_pixels);
+    if (with_bias) add_bias(p, group, k0, k_tile, t == begin, w.target_corner(w.tile(t)), table_of(t));
     __syncthreads();
+    index(t + 2);  // in place of the table of this tile
     multiply_tile<Op, Taps>(acc, p, stage, stage + p.dy_strip.bytes, unit_warp / p.c_groups, unit_warp % p.c_groups,
                             split);
-    if (with_bias) add_bias(p, group, k0, k_tile, t == begin, w.tile(t));
     __syncthreads();
   }
 

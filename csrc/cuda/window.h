@@ -3,6 +3,8 @@
 // A tile is a box of 2^a images x 2^b rows x 2^c columns of output pixels. Its strip is the box of source pixels that it
 // reads, padding and unused pixels included; with one tap a dimension has only the pixels that are read.
 #pragma once
+#include <stdexcept>
+
 #include "values.h"
 
 namespace fused_preact::cuda {
@@ -56,12 +58,18 @@ struct Tile {
   int64_t n, i, j;  // its first image, row and column
 };
 
+// Of what is compared with numbers below 2^30.
+__device__ __forceinline__ int at_most(int64_t n) {
+  constexpr int64_t kMost = 1 << 30;
+  return static_cast<int>(n < -kMost ? -kMost : n > kMost ? kMost : n);
+}
+
 struct Window {
   int64_t images;
   Axis h, w;
   int log_n, log_h, log_w;  // of the box
   int rows, cols;           // of the strip of one image
-  Divisor by_image, by_row;
+  Divisor by_image, by_row, by_taps;
   int down, across, first_tile;
 
   int64_t tiles() const { return ceil_div<int64_t>(images, 1 << log_n) * down * across; }
@@ -82,28 +90,50 @@ struct Window {
     return (n * rows + i * h.strip_step()) * cols + j * w.strip_step();
   }
 
-  // The source pixel at pixel q of the strip, or -1 outside of the source.
-  __device__ int64_t source_pixel(const Tile& tile, int q) const {
-    const int image = by_image.quotient(q), rest = q - image * rows * cols, row = by_row.quotient(rest);
-    const int64_t n = tile.n + image;
-    const int64_t i = tile.i * h.stride + h.first + row * h.source_step();
-    const int64_t j = tile.j * w.stride + w.first + (rest - row * cols) * w.source_step();
-    const bool inside = n < images && i >= 0 && i < h.size && j >= 0 && j < w.size;
-    return inside ? (n * h.size + i) * w.size + j : -1;
+  // The source pixel at pixel 0 of the tile's strip, were it inside; others are counted from there.
+  __device__ int64_t source_corner(const Tile& tile) const {
+    const int64_t i = tile.i * h.stride + h.first, j = tile.j * w.stride + w.first;
+    return (tile.n * h.size + i) * w.size + j;
+  }
+  // The output pixel at pixel 0 of the tile.
+  __device__ int64_t target_corner(const Tile& tile) const {
+    return (tile.n * h.total + h.to0 + tile.i * h.to_step) * w.total + w.to0 + tile.j * w.to_step;
   }
 
-  // The pixel of the output tensor that is pixel p of the box, or -1.
-  __device__ int64_t target_pixel(const Tile& tile, int p) const {
-    const int64_t n = tile.n + (p >> (log_h + log_w)), i = tile.i + ((p >> log_w) & ((1 << log_h) - 1));
-    const int64_t j = tile.j + (p & ((1 << log_w) - 1));
-    const bool inside = p < box_pixels() && n < images && i < h.count && j < w.count;
-    return inside ? (n * h.total + h.to0 + i * h.to_step) * w.total + w.to0 + j * w.to_step : -1;
+  // For each pixel of the strip the source pixel that belongs there, counted from the corner, or -1 outside of the source.
+  template <int Threads>
+  __device__ __forceinline__ void index_source(const Tile& tile, int* offsets) const {
+    const int64_t i = tile.i * h.stride + h.first, j = tile.j * w.stride + w.first;
+    const int n_end = at_most(images - tile.n), top = at_most(-i), left = at_most(-j);
+    const int bottom = at_most(h.size - i), right = at_most(w.size - j);
+    for (int q = threadIdx.x; q < strip_pixels(); q += Threads) {
+      const int image = by_image.quotient(q), rest = q - image * rows * cols, line = by_row.quotient(rest);
+      const int row = line * h.source_step(), col = (rest - line * cols) * w.source_step();
+      const bool inside = image < n_end && row >= top && row < bottom && col >= left && col < right;
+      offsets[q] = inside ? (image * static_cast<int>(h.size) + row) * static_cast<int>(w.size) + col : -1;
+    }
+  }
+
+  // For `count` pixels of the box the output pixel, counted from the corner, or -1 where there is none.
+  template <int Threads>
+  __device__ __forceinline__ void index_target(const Tile& tile, int count, int* offsets) const {
+    const int n_end = at_most(images - tile.n), i_end = at_most(h.count - tile.i), j_end = at_most(w.count - tile.j);
+    for (int p = threadIdx.x; p < count; p += Threads) {
+      const int n = p >> (log_h + log_w), i = (p >> log_w) & ((1 << log_h) - 1), j = p & ((1 << log_w) - 1);
+      const bool inside = p < box_pixels() && n < n_end && i < i_end && j < j_end;
+      const int line = n * static_cast<int>(h.total) + i * h.to_step;
+      offsets[p] = inside ? line * static_cast<int>(w.total) + j * w.to_step : -1;
+    }
   }
 
   // Sets what follows from the axes and the box.
   void measure() {
+    // The pixels of a strip and of a box are counted in 32 bits; those of an identity lie side by side.
+    const int64_t lines = (maximum(h.total, h.size) << log_n) + h.extent(1 << log_h);
+    if (!(h.is_identity() && w.is_identity()) && lines > INT32_MAX / maximum<int64_t>(maximum(w.size, w.total), 1))
+      throw std::runtime_error("too many pixels in an image for the CUDA kernels");
     rows = h.extent(1 << log_h), cols = w.extent(1 << log_w);
-    by_image = Divisor(rows * cols), by_row = Divisor(cols);
+    by_image = Divisor(rows * cols), by_row = Divisor(cols), by_taps = Divisor(maximum(w.taps, 1));
     down = static_cast<int>(ceil_div<int64_t>(h.count, 1 << log_h));
     across = static_cast<int>(ceil_div<int64_t>(w.count, 1 << log_w));
   }
