@@ -159,12 +159,15 @@ __device__ __forceinline__ uint4 filter_piece(const Correlation<Op, Source>& p, 
   const int from = (w.h.tap0 + r * w.h.tap_step) * p.filter.stride_r +
                    (w.w.tap0 + s * w.w.tap_step) * p.filter.stride_s + n * p.filter.stride_n + d * p.filter.stride_d;
   const bool inside = n < p.filter.N && d < p.filter.D;
-  if constexpr (Along) return inside ? *reinterpret_cast<const uint4*>(p.filter.data + from) : uint4{0, 0, 0, 0};
-  float v[L];
+  if constexpr (Along) {
+    return inside ? *reinterpret_cast<const uint4*>(p.filter.data + from) : uint4{0, 0, 0, 0};
+  } else {
+    float v[L];
 #pragma unroll
-  for (int j = 0; j < L; ++j)
-    v[j] = inside && d + j < p.filter.D ? widen(p.filter.data[from + j * p.filter.stride_d]) : 0.0f;
-  return pack<S>(v);
+    for (int j = 0; j < L; ++j)
+      v[j] = inside && d + j < p.filter.D ? widen(p.filter.data[from + j * p.filter.stride_d]) : 0.0f;
+    return pack<S>(v);
+  }
 }
 
 // Loads chunk `chunk` of the filter's columns from n0 on into its slab, `Batch` pieces at a time.
@@ -241,7 +244,7 @@ __device__ __forceinline__ void finish_tile(const Block (&acc)[2][Columns / 16],
   using Beside = typename Epilogue::Beside;
   constexpr int kBatch = minimum(Rows::kPasses, 64 / static_cast<int>(sizeof(Beside)));  // pieces a lane reads ahead
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int piece = lane % Rows::kPieces, c = n0 + piece * kLanes<S>;
+  const int piece = lane % Rows::kPieces, c = n0 + piece * kLanes<S>, channels = epilogue.channels();
   staging += warp * Rows::kRows * Rows::kLd;
 #pragma unroll
   for (int m = 0; m < 2; ++m) {
@@ -256,13 +259,13 @@ __device__ __forceinline__ void finish_tile(const Block (&acc)[2][Columns / 16],
     __syncwarp();
 #pragma unroll 1
     for (int pass = 0; pass < Rows::kPasses; pass += kBatch) {
-      int64_t pixel[kBatch];
+      int64_t at[kBatch];
       Beside beside[kBatch];
 #pragma unroll
       for (int b = 0; b < kBatch; ++b) {
         const int offset = targets[warp * kWarpPixels + m * 16 + ((pass + b) * 32 + lane) / Rows::kPieces];
-        pixel[b] = offset < 0 ? -1 : corner + offset;
-        beside[b] = epilogue.read(pixel[b], c);
+        at[b] = offset < 0 ? -1 : corner * channels + static_cast<int64_t>(offset) * channels;
+        beside[b] = epilogue.read(at[b], c);
       }
 #pragma unroll
       for (int b = 0; b < kBatch; ++b) {
@@ -273,14 +276,14 @@ __device__ __forceinline__ void finish_tile(const Block (&acc)[2][Columns / 16],
           const float4 four = *reinterpret_cast<const float4*>(staging + row * Rows::kLd + piece * kLanes<S> + i);
           v[i] = four.x, v[i + 1] = four.y, v[i + 2] = four.z, v[i + 3] = four.w;
         }
-        epilogue.write(v, beside[b], pixel[b], c, m == 0 && pass == 0 && b == 0 ? Rows::kPieces : 0);
+        epilogue.write(v, beside[b], at[b], c, m == 0 && pass == 0 && b == 0 ? Rows::kPieces : 0);
       }
     }
   }
 }
 
-// The epilogue of a thread. read(pixel, c): what lies beside a piece. write(v, beside, pixel, c, start): the piece, of pixel -1
-// outside of the tensor; all lanes of a warp call it together, with start > 0 at the first of a tile: so many lanes then have
+// The epilogue of a thread, of tensors with channels() channels. read(at, c): what lies beside the piece at channel c of the
+// pixel that begins at value `at`. write(v, beside, at, c, start): the piece, at -1 outside of the tensor; all lanes of a warp call it together, with start > 0 at the first of a tile: so many lanes then have
 // different channels. Where that has no pixel of the tensor, no other of the warp and the tile has one: a box is full up to
 // some line, row and image. store_sums: those of what a warp has written since the last, or since restart, for the
 // Total of each channel.

@@ -86,15 +86,16 @@ struct DgradEpilogue {
 
   __device__ explicit DgradEpilogue(const Output& output) : out(output) {}
 
-  __device__ Beside read(int64_t pixel, int c) const {
+  __device__ int channels() const { return out.C; }
+  __device__ Beside read(int64_t at, int c) const {
     Beside beside{};
-    if (pixel < 0) return beside;
-    if (out.has_sums()) beside.x = load_piece(out.x + pixel * out.C, c, out.C, out.aligned);
-    if (out.add != nullptr) beside.add = load_piece(out.add + pixel * out.C, c, out.C, out.aligned);
+    if (at < 0) return beside;
+    if (out.has_sums()) beside.x = load_piece(out.x + at, c, out.C, out.aligned);
+    if (out.add != nullptr) beside.add = load_piece(out.add + at, c, out.C, out.aligned);
     return beside;
   }
 
-  __device__ void write(float (&v)[L], const Beside& beside, int64_t pixel, int c, int) {
+  __device__ void write(float (&v)[L], const Beside& beside, int64_t at, int c, int) {
     if (out.add != nullptr) {
       float add[L];
       unpack<S>(add, beside.add);
@@ -102,7 +103,7 @@ struct DgradEpilogue {
       for (int i = 0; i < L; ++i) v[i] += add[i];
     }
     if (!out.has_sums()) {
-      if (pixel >= 0) store_piece(out.dz + pixel * out.C, c, out.C, out.aligned, pack<S>(v));
+      if (at >= 0) store_piece(out.dz + at, c, out.C, out.aligned, pack<S>(v));
       return;
     }
     float x[L], scale[L], shift[L];
@@ -116,8 +117,8 @@ struct DgradEpilogue {
     for (int i = 0; i < L; ++i)
       if (fmaf(x[i], scale[i], shift[i]) <= 0.0f) v[i] = 0;
     const uint4 stored = pack<S>(v);
-    if (pixel >= 0) store_piece(out.dz + pixel * out.C, c, out.C, out.aligned, stored);
-    if (pixel < 0) return;
+    if (at >= 0) store_piece(out.dz + at, c, out.C, out.aligned, stored);
+    if (at < 0) return;
     unpack<S>(v, stored);
 #pragma unroll
     for (int i = 0; i < L; ++i) dz[i] += v[i], dz_x[i] = fmaf(v[i], x[i], dz_x[i]);

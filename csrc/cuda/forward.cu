@@ -33,12 +33,13 @@ struct ForwardEpilogue {
 
   __device__ explicit ForwardEpilogue(const Output& output) : out(output) {}
 
-  __device__ Beside read(int64_t pixel, int c) const {
-    if (out.residual == nullptr || pixel < 0) return {0, 0, 0, 0};
-    return load_piece(out.residual + pixel * out.K, c, out.K, out.aligned);
+  __device__ int channels() const { return out.K; }
+  __device__ Beside read(int64_t at, int c) const {
+    if (out.residual == nullptr || at < 0) return {0, 0, 0, 0};
+    return load_piece(out.residual + at, c, out.K, out.aligned);
   }
 
-  __device__ void write(float (&v)[L], const Beside& beside, int64_t pixel, int c, int start) {
+  __device__ void write(float (&v)[L], const Beside& beside, int64_t at, int c, int start) {
     if (out.bias != nullptr)
 #pragma unroll
       for (int i = 0; i < L; ++i) v[i] += c + i < out.K ? widen(out.bias[c + i]) : 0.0f;
@@ -49,11 +50,11 @@ struct ForwardEpilogue {
       for (int i = 0; i < L; ++i) v[i] += residual[i];
     }
     const uint4 stored = pack<S>(v);
-    if (pixel >= 0) store_piece(out.y + pixel * out.K, c, out.K, out.aligned, stored);
+    if (at >= 0) store_piece(out.y + at, c, out.K, out.aligned, stored);
     if (!out.has_sums()) return;
     unpack<S>(v, stored);
-    if (start > 0) sums.start(v, pixel >= 0, start);
-    if (pixel >= 0) sums.add(v);
+    if (start > 0) sums.start(v, at >= 0, start);
+    if (at >= 0) sums.add(v);
   }
 
   __device__ void restart() { sums = {}; }

@@ -8,17 +8,12 @@
 
 namespace fused_preact::cuda {
 
-// Queues the copy of channels [c, c + kLanes) of a pixel, zeros where there is no such pixel (-1) or channel.
+// Copies what is valid of a piece of which the first `channels` are channels of the tensor, value by value.
 template <class S>
-__device__ __forceinline__ void copy_piece(std::byte* shared, const S* x, int64_t pixel, int c, int C, bool aligned) {
-  if (aligned) {
-    const bool valid = pixel >= 0 && c < C;
-    cp_async<kPieceBytes>(shared, valid ? x + pixel * C + c : x, valid);
-  } else {
+__device__ __forceinline__ void copy_values(std::byte* shared, const S* from, bool valid, int channels) {
 #pragma unroll 1
-    for (int i = 0; i < kLanes<S>; ++i)
-      reinterpret_cast<S*>(shared)[i] = pixel >= 0 && c + i < C ? x[pixel * C + c + i] : narrow<S>(0.0f);
-  }
+  for (int i = 0; i < kLanes<S>; ++i)
+    reinterpret_cast<S*>(shared)[i] = valid && i < channels ? from[i] : narrow<S>(0.0f);
 }
 
 // a = max(scale*(x - mean) + shift, 0), or x where there is no norm.
@@ -39,7 +34,11 @@ struct ActivationSource {
 
   __host__ __device__ int tensors() const { return 1; }
   __device__ bool forms() const { return norm != nullptr || Op::kRounds; }
-  __device__ void copy(std::byte* to, int, int64_t pixel, int c) const { copy_piece(to, x, pixel, c, C, aligned); }
+  // copy(to, from) for each tensor, of the piece at value `at` of each.
+  template <class Copy>
+  __device__ void copy(std::byte* to, int, int64_t at, const Copy& copy) const {
+    copy(to, x + at);
+  }
 
   struct Rows {
     float mean[L], scale[L], shift[L];
@@ -86,9 +85,10 @@ struct GradientSource {
   // x is read beside g where the batch's statistics depend on it; its piece lies `second` bytes behind that of g.
   __host__ __device__ int tensors() const { return grad != nullptr ? 2 : 1; }
   __device__ bool forms() const { return norm != nullptr || Op::kRounds; }
-  __device__ void copy(std::byte* to, int second, int64_t pixel, int c) const {
-    copy_piece(to, g, pixel, c, C, aligned);
-    if (grad != nullptr) copy_piece(to + second, x, pixel, c, C, aligned);
+  template <class Copy>
+  __device__ void copy(std::byte* to, int second, int64_t at, const Copy& copy) const {
+    copy(to, g + at);
+    if (grad != nullptr) copy(to + second, x + at);
   }
 
   struct Rows {
@@ -138,11 +138,11 @@ struct StripLayout {
 };
 
 // body(pixel of the strip, its piece) for every piece that belongs to this thread, always of the same channels.
-template <int Threads, class Body>
+template <int Threads, int Unroll, class Body>
 __device__ __forceinline__ void for_own_pieces(const StripLayout& layout, int pixels, const Body& body) {
   const int piece = threadIdx.x & ((1 << layout.log_pieces) - 1), step = Threads >> layout.log_pieces;
   int q = threadIdx.x >> layout.log_pieces, at = q * layout.pixel_bytes() + piece * kPieceBytes;
-#pragma unroll 4
+#pragma unroll Unroll
   for (; q < pixels; q += step, at += step * layout.pixel_bytes()) body(q, at);
 }
 
@@ -157,9 +157,20 @@ template <int Threads, class Source>
 __device__ __forceinline__ void copy_strip(const Source& source, int first, const StripLayout& layout, std::byte* strip,
                                            int pixels, int64_t corner, const int* offsets) {
   const int c = own_channel<Source>(layout, first);
-  for_own_pieces<Threads>(layout, pixels, [&](int q, int at) {
-    source.copy(strip + at, layout.tensor_bytes, offsets[q] < 0 ? -1 : corner + offsets[q], c);
-  });
+  const int64_t origin = corner * source.C + c;
+  const auto copy_all = [&](auto unroll, const auto& copy) {
+    for_own_pieces<Threads, decltype(unroll)::value>(layout, pixels, [&](int q, int at) {
+      const bool valid = offsets[q] >= 0 && c < source.C;
+      source.copy(strip + at, layout.tensor_bytes, origin + static_cast<int64_t>(offsets[q]) * source.C,
+                  [&](std::byte* to, const auto* from) { copy(to, from, valid); });
+    });
+  };
+  if (source.aligned)
+    copy_all(std::integral_constant<int, 4>(),
+             [](std::byte* to, const auto* from, bool valid) { cp_async<kPieceBytes>(to, from, valid); });
+  else
+    copy_all(std::integral_constant<int, 1>(),
+             [&](std::byte* to, const auto* from, bool valid) { copy_values(to, from, valid, source.C - c); });
 }
 
 // Forms the strip when its copies have come, with the rows of own_channel.
@@ -168,7 +179,7 @@ __device__ __forceinline__ void form_strip(const Source& source, const typename 
                                            const StripLayout& layout, std::byte* strip, int pixels,
                                            const int* offsets) {
   if (!source.forms()) return;
-  for_own_pieces<Threads>(layout, pixels, [&](int q, int at) {
+  for_own_pieces<Threads, 2>(layout, pixels, [&](int q, int at) {
     if (offsets[q] >= 0) source.form(strip + at, layout.tensor_bytes, rows);
   });
 }

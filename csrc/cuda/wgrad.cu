@@ -156,17 +156,37 @@ __device__ __forceinline__ void merge_slots(const WgradParams<Op>& p, int column
   const int vectors = slot_vectors<Op, Taps>(p);
   const int64_t group_vectors = static_cast<int64_t>(p.k_tiles) * p.c_tiles * vectors;
   float4* const slots = p.slots + first * group_vectors + static_cast<int64_t>(column) * vectors;
-  for (int i = threadIdx.x; i < vectors; i += kThreads) {
-    float4 sum = slots[i];
-#pragma unroll 8
-    for (int j = 1; j < count; ++j) {
-      const float4 other = slots[j * step * group_vectors + i];
-      sum.x += other.x, sum.y += other.y, sum.z += other.z, sum.w += other.w;
+  // Many loads in flight, or their latency would be most of the time of a small launch.
+  constexpr int kVectors = 3, kMembers = 8;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < vectors; i += kVectors * kThreads) {
+    float4 sum[kVectors] = {};
+#pragma unroll 1
+    for (int j = 0; j < count; j += kMembers) {
+      float4 member[kVectors][kMembers];
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v)
+#pragma unroll
+        for (int m = 0; m < kMembers; ++m)
+          member[v][m] = j + m < count && i + v * kThreads < vectors
+                             ? slots[(j + m) * step * group_vectors + i + v * kThreads]
+                             : float4{0, 0, 0, 0};
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v)
+#pragma unroll
+        for (int m = 0; m < kMembers; ++m) {
+          sum[v].x += member[v][m].x, sum[v].y += member[v][m].y;
+          sum[v].z += member[v][m].z, sum[v].w += member[v][m].w;
+        }
     }
-    if (finish)
-      write_vector<Taps>(p, k0, c0, i, sum);
-    else
-      slots[i] = sum;
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      if (i + v * kThreads >= vectors) continue;
+      if (finish)
+        write_vector<Taps>(p, k0, c0, i + v * kThreads, sum[v]);
+      else
+        slots[i + v * kThreads] = sum[v];
+    }
   }
   const int k = k0 + static_cast<int>(threadIdx.x), K = p.dy.C;
   if (!with_bias || threadIdx.x >= p.k_groups * Units<Taps>::kK * 16 || k >= K) return;
