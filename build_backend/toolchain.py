@@ -30,6 +30,7 @@ HOST_SOURCES = (
     "cpu/workspace",
 )
 KERNEL_SOURCES = ("forward", "dgrad", "wgrad", "statistics", "dx")  # of cpu/ and of cuda/
+CUDA_SOURCES = (*KERNEL_SOURCES, "convert")
 CPU_SOURCES = (*KERNEL_SOURCES, "gradients", "kernels")
 
 # No -ffast-math: NaN and infinity must come out as torch gives them. Kernels read neither errno nor exception flags.
@@ -153,7 +154,7 @@ class Toolchain:
             host += (f"-DFUSED_PREACT_CUDA={names}", "-DUSE_CUDA", "-isystem", str(self.cuda.home / "include"))
             for name in "device", "kernels":
                 yield f"host/cuda/{name}", self.sources / "cuda" / f"{name}.cpp", host
-            for name in KERNEL_SOURCES:
+            for name in CUDA_SOURCES:
                 yield f"cuda/{name}", self.sources / "cuda" / f"{name}.cu", self.cuda.flags()
         for name in HOST_SOURCES:
             yield f"host/{name}", self.sources / f"{name}.cpp", host

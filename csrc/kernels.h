@@ -68,6 +68,13 @@ struct Affine {
   double eps;
 };
 
+// `count` values, dense, and where they go in another storage type.
+struct Conversion {
+  const void* from;
+  void* to;
+  int64_t count;
+};
+
 constexpr int kCounters = 4096;
 
 // What one kernel call may use.
@@ -109,6 +116,9 @@ struct Kernels {
   // dgrad and wgrad in one call, to the same bits; null where a device has the two alone.
   void (*gradients)(const Conv&, Dtype, const Gradient& dy, const Weight&, const Activation& x, const void* add,
                     void* dz, const NormGrad& grad, const WeightGrad& dweight, void* dbias, Workspace&);
+
+  // All of the tensors from one storage type to another, none of them empty; null where torch does it as well.
+  void (*convert)(Dtype from, Dtype to, const Conversion* tensors, int64_t count, Workspace&);
 };
 
 }  // namespace fused_preact

@@ -2,6 +2,8 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <map>
+
 namespace fused_preact {
 
 namespace {
@@ -108,6 +110,27 @@ Tensor Launch::running(const Tensor& mean, const Tensor& variance, const Affine&
   device_.kernels.running(dtype_, mean.size(0), mean.const_data_ptr(), variance.const_data_ptr(), raw(next),
                           rows.mutable_data_ptr(), Scope(*device_.scratch));
   return rows;
+}
+
+void Launch::convert(const std::vector<Tensor*>& tensors, ScalarType type) const {
+  std::map<ScalarType, std::vector<Conversion>> batches;  // by the type that tensors have
+  std::vector<Tensor> sources;                            // live until all is queued
+  const auto served = [&](ScalarType any) { return device_.kernels.convert != nullptr && any != ScalarType::Double; };
+  for (Tensor* tensor : tensors) {
+    const ScalarType from = tensor->scalar_type();
+    if (from == type) continue;
+    std::optional<Tensor> to;
+    if (served(from) && served(type) && tensor->numel() > 0) to = empty_alike(*tensor, type);
+    if (to) {
+      batches[from].push_back({tensor->const_data_ptr(), to->mutable_data_ptr(), tensor->numel()});
+      sources.push_back(std::exchange(*tensor, *to));
+    } else {
+      *tensor = fused_preact::convert(*tensor, type);
+    }
+  }
+  for (const auto& [from, batch] : batches)
+    device_.kernels.convert(kernel_dtype(from), kernel_dtype(type), batch.data(), batch.size(),
+                            Scope(*device_.scratch));
 }
 
 Tensor Launch::dx(const Gradient& dy, const std::optional<Tensor>& add) const {

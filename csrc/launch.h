@@ -2,6 +2,7 @@
 #pragma once
 #include <optional>
 #include <utility>
+#include <vector>
 
 #include "device.h"
 #include "tensors.h"
@@ -52,6 +53,8 @@ class Launch {
                                                 bool need_bias) const;
   Tensor statistics(const Tensor& x, const Affine& next) const;
   Tensor running(const Tensor& mean, const Tensor& variance, const Affine& next) const;
+  // Puts a copy of the type in place of each tensor that has another.
+  void convert(const std::vector<Tensor*>& tensors, ScalarType type) const;
   // Overwrites dy.g.
   Tensor dx(const Gradient& dy, const std::optional<Tensor>& add) const;
 

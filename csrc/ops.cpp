@@ -6,6 +6,8 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <initializer_list>
+#include <map>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -21,6 +23,8 @@
 namespace fused_preact {
 
 namespace {
+
+using Pointers = std::vector<Tensor*>;
 
 constexpr size_t kGeometry = 7;                      // integers a convolution
 constexpr int64_t kMostGeometry = int64_t{1} << 31;  // keeps the arithmetic on sizes from overflowing
@@ -114,7 +118,14 @@ class StageParser {
       }
   }
 
-  Stage take() && { return std::move(stage_); }
+  // The stage, for a device whose kernels want the weights in its type.
+  Stage take(const Launch& kernels) && {
+    Pointers weights;
+    for (Chain& chain : stage_.blocks)
+      for (Tensor& weight : chain.weight) weights.push_back(&weight);
+    kernels.convert(weights, stage_.type);
+    return std::move(stage_);
+  }
 
  private:
   void add_block(int64_t units, Shortcut shortcut) {
@@ -144,7 +155,7 @@ class StageParser {
            " integers for each convolution, got ", geometry_.size());
     chain.conv.push_back(convolution(name, input, weight, &geometry_[read_]));
     read_ += kGeometry;
-    chain.weight.push_back(convert(weight, stage_.type));
+    chain.weight.push_back(weight);
   }
 
   const Tensors &weight_, &shortcut_weight_;
@@ -167,8 +178,9 @@ std::tuple<Tensor, Tensors, Tensors> run_forward(const Tensor& x, const std::opt
                                                  ScalarType dtype, int64_t memory, bool tf32) {
   SameDevice{x}("residual", residual)("weight", weight)("bias", bias)("bn_weight", bn_weight)("bn_bias", bn_bias)(
       "running_mean", running_mean)("running_var", running_var)("shortcut_weight", shortcut_weight);
+  const Launch kernels(device_of(x), dtype, tf32);
   const Stage stage =
-      StageParser(x, weight, bias, shortcut_weight, training, geometry, units, shortcut, dtype, memory).take();
+      StageParser(x, weight, bias, shortcut_weight, training, geometry, units, shortcut, dtype, memory).take(kernels);
   const size_t n = stage.units();
   expect(x.size(0) > 0 || !contains(training, true), "x: expected at least one image where a unit is training, got ",
          text(x.sizes()));
@@ -182,8 +194,8 @@ std::tuple<Tensor, Tensors, Tensors> run_forward(const Tensor& x, const std::opt
   expect(eps.size() == n, "eps: expected ", n, " numbers, got ", eps.size());
 
   const Norms norms{bn_weight, bn_bias, running_mean, running_var, eps};
-  auto [y, kept, rows] = forward(Launch(device_of(x), dtype, tf32), stage, norms, dense_nhwc(x),
-                                 residual ? std::optional(dense_nhwc(*residual)) : residual);
+  auto [y, kept, rows] =
+      forward(kernels, stage, norms, dense_nhwc(x), residual ? std::optional(dense_nhwc(*residual)) : residual);
   return {laid_out_like(x, y), kept, rows};
 }
 
@@ -221,9 +233,12 @@ Needs parse_needs(const std::vector<bool>& needs, const Stage& stage) {
   return result;
 }
 
-// Gradients in the type of what they are the gradient of; those that were not asked for are empty.
-void convert_like(Tensors& gradients, const Tensors& like) {
-  for (size_t i = 0; i < gradients.size(); ++i) gradients[i] = convert(gradients[i], like[i].scalar_type());
+// Gradients in the types of what they are the gradients of; those that were not asked for are empty.
+void convert_like(const Launch& kernels, std::initializer_list<std::pair<Tensors*, const Tensors*>> gradients) {
+  std::map<ScalarType, Pointers> by_type;
+  for (const auto& [made, like] : gradients)
+    for (size_t i = 0; i < made->size(); ++i) by_type[(*like)[i].scalar_type()].push_back(&(*made)[i]);
+  for (const auto& [type, tensors] : by_type) kernels.convert(tensors, type);
 }
 
 std::tuple<Tensor, Tensors, Tensors, Tensors, Tensors, Tensors> run_backward(
@@ -233,8 +248,9 @@ std::tuple<Tensor, Tensors, Tensors, Tensors, Tensors, Tensors> run_backward(
     const std::vector<bool>& needs) {
   SameDevice{x}("dy", dy)("y", y)("kept", kept)("rows", rows)("weight", weight)("bias", bias)("shortcut_weight",
                                                                                               shortcut_weight);
+  const Launch kernels(device_of(x), dtype, tf32);
   const Stage stage =
-      StageParser(x, weight, bias, shortcut_weight, training, geometry, units, shortcut, dtype, memory).take();
+      StageParser(x, weight, bias, shortcut_weight, training, geometry, units, shortcut, dtype, memory).take(kernels);
   const size_t n = stage.units(), blocks = stage.blocks.size();
   const Chain& last = stage.blocks.back();
   const ScalarType stream = x.scalar_type(), row_type = accumulation_type(dtype);
@@ -253,12 +269,9 @@ std::tuple<Tensor, Tensors, Tensors, Tensors, Tensors, Tensors> run_backward(
       dense_rows.push_back(contiguous(rows[unit], row_type));
     }
   auto [dx, dweight, dbias, dbn_weight, dbn_bias, dshortcut_weight] =
-      backward(Launch(device_of(x), dtype, tf32), stage, dense_nhwc(dy), dense_nhwc(x),
-               needs_y ? std::optional(dense_nhwc(*y)) : std::nullopt, expect_kept(kept, stage, stream), dense_rows,
-               parse_needs(needs, stage));
-  convert_like(dweight, weight);
-  convert_like(dbias, bias);
-  convert_like(dshortcut_weight, shortcut_weight);
+      backward(kernels, stage, dense_nhwc(dy), dense_nhwc(x), needs_y ? std::optional(dense_nhwc(*y)) : std::nullopt,
+               expect_kept(kept, stage, stream), dense_rows, parse_needs(needs, stage));
+  convert_like(kernels, {{&dweight, &weight}, {&dbias, &bias}, {&dshortcut_weight, &shortcut_weight}});
   return {needs.front() ? laid_out_like(x, dx) : dx, dweight, dbias, dbn_weight, dbn_bias, dshortcut_weight};
 }
 

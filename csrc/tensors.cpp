@@ -29,12 +29,6 @@ Tensor empty_strided(const Tensor& like, IntHeaderOnlyArrayRef sizes, IntHeaderO
                            "); its own message stands on stderr");
 }
 
-int32_t shim_dtype(const Tensor& x) {
-  int32_t dtype;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
-  return dtype;
-}
-
 int32_t shim_dtype(ScalarType dtype) { return torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)); }
 
 // Whether x fills its memory in the order of `dims`, outermost first. The stride of a dimension of size 1 says nothing.
@@ -97,10 +91,14 @@ Tensor empty(const Tensor& like, ScalarType type, std::initializer_list<int64_t>
   return empty_strided(like, {sizes.begin(), sizes.size()}, {strides.data(), sizes.size()}, shim_dtype(type));
 }
 
+std::optional<Tensor> empty_alike(const Tensor& x, ScalarType type) {
+  if (x.dim() != 4 || !(is_dense(x, kNchw) || is_dense(x, kNhwc))) return std::nullopt;
+  return empty_strided(x, x.sizes(), x.strides(), shim_dtype(type));
+}
+
 Tensor empty_gradient(const Tensor& weight) {
   const auto sizes = weight.sizes();
-  if (is_dense(weight, kNchw) || is_dense(weight, kNhwc))
-    return empty_strided(weight, sizes, weight.strides(), shim_dtype(weight));
+  if (const std::optional<Tensor> alike = empty_alike(weight, weight.scalar_type())) return *alike;
   return empty(weight, weight.scalar_type(), {sizes[0], sizes[1], sizes[2], sizes[3]});
 }
 

@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <initializer_list>
+#include <optional>
 
 #include "device.h"
 
@@ -22,6 +23,9 @@ Tensor empty_nhwc(const Tensor& like, ScalarType, int64_t N, int64_t C, int64_t 
 Tensor empty(const Tensor& like, ScalarType, std::initializer_list<int64_t> sizes);
 // Of the shape and type of `weight`, and of its layout where that is dense, for then autograd keeps it without a copy.
 Tensor empty_gradient(const Tensor& weight);
+
+// Of the shape and layout of x, a dense tensor of 4 dimensions; nothing where it is none.
+std::optional<Tensor> empty_alike(const Tensor& x, ScalarType);
 
 // x itself where it is what is asked for, else a copy.
 Tensor dense_nhwc(const Tensor& x);

@@ -7,6 +7,7 @@ each draw runs in another schedule: an order of threads and blocks, and a time o
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -158,3 +159,16 @@ def test_tensors_may_begin_at_any_element(name: str, product: str, kernels: Any,
     kernels.offset = 1
     for name, value in fused(sample, backend).items():
         assert torch.equal(value, aligned[name]), name
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize(("of", "to"), [*itertools.permutations((torch.float32, torch.bfloat16, torch.float16), 2)])
+def test_many_tensors_are_converted_as_torch_converts_each(
+    of: torch.dtype, to: torch.dtype, offset: int, kernels: Any
+) -> None:
+    """More tensors than a launch takes, shorter and longer than what a block does."""
+    kernels.offset = offset
+    tensors = [torch.randn(1 + (317 * i) % 2500).to(of) for i in range(130)]
+    tensors[3][0], tensors[4][0], tensors[5][0] = torch.nan, torch.inf, 1e38
+    for found, tensor in zip(kernels.convert(tensors, to), tensors, strict=True):
+        torch.testing.assert_close(found, tensor.to(to), rtol=0, atol=0, equal_nan=True)

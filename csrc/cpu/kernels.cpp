@@ -15,7 +15,7 @@ void running(Dtype, int64_t, const void*, const void*, const Affine&, void*, Wor
 void dx(Dtype, int64_t, int64_t, const Gradient&, const void*, void*, Workspace&);
 
 const Kernels& kernels() {
-  static constexpr Kernels table{forward, dgrad, wgrad, statistics, running, dx, gradients};
+  static constexpr Kernels table{forward, dgrad, wgrad, statistics, running, dx, gradients, nullptr};
   return table;
 }
 

@@ -11,9 +11,10 @@ void wgrad(const Conv&, Dtype, const Gradient&, const Activation&, const WeightG
 void statistics(Dtype, int64_t, int64_t, const void*, const Affine&, void*, Workspace&);
 void running(Dtype, int64_t, const void*, const void*, const Affine&, void*, Workspace&);
 void dx(Dtype, int64_t, int64_t, const Gradient&, const void*, void*, Workspace&);
+void convert(Dtype, Dtype, const Conversion*, int64_t, Workspace&);
 
 const Kernels& kernels() {
-  static constexpr Kernels table{forward, dgrad, wgrad, statistics, running, dx, nullptr};
+  static constexpr Kernels table{forward, dgrad, wgrad, statistics, running, dx, nullptr, convert};
   return table;
 }
 
