@@ -131,7 +131,7 @@ void plan_shared(Correlation<Op, Source>& c) {
   }
   c.columns = ceil_div(c.filter.N, Columns);
   c.runs = Runs(tiles, c.columns, static_cast<int64_t>(multiprocessors()) * resident_blocks(Columns));
-  c.teams = Teams(c.runs.count());
+  c.teams = Teams(c.runs.count(), Columns * 3 * sizeof(double));
 }
 
 // body(integral_constant of Columns): all channels or 64, and 16 where there would be too few blocks.

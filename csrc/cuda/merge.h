@@ -14,9 +14,14 @@ struct Teams {
   int groups = 1, size = 1;
 
   Teams() = default;
-  // The square root makes both steps equally long.
-  explicit Teams(int64_t of) : groups(static_cast<int>(of)) {
-    while (size * size < groups) ++size;
+  // Slots of `bytes`. Few are one team: to find out who is last takes as long as to read them. Of many the square root makes
+  // both steps equally long.
+  Teams(int64_t of, int64_t bytes) : groups(static_cast<int>(of)) {
+    constexpr int64_t kFew = 64, kFewBytes = 256 * 1024;
+    if (groups <= kFew && groups * bytes <= kFewBytes)
+      size = groups;
+    else
+      while (size * size < groups) ++size;
   }
   __host__ __device__ int count() const { return ceil_div(groups, size); }
   __host__ __device__ int counters() const { return groups > 1 ? 1 + count() : 0; }
@@ -86,7 +91,7 @@ __device__ __forceinline__ void sum_members(double* shared, int begin, int end, 
   double sum[Values] = {};
   if (c < end) {
     const auto add = member(c);
-#pragma unroll 4
+#pragma unroll 8
     for (int i = part; i < count; i += parts) add(sum, i);
   }
   if (parts > 1) {

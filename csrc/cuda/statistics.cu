@@ -91,7 +91,7 @@ void statistics(Dtype dtype, int64_t pixels, int64_t C, const void* x, const Aff
     const int log_pieces = log2_ceil(ceil_div<int64_t>(C, L), 5);
     const int64_t columns = ceil_div<int64_t>(C, L << log_pieces), least = (kThreads >> log_pieces) * kPixelsAThread;
     const int64_t most = maximum<int64_t>(multiprocessors() * kBlocks / columns, 1);
-    const Teams teams(minimum(ceil_div(pixels, least), most));
+    const Teams teams(minimum(ceil_div(pixels, least), most), MomentSlots::bytes(1, L << log_pieces));
     StatisticsParams<S> p{static_cast<const S*>(x),
                           pixels,
                           static_cast<int>(C),

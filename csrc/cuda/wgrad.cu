@@ -286,13 +286,19 @@ void launch_wgrad(WgradParams<Op>& p, bool need_bias, Workspace& workspace) {
   const int K = p.dy.C, C = p.x.C;
   p.k_groups = warp_groups<S>(K, U::kK * 16, kWarps);
   p.c_groups = warp_groups<S>(C, U::kC * 16, kWarps / p.k_groups);
+  // Channels in as few blocks as can be, each of which reads dy and x once for all of them; but where that leaves
+  // multiprocessors idle, in more: to sum over pixels within a block takes less time than over blocks.
+  const int64_t tiles = p.window.tiles(), blocks = static_cast<int64_t>(multiprocessors()) * kBlocks;
+  const auto k_tile = [&] { return p.k_groups * U::kK * 16; };
+  const auto c_tile = [&] { return p.c_groups * U::kC * 16; };
+  while (p.k_groups * p.c_groups > 1 && tiles * ceil_div(K, k_tile()) * ceil_div(C, c_tile()) < blocks)
+    (p.k_groups > p.c_groups ? p.k_groups : p.c_groups) /= 2;
   p.splits = kWarps / (p.k_groups * p.c_groups);
-  const int k_tile = p.k_groups * U::kK * 16, c_tile = p.c_groups * U::kC * 16;
-  p.k_tiles = ceil_div(K, k_tile), p.c_tiles = ceil_div(C, c_tile);
+  p.k_tiles = ceil_div(K, k_tile()), p.c_tiles = ceil_div(C, c_tile());
   const auto lay_out = [&] {
     p.slot_pixels = maximum(p.window.box_pixels(), Op::kStepRows);
-    p.dy_strip = StripLayout(log2_ceil(k_tile / kLanes<S>, kLogMostPieces), p.slot_pixels, p.dy.tensors());
-    p.x_strip = StripLayout(log2_ceil(c_tile / kLanes<S>, kLogMostPieces), p.window.strip_pixels(), p.x.tensors());
+    p.dy_strip = StripLayout(log2_ceil(k_tile() / kLanes<S>, kLogMostPieces), p.slot_pixels, p.dy.tensors());
+    p.x_strip = StripLayout(log2_ceil(c_tile() / kLanes<S>, kLogMostPieces), p.window.strip_pixels(), p.x.tensors());
   };
   lay_out();
   while (2 * p.stage_bytes() > kWantShared && shrink(p.window)) lay_out();
@@ -300,8 +306,8 @@ void launch_wgrad(WgradParams<Op>& p, bool need_bias, Workspace& workspace) {
     throw std::runtime_error("the CUDA kernels have no room for a filter of this size");
   const int64_t columns = static_cast<int64_t>(p.k_tiles) * p.c_tiles;
   p.window.first_tile = 0;
-  p.runs = Runs(p.window.tiles(), columns, static_cast<int64_t>(multiprocessors()) * kBlocks);
-  p.teams = Teams(p.runs.count());
+  p.runs = Runs(p.window.tiles(), columns, blocks);
+  p.teams = Teams(p.runs.count(), slot_vectors<Op, Taps>(p) * sizeof(float4));
   p.counters = take_counters(workspace, p.teams, columns);
   p.slots = static_cast<float4*>(workspace.take(p.teams.groups * columns * slot_vectors<Op, Taps>(p) * sizeof(float4)));
   p.bias_slots = need_bias ? static_cast<double*>(workspace.take(p.teams.groups * K * sizeof(double))) : nullptr;
