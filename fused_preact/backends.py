@@ -87,11 +87,11 @@ def allows_tf32() -> bool:
 
 
 def _no_convolution(problem: Problem) -> str | None:
-    for conv, (_, _, *size) in problem.convolutions:
+    for conv, (_, _, R, S) in problem.convolutions:
         if conv.groups != 1 or conv.dilation != (1, 1):
             return f"it has no groups and no dilation (groups={conv.groups}, dilation={conv.dilation})"
-        if size not in ([1, 1], [3, 3]):
-            return f"it has filters of 1x1 and 3x3, not {size[0]}x{size[1]}"
+        if (R, S) not in ((1, 1), (3, 3)):
+            return f"it has filters of 1x1 and 3x3, not {R}x{S}"
         if conv.stride not in ((1, 1), (2, 2)):
             return f"it has strides of 1 and 2, not {conv.stride}"
     return None

@@ -68,8 +68,8 @@ def run(arguments: argparse.Namespace) -> int:
                     document["tiles"] |= _tiles(problem, block, arguments.budget)
                 found = measure(problem, block, arguments.budget)
                 document["calls"][key] = {str(batch): found}
+                path = tables.save(document, arguments.output)
                 console.print(_line(problem, found), markup=False, highlight=False, soft_wrap=True)
-    path = tables.save(document, arguments.output)
     console.print(f"Table in {path}", markup=False, highlight=False, soft_wrap=True)
     return 0
 
