@@ -30,7 +30,7 @@ HOST_SOURCES = (
     "cpu/workspace",
 )
 KERNEL_SOURCES = ("forward", "dgrad", "wgrad", "statistics", "dx")  # of cpu/ and of cuda/
-CUDA_SOURCES = (*KERNEL_SOURCES, "convert")
+CUDA_SOURCES = (*KERNEL_SOURCES, "gradients", "convert")
 CPU_SOURCES = (*KERNEL_SOURCES, "gradients", "kernels")
 
 # No -ffast-math: NaN and infinity must come out as torch gives them. Kernels read neither errno nor exception flags.

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 import cuda_toolkit
 from cases import (
@@ -31,6 +32,7 @@ from cases import (
     fused,
     point,
 )
+from fused_preact import reference
 from fused_preact.schedule import Activation, Affine, Gradient
 from raw_table import stand_in
 from test_ops import (  # noqa: F401  (with the fixture `backend` of this file)
@@ -159,6 +161,21 @@ def test_tensors_may_begin_at_any_element(name: str, product: str, kernels: Any,
     kernels.offset = 1
     for name, value in fused(sample, backend).items():
         assert torch.equal(value, aligned[name]), name
+
+
+@pytest.mark.parametrize("case", [*UNITS, *LARGE], ids=lambda case: case.id)
+def test_gradients_made_together_are_those_made_apart(case: Case, product: str, kernels: Any) -> None:
+    """dgrad and wgrad in one launch, in any order of their blocks, give the bits that each gives alone."""
+    sample = case.draw(0, PRODUCTS[product])
+    [unit] = sample.units
+    a = Activation(sample.x, reference.statistics(sample.x, Affine(unit.bn_weight, unit.bn_bias, unit.eps)))
+    dy = Gradient(sample.dy)
+    for number in range(SCHEDULES):
+        kernels.use_schedule(number, multiprocessors=1 + 3 * (number % 2))
+        together = kernels.gradients(unit.conv, dy, unit.weight, a, None, True)
+        dz = kernels.dgrad(unit.conv, dy, unit.weight, a, None, True)
+        apart = dz, *kernels.wgrad(unit.conv, dy, a, unit.weight, True)
+        assert all(map(torch.equal, tree_leaves(together), tree_leaves(apart))), number
 
 
 @pytest.mark.parametrize("offset", [0, 1])

@@ -8,44 +8,17 @@
 // accumulators then pass through its own rows of shared memory, from where the epilogue takes them in pieces of 16 bytes.
 // Bytes: source read once a column of blocks (but for the rims that strips share, which come from the L2 cache).
 #pragma once
-#include "merge.h"
-#include "product.h"
-#include "source.h"
+#include "slab.h"
 
 namespace fused_preact::cuda {
 
-constexpr int kWarps = 4, kThreads = 32 * kWarps, kLogPixels = 7, kWarpPixels = 32;
+constexpr int kWarpPixels = 32;
 constexpr int kBoxPixels = 1 << kLogPixels;
 constexpr int kMostWindows = 4;
-constexpr int kMostSummed = 64;         // values that a lane sums in float
-constexpr int kMostShared = 99 * 1024;  // of a block, on every architecture
-constexpr int kWantShared = 72 * 1024;  // lets three blocks share a multiprocessor of 228 KiB
+constexpr int kMostSummed = 64;  // values that a lane sums in float
 
 // Blocks that share a multiprocessor, by their registers.
 constexpr int resident_blocks(int columns) { return columns == 16 ? 4 : 3; }
-
-// filter(n, d, r, s), n of N output channels, d of D summed ones.
-template <class S>
-struct FilterView {
-  const S* data;
-  int stride_n, stride_d, stride_r, stride_s;
-  int N, D;
-  bool along;  // pieces of the depth are pieces of the filter
-
-  FilterView(const void* from, int64_t n, int64_t d, int64_t r, int64_t s, const Conv& conv, int outputs, int summed)
-      : data(static_cast<const S*>(from)),
-        stride_n(static_cast<int>(n)),
-        stride_d(static_cast<int>(d)),
-        stride_r(static_cast<int>(r)),
-        stride_s(static_cast<int>(s)),
-        N(outputs),
-        D(summed) {
-    constexpr int L = kLanes<S>;
-    if ((N - 1) * n + (D - 1) * d + (conv.R - 1) * r + (conv.S - 1) * s > INT32_MAX)
-      throw std::runtime_error("the CUDA kernels have no filters of 2^31 values");
-    along = d == 1 && D % L == 0 && n % L == 0 && r % L == 0 && s % L == 0 && is_aligned(from);
-  }
-};
 
 template <class Op, class Source>
 struct Correlation {
@@ -56,12 +29,10 @@ struct Correlation {
   int window_count, columns;  // Columns of blocks
   Runs runs;
   StripLayout strip;
-  int strip_pixels;            // of the largest strip
-  int chunk, chunks;           // channels of a chunk
-  int slab_columns;            // output channels of a block, in whole groups of 16
-  Divisor by_columns, by_tap;  // slab_columns, and the pieces of a tap
-  int tap_bytes, slab_bytes;   // of a slab, for one tap and for all
-  bool resident;               // every chunk's slab has a place
+  int strip_pixels;   // of the largest strip
+  int chunk, chunks;  // channels of a chunk
+  SlabLayout slab;
+  bool resident;  // every chunk's slab has a place
   Teams teams;
   uint32_t* counters;
 
@@ -87,7 +58,7 @@ struct Staging {
 template <int Columns, class Epilogue, class Op, class Source>
 size_t shared_bytes(const Correlation<Op, Source>& c) {
   using Rows = Staging<typename Op::Storage, Columns>;
-  return c.strips_bytes() + c.slabs() * c.slab_bytes + Rows::kBytes +
+  return c.strips_bytes() + c.slabs() * c.slab.bytes + Rows::kBytes +
          Columns * (kWarps * sizeof(float4) + sizeof(typename Epilogue::Total)) + c.tables() * sizeof(int);
 }
 
@@ -102,10 +73,7 @@ void lay_out(Correlation<Op, Source>& c, int log_pieces) {
   c.strip_pixels = pixels;
   c.chunk = kLanes<typename Op::Storage> << log_pieces;
   c.chunks = ceil_div(c.filter.D, c.chunk);
-  c.slab_columns = minimum(ceil_div(c.filter.N, 16) * 16, Columns);
-  c.by_columns = Divisor(c.slab_columns), c.by_tap = Divisor(c.slab_columns << log_pieces);
-  c.tap_bytes = c.slab_columns * c.strip.pixel_bytes();
-  c.slab_bytes = taps * c.tap_bytes;
+  c.slab = SlabLayout(minimum(ceil_div(c.filter.N, 16) * 16, Columns), taps, c.strip);
 }
 
 // Chooses the chunk, the largest that leaves room for other blocks, and whether the filter stays.
@@ -134,66 +102,12 @@ void plan_shared(Correlation<Op, Source>& c) {
   c.teams = Teams(c.runs.count(), Columns * 3 * sizeof(double));
 }
 
-// body(integral_constant of Columns): all channels or 64, and 16 where there would be too few blocks.
-template <class Op, class Source, class Body>
-void with_columns(const Correlation<Op, Source>& c, const Body& body) {
+// Whether blocks have 16 columns: all channels, or there would be too few blocks. Else they have 64.
+template <class Op, class Source>
+bool is_narrow(const Correlation<Op, Source>& c) {
   int64_t tiles = 0;
   for (int i = 0; i < c.window_count; ++i) tiles += c.windows[i].tiles();
-  if (c.filter.N <= 16 || tiles * ceil_div(c.filter.N, 64) < multiprocessors())
-    return body(std::integral_constant<int, 16>());
-  return body(std::integral_constant<int, 64>());
-}
-
-// Piece i of chunk `chunk` of a window's slab, and where it goes in it. Neighbours are neighbours in the filter, if they can be.
-template <bool Along, class Op, class Source>
-__device__ __forceinline__ uint4 filter_piece(const Correlation<Op, Source>& p, const Window& w, int n0, int chunk,
-                                              int i, int& at) {
-  using S = typename Op::Storage;
-  constexpr int L = kLanes<S>;
-  const int tap = p.by_tap.quotient(i), rest = i - tap * (p.slab_columns << p.strip.log_pieces);
-  const int r = w.by_taps.quotient(tap), s = tap - r * w.w.taps;
-  const int piece = Along ? rest & ((1 << p.strip.log_pieces) - 1) : p.by_columns.quotient(rest);
-  const int column = Along ? rest >> p.strip.log_pieces : rest - piece * p.slab_columns;
-  const int n = n0 + column, d = chunk * p.chunk + piece * L;
-  at = tap * p.tap_bytes + column * p.strip.pixel_bytes() + piece * kPieceBytes;
-  const int from = (w.h.tap0 + r * w.h.tap_step) * p.filter.stride_r +
-                   (w.w.tap0 + s * w.w.tap_step) * p.filter.stride_s + n * p.filter.stride_n + d * p.filter.stride_d;
-  const bool inside = n < p.filter.N && d < p.filter.D;
-  if constexpr (Along) {
-    return inside ? *reinterpret_cast<const uint4*>(p.filter.data + from) : uint4{0, 0, 0, 0};
-  } else {
-    float v[L];
-#pragma unroll
-    for (int j = 0; j < L; ++j)
-      v[j] = inside && d + j < p.filter.D ? widen(p.filter.data[from + j * p.filter.stride_d]) : 0.0f;
-    return pack<S>(v);
-  }
-}
-
-// Loads chunk `chunk` of the filter's columns from n0 on into its slab, `Batch` pieces at a time.
-template <bool Along, int Batch, class Op, class Source>
-__device__ __forceinline__ void load_slab(const Correlation<Op, Source>& p, const Window& w, int n0, int chunk,
-                                          std::byte* slab) {
-  using S = typename Op::Storage;
-  const int pieces = w.taps() * p.slab_columns << p.strip.log_pieces;
-#pragma unroll 1
-  for (int first = threadIdx.x; first < pieces; first += Batch * kThreads) {
-    uint4 piece[Batch];
-    int at[Batch];
-#pragma unroll
-    for (int b = 0; b < Batch; ++b)
-      if (first + b * kThreads < pieces) piece[b] = filter_piece<Along>(p, w, n0, chunk, first + b * kThreads, at[b]);
-#pragma unroll
-    for (int b = 0; b < Batch; ++b) {
-      if (first + b * kThreads >= pieces) continue;
-      if constexpr (Op::kRounds) {
-        float v[kLanes<S>];
-        unpack<S>(v, piece[b]);
-        piece[b] = Op::operand(v);
-      }
-      *reinterpret_cast<uint4*>(slab + at[b]) = piece[b];
-    }
-  }
+  return c.filter.N <= 16 || tiles * ceil_div(c.filter.N, 64) < multiprocessors();
 }
 
 // acc += the strip's pixels of this warp times the slab, over `bytes` of each pixel, for its `columns` in groups of 16;
@@ -288,22 +202,20 @@ __device__ __forceinline__ void finish_tile(const Block (&acc)[2][Columns / 16],
 // some line, row and image. store_sums: those of what a warp has written since the last, or since restart, for the
 // Total of each channel.
 template <int Columns, class Op, class Source, class Epilogue>
-__global__ __launch_bounds__(kThreads,
-                             resident_blocks(Columns)) void correlate(const __grid_constant__ Correlation<Op, Source> p,
-                                                                      const __grid_constant__
-                                                                      typename Epilogue::Output output) {
+__device__ __forceinline__ void correlate_block(const Correlation<Op, Source>& p,
+                                                const typename Epilogue::Output& output, int block) {
   using S = typename Op::Storage;
   using Rows = Staging<S, Columns>;
   std::byte* const strips = shared_memory();
   std::byte* const slabs = strips + p.strips_bytes();
-  float* const staging = reinterpret_cast<float*>(slabs + p.slabs() * p.slab_bytes);
+  float* const staging = reinterpret_cast<float*>(slabs + p.slabs() * p.slab.bytes);
   float4* const sums = reinterpret_cast<float4*>(staging + Rows::kBytes / sizeof(float));
   using Total = typename Epilogue::Total;
   Total* const totals = reinterpret_cast<Total*>(sums + kWarps * Columns);  // each of one thread
   int* const targets = reinterpret_cast<int*>(totals + Columns);
   int* const sources = targets + kBoxPixels;  // two tables, of a tile and the next
 
-  const int group = blockIdx.x / p.columns, n0 = static_cast<int>(blockIdx.x % p.columns) * Columns;
+  const int group = block / p.columns, n0 = block % p.columns * Columns;
   const int begin = p.runs.begin(group), end = p.runs.end(group);
   const auto window_of = [&](int t) {
     int i = 0;
@@ -350,11 +262,11 @@ __global__ __launch_bounds__(kThreads,
       const auto rows = p.source.rows(own_channel<Source>(p.strip, chunk * p.chunk));
       if (window != loaded_window || (!p.resident && chunk != loaded_chunk)) {
         for (int i = 0; i < p.slabs(); ++i) {
-          const int loaded = p.resident ? i : chunk;
+          const int first = (p.resident ? i : chunk) * p.chunk;
           if (p.filter.along)
-            load_slab<true, 2>(p, w, n0, loaded, slabs + i * p.slab_bytes);
+            load_slab<Op, true, 2>(p.filter, p.slab, w, n0, first, slabs + i * p.slab.bytes);
           else
-            load_slab<false, 1>(p, w, n0, loaded, slabs + i * p.slab_bytes);
+            load_slab<Op, false, 1>(p.filter, p.slab, w, n0, first, slabs + i * p.slab.bytes);
         }
         loaded_window = window, loaded_chunk = chunk;
       }
@@ -370,8 +282,8 @@ __global__ __launch_bounds__(kThreads,
         index_source(t + 2);  // in place of that of this tile
       }
       const int depth = minimum(p.filter.D - chunk * p.chunk, p.chunk) * static_cast<int>(sizeof(S));
-      multiply_strip<Columns, Op>(acc, w, strip, slabs + (p.resident ? chunk : 0) * p.slab_bytes, p.strip.pixel_bytes(),
-                                  depth, p.tap_bytes, p.slab_columns);
+      multiply_strip<Columns, Op>(acc, w, strip, slabs + (p.resident ? chunk : 0) * p.slab.bytes, p.strip.pixel_bytes(),
+                                  depth, p.slab.tap_bytes, p.slab.columns);
       __syncthreads();
       if (last) {
         if constexpr (Rows::kTiles == 1) epilogue.restart();
@@ -396,16 +308,42 @@ __global__ __launch_bounds__(kThreads,
                });
 }
 
-// Plans and launches; output(teams) makes what the epilogue is given.
+template <int Columns, class Op, class Source, class Epilogue>
+__global__ __launch_bounds__(kThreads,
+                             resident_blocks(Columns)) void correlate(const __grid_constant__ Correlation<Op, Source> p,
+                                                                      const __grid_constant__
+                                                                      typename Epilogue::Output output) {
+  correlate_block<Columns, Op, Source, Epilogue>(p, output, static_cast<int>(blockIdx.x));
+}
+
+// What a launch takes besides the correlation.
+template <class Epilogue>
+struct Plan {
+  typename Epilogue::Output output;
+  int blocks;
+  size_t shared_bytes;
+};
+
+// make_output(teams) makes what the epilogue is given.
+template <int Columns, class Epilogue, class Op, class Source, class MakeOutput>
+Plan<Epilogue> plan(Correlation<Op, Source>& c, const Workspace& workspace, const MakeOutput& make_output) {
+  plan_shared<Columns, Epilogue>(c);
+  c.counters = take_counters(workspace, c.teams, c.columns);
+  return {make_output(c.teams), c.teams.groups * c.columns, shared_bytes<Columns, Epilogue>(c)};
+}
+
 template <class Epilogue, class Op, class Source, class MakeOutput>
-void launch_correlate(Correlation<Op, Source>& c, const Workspace& workspace, const MakeOutput& output) {
-  with_columns(c, [&](auto columns) {
+void launch_correlate(Correlation<Op, Source>& c, const Workspace& workspace, const MakeOutput& make_output) {
+  const auto with_columns = [&](auto columns) {
     constexpr int kColumns = decltype(columns)::value;
-    plan_shared<kColumns, Epilogue>(c);
-    c.counters = take_counters(workspace, c.teams, c.columns);
-    launch(correlate<kColumns, Op, Source, Epilogue>, c.teams.groups * c.columns, kThreads,
-           shared_bytes<kColumns, Epilogue>(c), static_cast<cudaStream_t>(workspace.stream), c, output(c.teams));
-  });
+    const Plan<Epilogue> of = plan<kColumns, Epilogue>(c, workspace, make_output);
+    launch(correlate<kColumns, Op, Source, Epilogue>, of.blocks, kThreads, of.shared_bytes,
+           static_cast<cudaStream_t>(workspace.stream), c, of.output);
+  };
+  if (is_narrow(c))
+    with_columns(std::integral_constant<int, 16>());
+  else
+    with_columns(std::integral_constant<int, 64>());
 }
 
 }  // namespace fused_preact::cuda

@@ -11,10 +11,12 @@ void wgrad(const Conv&, Dtype, const Gradient&, const Activation&, const WeightG
 void statistics(Dtype, int64_t, int64_t, const void*, const Affine&, void*, Workspace&);
 void running(Dtype, int64_t, const void*, const void*, const Affine&, void*, Workspace&);
 void dx(Dtype, int64_t, int64_t, const Gradient&, const void*, void*, Workspace&);
+void gradients(const Conv&, Dtype, const Gradient&, const Weight&, const Activation&, const void*, void*,
+               const NormGrad&, const WeightGrad&, void*, Workspace&);
 void convert(Dtype, Dtype, const Conversion*, int64_t, Workspace&);
 
 const Kernels& kernels() {
-  static constexpr Kernels table{forward, dgrad, wgrad, statistics, running, dx, nullptr, convert};
+  static constexpr Kernels table{forward, dgrad, wgrad, statistics, running, dx, gradients, convert};
   return table;
 }
 

@@ -32,7 +32,6 @@ struct MmaHalf {
   };
   using B = A;
 
-  __device__ static T rounded(T x) { return x; }
   __device__ static uint4 operand(const float (&v)[8]) { return pack<T>(v); }
 
   // The row of A that the lane points at, and the byte in it.
@@ -70,7 +69,6 @@ struct MmaTf32 {
   using A = MmaHalf<__half>::A;
   using B = A;
 
-  __device__ static float rounded(float x) { return bits_as<float>(to_tf32(x)); }
   __device__ static uint4 operand(const float (&v)[4]) {
     return {to_tf32(v[0]), to_tf32(v[1]), to_tf32(v[2]), to_tf32(v[3])};
   }
@@ -116,7 +114,6 @@ struct Fma {
     float r[2][2][4];  // columns 8*half + 2t + i, by depth
   };
 
-  __device__ static float rounded(float x) { return x; }
   __device__ static uint4 operand(const float (&v)[4]) { return pack<float>(v); }
 
   __device__ static int row(int lane, int i) { return lane / 4 + 8 * i; }

@@ -79,6 +79,10 @@ void call(const std::string& name, const std::vector<uintptr_t>& values) {
   else if (name == "wgrad")
     table.wgrad(a.object<Conv>(0), a.dtype(1), a.object<Gradient>(2), a.object<Activation>(3), a.object<WeightGrad>(4),
                 a.pointer(5), workspace);
+  else if (name == "gradients")
+    table.gradients(a.object<Conv>(0), a.dtype(1), a.object<Gradient>(2), a.object<Weight>(3), a.object<Activation>(4),
+                    a.pointer(5), a.pointer(6), a.object<NormGrad>(7), a.object<WeightGrad>(8), a.pointer(9),
+                    workspace);
   else if (name == "statistics")
     table.statistics(a.dtype(0), a.number(1), a.number(2), a.pointer(3), a.object<Affine>(4), a.pointer(5), workspace);
   else if (name == "running")

@@ -1,0 +1,102 @@
+// Slabs: the part of a filter that a block multiplies by, in shared memory as [tap][column][piece], a column like a pixel of the
+// strip (source.h). A thread loads pieces of the depth, each in one access where they are so in memory, else value by value.
+#pragma once
+#include <stdexcept>
+
+#include "block.h"
+
+namespace fused_preact::cuda {
+
+// filter(n, d, r, s), n of N output channels, d of D summed ones.
+template <class S>
+struct FilterView {
+  const S* data;
+  int stride_n, stride_d, stride_r, stride_s;
+  int N, D;
+  bool along;  // pieces of the depth are pieces of the filter
+
+  FilterView(const void* from, int64_t n, int64_t d, int64_t r, int64_t s, const Conv& conv, int outputs, int summed)
+      : data(static_cast<const S*>(from)),
+        stride_n(static_cast<int>(n)),
+        stride_d(static_cast<int>(d)),
+        stride_r(static_cast<int>(r)),
+        stride_s(static_cast<int>(s)),
+        N(outputs),
+        D(summed) {
+    constexpr int L = kLanes<S>;
+    if ((N - 1) * n + (D - 1) * d + (conv.R - 1) * r + (conv.S - 1) * s > INT32_MAX)
+      throw std::runtime_error("the CUDA kernels have no filters of 2^31 values");
+    along = d == 1 && D % L == 0 && n % L == 0 && r % L == 0 && s % L == 0 && is_aligned(from);
+  }
+};
+
+// Where a slab lies: columns are output channels, in whole groups of 16.
+struct SlabLayout {
+  int columns, log_pieces, column_bytes, tap_bytes, bytes;
+  Divisor by_columns, by_tap;  // the columns, and the pieces of a tap
+
+  SlabLayout() = default;
+  SlabLayout(int of, int taps, const StripLayout& strip)
+      : columns(of),
+        log_pieces(strip.log_pieces),
+        column_bytes(strip.pixel_bytes()),
+        tap_bytes(columns * column_bytes),
+        bytes(taps * tap_bytes),
+        by_columns(columns),
+        by_tap(columns << log_pieces) {}
+};
+
+// Piece i of a window's slab, of columns from n0 and depths from d0 on, and where it goes in it. Neighbours are neighbours in
+// the filter, if they can be.
+template <bool Along, class S>
+__device__ __forceinline__ uint4 filter_piece(const FilterView<S>& filter, const SlabLayout& slab, const Window& w,
+                                              int n0, int d0, int i, int& at) {
+  constexpr int L = kLanes<S>;
+  const int tap = slab.by_tap.quotient(i), rest = i - tap * (slab.columns << slab.log_pieces);
+  const int r = w.by_taps.quotient(tap), s = tap - r * w.w.taps;
+  const int piece = Along ? rest & ((1 << slab.log_pieces) - 1) : slab.by_columns.quotient(rest);
+  const int column = Along ? rest >> slab.log_pieces : rest - piece * slab.columns;
+  const int n = n0 + column, d = d0 + piece * L;
+  at = tap * slab.tap_bytes + column * slab.column_bytes + piece * kPieceBytes;
+  const int from = (w.h.tap0 + r * w.h.tap_step) * filter.stride_r + (w.w.tap0 + s * w.w.tap_step) * filter.stride_s +
+                   n * filter.stride_n + d * filter.stride_d;
+  const bool inside = n < filter.N && d < filter.D;
+  if constexpr (Along) {
+    return inside ? *reinterpret_cast<const uint4*>(filter.data + from) : uint4{0, 0, 0, 0};
+  } else {
+    float v[L];
+#pragma unroll
+    for (int j = 0; j < L; ++j)
+      v[j] = inside && d + j < filter.D ? widen(filter.data[from + j * filter.stride_d]) : 0.0f;
+    return pack<S>(v);
+  }
+}
+
+// Loads a slab, `Batch` pieces of a thread at a time.
+template <class Op, bool Along, int Batch>
+__device__ __forceinline__ void load_slab(const FilterView<typename Op::Storage>& filter, const SlabLayout& slab,
+                                          const Window& w, int n0, int d0, std::byte* to) {
+  using S = typename Op::Storage;
+  const int pieces = w.taps() * slab.columns << slab.log_pieces;
+#pragma unroll 1
+  for (int first = threadIdx.x; first < pieces; first += Batch * kThreads) {
+    uint4 piece[Batch];
+    int at[Batch];
+#pragma unroll
+    for (int b = 0; b < Batch; ++b)
+      if (first + b * kThreads < pieces)
+        piece[b] = filter_piece<Along>(filter, slab, w, n0, d0, first + b * kThreads, at[b]);
+#pragma unroll
+    for (int b = 0; b < Batch; ++b) {
+      if (first + b * kThreads >= pieces) continue;
+      if constexpr (Op::kRounds) {
+        float v[kLanes<S>];
+        unpack<S>(v, piece[b]);
+        piece[b] = Op::operand(v);
+      }
+      *reinterpret_cast<uint4*>(to + at[b]) = piece[b];
+    }
+  }
+}
+
+}  // namespace fused_preact::cuda
