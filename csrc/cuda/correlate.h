@@ -43,7 +43,7 @@ struct Correlation {
 
 template <class S, int Columns>
 struct Staging {
-  static constexpr int kRows = 16, kLd = Columns + 4;  // 16 bytes spread rows over the banks
+  static constexpr int kRows = 16, kLd = Columns + (Columns > 16 ? 8 : 4);  // spreads rows over the banks
   static constexpr int kBytes = kWarps * kRows * kLd * static_cast<int>(sizeof(float));
   static constexpr int kPieces = Columns / kLanes<S>;  // of a pixel
   static constexpr int kPasses = kRows * kPieces / 32;

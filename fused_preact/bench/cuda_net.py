@@ -55,9 +55,10 @@ def run() -> Iterator[tuple[str, dict[str, Any]]]:
     small = pose(replace(cases[0], shape=(NET_BATCH, *cases[0].shape[1:])), device=eager.device)
     errors = verify(small, eager.device)
     problems = [widen(small, case) for case in cases]
-    peaks = [{name(c): _peak_bytes(c, problem) for c in entrants()} for problem in problems]
-    for problem, peak in zip(problems, peaks, strict=True):
-        yield "nets", {**_times(problem, entrants()), "errors": errors, "peak_bytes": peak}
+    peaks = []
+    for problem in problems:
+        peaks.append({name(c): _peak_bytes(c, problem) for c in entrants()})
+        yield "nets", {**_times(problem, entrants()), "errors": errors, "peak_bytes": peaks[-1]}
         device.release()
     for gigabytes in GIGABYTES:
         yield "capacity", {"gigabytes": gigabytes, "batch": _capacity(small, peaks, gigabytes * 10**9)}

@@ -20,6 +20,7 @@ def test_no_device_is_one_sentence(capsys):
         ("void fused_preact::cuda::correlate<64, MmaTf32, ActivationSource, ForwardEpilogue>(...)", 7),
         ("void fused_preact::cuda::correlate<64, MmaTf32, GradientSource, DgradEpilogue>(...)", 9),
         ("void fused_preact::cuda::wgrad_kernel<MmaTf32>(...)", 7),
+        ("void fused_preact::cuda::gradients_kernel<1, Fma>(..., DgradEpilogue<Fma>::Output, WgradParams<Fma>)", 9),
         ("void fused_preact::cuda::statistics_kernel<float>(...)", 2),
         ("void fused_preact::cuda::dx_kernel<float>(...)", 6),
         ("void at::native::elementwise_kernel<...>", None),
