@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import math
 import os
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -34,11 +35,9 @@ class Problem(NamedTuple):
     format: str = "channels_last"  # memory format of x, or "contiguous"
 
 
-# What "auto" gives to the CUDA kernels: beyond that a convolution is bound by arithmetic more than by memory, which is
-# what they save. A rule, not a measurement.
-_MOST_CUDA_CHANNELS = 256
-# What it gives to the Triton kernels, whose tiles narrower channels leave empty. Likewise a rule.
-_LEAST_TRITON_CHANNELS = 64
+# What "auto" gives to the CUDA kernels: multiply-adds an image of the heaviest convolution. On an H200, in 16 bits and
+# channels_last, blocks of 2 million took less time than eager, and those of 38 million more.
+_MOST_CUDA_PRODUCTS = 1 << 23
 
 
 def _no_cpu(problem: Problem) -> str | None:
@@ -63,9 +62,14 @@ def _no_cuda(problem: Problem) -> str | None:
 
 
 def _auto_no_cuda(problem: Problem) -> str | None:
-    most = max(max(shape[0], shape[1]) for _, shape in problem.convolutions)
-    if most > _MOST_CUDA_CHANNELS:
-        return f"it is meant for up to {_MOST_CUDA_CHANNELS} channels, not {most}; ask for it by name"
+    if problem.dtype.itemsize != 2 or problem.format != "channels_last":
+        return f"it is meant for 16-bit channels_last, not {problem.format} {problem.dtype}; ask for it by name"
+    if len(problem.convolutions) < 2:
+        return "one convolution by itself does not pay for the call; ask for it by name"
+    _, _, H, W = problem.shape
+    most = max(math.prod(shape) * H * W for _, shape in problem.convolutions)
+    if most > _MOST_CUDA_PRODUCTS:
+        return f"it is meant for up to {_MOST_CUDA_PRODUCTS} products an image, not {most}; ask for it by name"
     return None
 
 
@@ -81,6 +85,7 @@ def _cuda_unavailable() -> str | None:
     return None
 
 
+@torch.compiler.assume_constant_result  # Dynamo of torch 2.11 does not trace the switch
 def allows_tf32() -> bool:
     """Whether torch's own switches let convolutions of float32 multiply in TF32."""
     return torch.backends.cudnn.conv.fp32_precision == "tf32"
@@ -112,12 +117,7 @@ def _no_triton(problem: Problem) -> str | None:
 def _auto_no_triton(problem: Problem) -> str | None:
     if problem.device != "cuda":
         return "it is meant for GPUs, not for the interpreter; ask for it by name"
-    if problem.dtype.itemsize != 2 or problem.format != "channels_last":
-        return f"it is meant for 16-bit channels_last, not {problem.format} {problem.dtype}; ask for it by name"
-    least = min(min(shape[0], shape[1]) for _, shape in problem.convolutions)
-    if least < _LEAST_TRITON_CHANNELS:
-        return f"it is meant for {_LEAST_TRITON_CHANNELS} channels or more, not {least}; ask for it by name"
-    return None
+    return "it has not been measured to be faster than eager; ask for it by name"
 
 
 def _triton_unavailable() -> str | None:

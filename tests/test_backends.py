@@ -85,35 +85,52 @@ def gpu(monkeypatch):
         yield monkeypatch
 
 
-def problem(x, weight, stride=1):
+def problem(x, weight, stride=1, count=2, format="channels_last"):
+    """The problem of a block of ``count`` such convolutions."""
     conv = fused_preact.schedule.Conv(stride, stride, 1, 1, 1, 1, 1)
-    return backends.Problem(x.device.type, x.dtype, tuple(x.shape), ((conv, tuple(weight.shape)),))
+    return backends.Problem(x.device.type, x.dtype, tuple(x.shape), ((conv, tuple(weight.shape)),) * count, format)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("size", "stride"), [(1, 1), (1, 2), (3, 1), (3, 2)])
 def test_what_the_cuda_kernels_serve(gpu, dtype, size, stride):
-    """On a GPU, 1x1 and 3x3 filters of few channels go to the CUDA kernels by themselves."""
+    """On a GPU, 16-bit blocks of 1x1 and 3x3 filters of few channels go to the CUDA kernels by themselves."""
     assert backends.choose("auto", problem(*on_cuda(size=size, dtype=dtype), stride)) == "cuda"
+
+
+@pytest.mark.parametrize(
+    ("of_tensors", "of_problem", "reason"),
+    [
+        (dict(C=512, K=512), {}, "meant for up to 8388608 products an image, not 150994944"),
+        (dict(dtype=torch.float32), {}, "meant for 16-bit channels_last, not channels_last torch.float32"),
+        ({}, dict(format="contiguous"), "meant for 16-bit channels_last, not contiguous torch.bfloat16"),
+        ({}, dict(count=1), "one convolution by itself"),
+    ],
+    ids=["wide", "float32", "contiguous", "one"],
+)
+def test_what_the_cuda_kernels_are_asked_for_by_name(gpu, of_tensors, of_problem, reason):
+    """ "auto" runs plain layers where nothing says that the kernels are faster; they serve those who ask."""
+    asked = problem(*on_cuda(**{"dtype": torch.bfloat16, **of_tensors}), **of_problem)
+    choice = backends.describe("here", "auto", asked)
+    assert choice.backend == "eager"
+    assert reason in choice.others["cuda"]
+    assert "not been measured to be faster" in choice.others["triton"] or "not installed" in choice.others["triton"]
+    assert backends.choose("cuda", asked) == "cuda"
 
 
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        (dict(C=512), "meant for up to 256 channels, not 512"),
         (dict(dtype=torch.float64), "float32, bfloat16 and float16, not in torch.float64"),
         (dict(size=5), "filters of 1x1 and 3x3, not 5x5"),
     ],
-    ids=["wide", "float64", "5x5"],
+    ids=["float64", "5x5"],
 )
 def test_what_the_cuda_kernels_leave_to_eager(gpu, options, reason):
-    """ "auto" runs plain layers and says why; many channels are served to those who ask."""
-    asked = problem(*on_cuda(**options))
-    choice = backends.describe("here", "auto", asked)
+    """ "auto" runs plain layers and says why."""
+    choice = backends.describe("here", "auto", problem(*on_cuda(**options)))
     assert choice.backend == "eager"
     assert reason in choice.others["cuda"]
-    if "C" in options:
-        assert backends.choose("cuda", asked) == "cuda"
 
 
 def test_why_cuda_cannot_be_used(gpu):

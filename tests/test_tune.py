@@ -73,23 +73,6 @@ def test_another_backend_wins_only_if_it_is_faster_nearly_always():
     assert tune._best({"eager": eager, "cpu": noisy, "library": faster}) == "library"
 
 
-def test_the_rule_on_a_gpu(monkeypatch):
-    """Without a table: few channels go to cuda, 16-bit channels_last of 64 and more to triton, the rest to eager."""
-
-    def chosen(C, dtype=torch.bfloat16, layout="channels_last"):
-        conv = fused_preact.schedule.Conv(1, 1, 1, 1, 1, 1, 1)
-        return backends.choose("auto", backends.Problem("cuda", dtype, (8, C, 8, 8), ((conv, (C, C, 3, 3)),), layout))
-
-    monkeypatch.setitem(backends._OBSTACLES, "triton", lambda problem: None)
-    monkeypatch.setitem(backends._OBSTACLES, "cuda", lambda problem: "it was left out")
-    assert chosen(64) == chosen(512) == "triton"
-    assert chosen(32) == chosen(64, torch.float32) == chosen(64, layout="contiguous") == "eager"
-    monkeypatch.setitem(backends._OBSTACLES, "cuda", lambda problem: None)
-    assert chosen(32) == chosen(256) == "cuda"
-    assert chosen(512) == "triton"
-    assert chosen(512, torch.float32) == "eager"
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_a_device_that_is_not_there(capsys):
     """Asking for a GPU without one is one sentence."""
