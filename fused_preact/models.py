@@ -1,6 +1,7 @@
-"""Pre-activation ResNets: those of the paper for CIFAR, and PreActResNet-18 to -152 of kuangliu/pytorch-cifar.
+"""Pre-activation ResNets: those of the paper, PreActResNet-18 to -152 of kuangliu/pytorch-cifar, and wide ones.
 
 He, Zhang, Ren, Sun, "Identity Mappings in Deep Residual Networks", 2016, arXiv 1603.05027.
+Zagoruyko, Komodakis, "Wide Residual Networks", 2016, arXiv 1605.07146.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ class PreActResNet(nn.Module):
         block: `PreActBlock` or `PreActBottleneck`.
         num_blocks: blocks of each stage; stage i has the planes width*2^i and, but for the first, stride 2.
         num_classes: size of the output.
-        width: channels of the stem, planes of the first stage.
+        width: planes of the first stage.
+        stem_width: channels of the stem (default: width).
         stem: "cifar", a 3x3 convolution; "imagenet", 7x7 of stride 2 and a 3x3 max-pool of stride 2.
         head_norm: a batch norm ``bn`` and ReLU behind the last stage, as in the paper.
         first_block: block at the very front, where another than ``block`` is wanted.
@@ -67,6 +69,7 @@ class PreActResNet(nn.Module):
         num_classes: int = 10,
         *,
         width: int = 64,
+        stem_width: int | None = None,
         stem: str = "cifar",
         head_norm: bool = False,
         first_block: type[PreActBlock] | None = None,
@@ -78,8 +81,9 @@ class PreActResNet(nn.Module):
             raise ValueError(f"stem must be 'cifar' or 'imagenet'; got {stem!r}")
         size, stride = (3, 1) if stem == "cifar" else (7, 2)
         self.pool = stem == "imagenet"
-        self.conv1 = nn.Conv2d(3, width, size, stride, padding=size // 2, bias=False)
-        channels, self.stages = width, [f"layer{i + 1}" for i in range(len(num_blocks))]
+        channels = width if stem_width is None else stem_width
+        self.conv1 = nn.Conv2d(3, channels, size, stride, padding=size // 2, bias=False)
+        self.stages = [f"layer{i + 1}" for i in range(len(num_blocks))]
         for i, (name, count) in enumerate(zip(self.stages, num_blocks, strict=True)):
             blocks = []
             for j in range(count):
@@ -114,8 +118,17 @@ def _paper(depth: int) -> dict[str, Any]:
     return {"block": PreActBottleneck, "num_blocks": [(depth - 2) // 9] * 3, **common}
 
 
+def _wide(depth: int, factor: int) -> dict[str, Any]:
+    """Three stages of n basic blocks (depth 6n+4), ``factor`` times as wide as the paper's, behind its stem of 16."""
+    blocks = [(depth - 4) // 6] * 3
+    return {"block": PreActBlock, "num_blocks": blocks, "width": 16 * factor, "stem_width": 16, "head_norm": True}
+
+
 _MODELS: dict[str, dict[str, Any]] = {
     **{f"resnet{depth}": _paper(depth) for depth in (20, 56, 110, 164, 1001)},
+    "resnet200": {"block": PreActBottleneck, "num_blocks": [3, 24, 36, 3], "stem": "imagenet", "head_norm": True},
+    "wrn28_10": _wide(28, 10),
+    "wrn34_10": _wide(34, 10),
     "preactresnet18": {"block": PreActBlock, "num_blocks": [2, 2, 2, 2]},
     "preactresnet34": {"block": PreActBlock, "num_blocks": [3, 4, 6, 3]},
     "preactresnet50": {"block": PreActBottleneck, "num_blocks": [3, 4, 6, 3]},
@@ -130,7 +143,9 @@ def names() -> list[str]:
 
 
 def create(name: str, num_classes: int = 10, **options: Any) -> PreActResNet:
-    """A network by name: "resnet20" to "resnet1001" of the paper, "preactresnet18" to "preactresnet152".
+    """A network by name: "resnet20" to "resnet1001", "wrn28_10", "preactresnet18", ...; `names` has all.
+
+    Those of the paper are resnet20 to resnet1001 for CIFAR and resnet200 for ImageNet.
 
     Args:
         name: one of `names`.

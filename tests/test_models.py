@@ -6,12 +6,15 @@ import fused_preact
 from cases import BACKENDS
 from fused_preact import PreActBlock, PreActBottleneck, models
 
-PARAMETERS = {  # of 10 classes; pytorch-cifar's count for the preactresnets
+PARAMETERS = {  # of 10 classes; pytorch-cifar's count for the preactresnets, RobustBench's for the wide ones
     "resnet20": 272_282,
     "resnet56": 855_578,
     "resnet110": 1_730_522,
     "resnet164": 1_703_258,
     "resnet1001": 10_327_706,
+    "resnet200": 62_637_642,
+    "wrn28_10": 36_479_194,
+    "wrn34_10": 46_160_474,
     "preactresnet18": 11_171_146,
     "preactresnet34": 21_279_306,
     "preactresnet50": 23_509_066,

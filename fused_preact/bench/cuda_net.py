@@ -1,9 +1,11 @@
-"""ResNet-1001 on a CUDA device: the time of a step, its peak memory, and the largest batch that a memory holds.
+"""Nets on a CUDA device: the time of a step, its peak memory, and ResNet-1001's largest batch that a memory holds.
 
 net:      {case, errors, seconds: {run: {median, low, high}}, ratios: {run: {"eager", "eager in a graph": {median, low,
           high}}}, peak_bytes: {contender: bytes}}
 capacity: {gigabytes, batch: {contender: images}}
 compiled: {case, seconds, ratios} as of a net, or {case, left_out: str}; the last, since it takes longest
+
+ResNet-1001 takes part with backend "cuda" in each memory mode, the other nets with "auto".
 
 A run is a contender, or that in a CUDA graph. Peaks are of torch's statistics of the memory it has given out, in a step
 of a net that is there alone; the largest batch is one that ran with torch held to so many gigabytes (10^9 bytes).
@@ -19,8 +21,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from . import device
-from .cases import resnet1001
+from . import cases, device
+from .cases import Case, resnet1001
 from .check import NET_BATCH, pose, verify, widen
 from .contenders import Contender, Problem, build
 from .measure import ratio, spread
@@ -39,6 +41,16 @@ def entrants() -> list[Contender]:
     return [eager, *(replace(eager, backend="cuda", memory=mode) for mode in modes)]
 
 
+def others() -> list[Case]:
+    """Nets of other shapes: basic blocks of up to 512 and of 640 channels, and bottlenecks on ImageNet's images."""
+    large = cases.net("ResNet-200", "resnet200", 64, "bf16")
+    return [
+        cases.net("PreActResNet-18", "preactresnet18", 128, "bf16"),
+        cases.net("WRN-28-10", "wrn28_10", 128, "bf16"),
+        replace(large, label=f"{large.label}, 224x224", shape=(64, 3, 224, 224)),
+    ]
+
+
 def name(contender: Contender) -> str:
     """As the document calls it."""
     return contender.backend if contender.backend in ("eager", "compiled") else f"fused {contender.memory}"
@@ -51,14 +63,21 @@ def run() -> Iterator[tuple[str, dict[str, Any]]]:
         CheckError: a contender is wrong.
     """
     eager, fused, *_ = entrants()
-    cases = [replace(resnet1001(batch, "bf16"), backends=(fused.backend, eager.backend)) for batch in BATCHES]
-    small = pose(replace(cases[0], shape=(NET_BATCH, *cases[0].shape[1:])), device=eager.device)
+    deep = [replace(resnet1001(batch, "bf16"), backends=(fused.backend, eager.backend)) for batch in BATCHES]
+    small = pose(replace(deep[0], shape=(NET_BATCH, *deep[0].shape[1:])), device=eager.device)
     errors = verify(small, eager.device)
-    problems = [widen(small, case) for case in cases]
+    problems = [widen(small, case) for case in deep]
     peaks = []
     for problem in problems:
         peaks.append({name(c): _peak_bytes(c, problem) for c in entrants()})
         yield "nets", {**_times(problem, entrants()), "errors": errors, "peak_bytes": peaks[-1]}
+        device.release()
+    for case in others():
+        few = pose(replace(case, shape=(NET_BATCH, *case.shape[1:])), device=eager.device)
+        pair = [eager, replace(eager, backend="auto")]
+        found, problem = {"errors": verify(few, eager.device)}, widen(few, case)
+        found["peak_bytes"] = {name(contender): _peak_bytes(contender, problem) for contender in pair}
+        yield "nets", _times(problem, pair) | found
         device.release()
     for gigabytes in GIGABYTES:
         yield "capacity", {"gigabytes": gigabytes, "batch": _capacity(small, peaks, gigabytes * 10**9)}

@@ -5,8 +5,10 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 from rich.console import Console
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fused_preact import PreActBottleneck, PreActStage
 from fused_preact.bench import cases, cuda_net, device
@@ -47,6 +49,8 @@ def on_cpu(monkeypatch):
     monkeypatch.setattr(device, "seconds", lambda runs, rounds, repeats: [[1.0 + i] * rounds for i in range(len(runs))])
     monkeypatch.setattr(nn.Module, "compile", no_compiler)
     monkeypatch.setattr(cuda_net, "resnet1001", small_net)
+    other = replace(cases.net("Another", "resnet20", 3, "bf16"), make=make_net, shape=(3, 3, 8, 8))
+    monkeypatch.setattr(cuda_net, "others", lambda: [other])
     monkeypatch.setattr(cuda_net, "BATCHES", (2, 4))
     monkeypatch.setattr(cuda_net, "GIGABYTES", (1.2e-6, 1.5e-6))
     eager = Contender("eager", "channels_last")
@@ -76,8 +80,9 @@ def test_nets_and_capacities(on_cpu):
         {"gigabytes": 1.2e-6, "batch": {"eager": 2, "fused fast": 5, "fused lean": 10, "fused min": 20}},
         {"gigabytes": 1.5e-6, "batch": {"eager": 6, "fused fast": 12, "fused lean": 25, "fused min": 50}},
     ]
-    assert [net["case"].split(", ")[2] for net in document["nets"]] == ["N=2", "N=4"]
-    for net in document["nets"]:
+    assert [net["case"].split(", ")[2] for net in document["nets"]] == ["N=2", "N=4", "N=3"]
+    assert set(document["nets"][2]["peak_bytes"]) == {"eager", "fused fast"}
+    for net in document["nets"][:2]:
         assert set(net["seconds"]) == set(PEAKS) | {f"{label} in a graph" for label in PEAKS}
         assert set(net["ratios"]) == set(net["seconds"]) - set(cuda_net.BASELINES)
         assert net["ratios"]["fused fast"]["eager"]["median"] == 1 / 2
@@ -105,3 +110,10 @@ def test_largest_batch(limit, most, expected):
     assert cuda_net.largest_batch(peaks, limit, fits) == expected
     assert len(tried) <= cuda_net.TRIALS
     assert all(batch <= 90 for batch in tried)
+
+
+def test_the_other_nets_are_those_that_they_are_called():
+    """Each can be made, and takes the images of its case."""
+    for case in cuda_net.others():
+        with FakeTensorMode():
+            assert case.make("auto")(torch.empty(2, *case.shape[1:])).shape == (2, 10)
