@@ -167,6 +167,12 @@ def test_torch_says_whether_tf32_is_allowed(monkeypatch):
         conv.fp32_precision = before
 
 
+def test_compiled_code_may_ask_whether_tf32_is_allowed():
+    """Dynamo of torch 2.11 cannot trace the switch itself."""
+    chosen = torch.compile(lambda x: x + (1 if backends.allows_tf32() else 2), backend="eager", fullgraph=True)
+    assert chosen(torch.zeros(())) == (1 if backends.allows_tf32() else 2)
+
+
 def test_explain_computes_and_changes_nothing():
     """The call is made on fake tensors: running statistics and their count stay, and no gradient appears."""
     net = models.create("resnet20")
