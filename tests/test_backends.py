@@ -64,53 +64,43 @@ def test_what_the_cpu_kernels_serve(dtype, size, stride):
     assert choice.backend == "cpu"
 
 
-def on_cuda(C=16, K=16, size=3, dtype=torch.float32):
-    """Arguments of a call on a CUDA device, that have no values."""
-    return torch.empty(2, C, 8, 8, dtype=dtype, device="cuda"), torch.empty(
-        K, C, size, size, dtype=dtype, device="cuda"
-    )
-
-
 @pytest.fixture
 def gpu(monkeypatch):
     """A machine with a GPU of compute capability 9.0, as far as the choice of a backend goes."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     monkeypatch.setattr(_extension, "unavailable", None)
     monkeypatch.setattr(_extension, "cuda_architectures", ("9.0",))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(tables, "device_name", lambda *_: "a GPU that nothing was measured on")
-    with FakeTensorMode():
-        yield monkeypatch
+    return monkeypatch
 
 
-def problem(x, weight, stride=1, count=2, format="channels_last"):
-    """The problem of a block of ``count`` such convolutions."""
+def on_cuda(C=16, K=16, size=3, stride=1, dtype=torch.bfloat16, format="channels_last", count=2):
+    """The problem of a block of ``count`` such convolutions on a CUDA device."""
     conv = fused_preact.schedule.Conv(stride, stride, 1, 1, 1, 1, 1)
-    return backends.Problem(x.device.type, x.dtype, tuple(x.shape), ((conv, tuple(weight.shape)),) * count, format)
+    return backends.Problem("cuda", dtype, (2, C, 8, 8), ((conv, (K, C, size, size)),) * count, format)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("size", "stride"), [(1, 1), (1, 2), (3, 1), (3, 2)])
 def test_what_the_cuda_kernels_serve(gpu, dtype, size, stride):
     """On a GPU, 16-bit blocks of 1x1 and 3x3 filters of few channels go to the CUDA kernels by themselves."""
-    assert backends.choose("auto", problem(*on_cuda(size=size, dtype=dtype), stride)) == "cuda"
+    assert backends.choose("auto", on_cuda(size=size, stride=stride, dtype=dtype)) == "cuda"
 
 
 @pytest.mark.parametrize(
-    ("of_tensors", "of_problem", "reason"),
+    ("options", "reason"),
     [
-        (dict(C=512, K=512), {}, "meant for up to 8388608 products an image, not 150994944"),
-        (dict(dtype=torch.float32), {}, "meant for 16-bit channels_last, not channels_last torch.float32"),
-        ({}, dict(format="contiguous"), "meant for 16-bit channels_last, not contiguous torch.bfloat16"),
-        ({}, dict(count=1), "one convolution by itself"),
+        (dict(C=512, K=512), "meant for up to 8388608 products an image, not 150994944"),
+        (dict(dtype=torch.float32), "meant for 16-bit channels_last, not channels_last torch.float32"),
+        (dict(format="contiguous"), "meant for 16-bit channels_last, not contiguous torch.bfloat16"),
+        (dict(count=1), "one convolution by itself"),
     ],
     ids=["wide", "float32", "contiguous", "one"],
 )
-def test_what_the_cuda_kernels_are_asked_for_by_name(gpu, of_tensors, of_problem, reason):
+def test_what_the_cuda_kernels_are_asked_for_by_name(gpu, options, reason):
     """ "auto" runs plain layers where nothing says that the kernels are faster; they serve those who ask."""
-    asked = problem(*on_cuda(**{"dtype": torch.bfloat16, **of_tensors}), **of_problem)
+    asked = on_cuda(**options)
     choice = backends.describe("here", "auto", asked)
     assert choice.backend == "eager"
     assert reason in choice.others["cuda"]
@@ -128,14 +118,14 @@ def test_what_the_cuda_kernels_are_asked_for_by_name(gpu, of_tensors, of_problem
 )
 def test_what_the_cuda_kernels_leave_to_eager(gpu, options, reason):
     """ "auto" runs plain layers and says why."""
-    choice = backends.describe("here", "auto", problem(*on_cuda(**options)))
+    choice = backends.describe("here", "auto", on_cuda(**options))
     assert choice.backend == "eager"
     assert reason in choice.others["cuda"]
 
 
 def test_why_cuda_cannot_be_used(gpu):
     """Each thing that is missing is named: the kernels in the binary, a GPU, a new enough one."""
-    asked = problem(*on_cuda())
+    asked = on_cuda()
     gpu.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
     with pytest.raises(ValueError, match=r"compute capability 8\.0 or more"):
         backends.choose("cuda", asked)
