@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measures call by call, prints each result, writes the table; returns 0.
+    """Measures call by call, prints each result and adds it to the table's file; returns 0.
 
     Raises:
         UserError: the device is not there, or a number makes no sense.

@@ -189,3 +189,19 @@ def test_many_tensors_are_converted_as_torch_converts_each(
     tensors[3][0], tensors[4][0], tensors[5][0] = torch.nan, torch.inf, 1e38
     for found, tensor in zip(kernels.convert(tensors, to), tensors, strict=True):
         torch.testing.assert_close(found, tensor.to(to), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("shape", [(3, 17, 16), (2, 9, 33), (5, 6, 6), (9, 1, 1)], ids=str)
+@pytest.mark.parametrize("K", [16, 64])
+def test_statistics_of_an_output_keep_the_digits_of_a_large_mean(shape: tuple[int, ...], K: int, kernels: Any) -> None:
+    """Whichever pixels of a tile lie outside, in runs of one tile and of many; a lane adds up 64 distances at most."""
+    N, H, W = shape
+    generator = torch.Generator().manual_seed(0)
+    x, residual = (torch.randn(N, channels, H, W, generator=generator) for channels in (8, K))
+    weight, affine = torch.randn(K, 8, 3, 3, generator=generator), Affine(torch.ones(K), torch.zeros(K), 1e-5)
+    for number in range(SCHEDULES):
+        kernels.use_schedule(number, multiprocessors=1 + 5 * (number % 2))
+        y, rows = kernels.forward(Layer(K).conv, Activation(x, None), weight, None, residual + 3000, affine)
+        variance, mean = torch.var_mean(y.double(), (0, 2, 3))
+        torch.testing.assert_close(rows[0].double(), mean, rtol=2**-23, atol=0)
+        torch.testing.assert_close(rows[2].double(), variance, rtol=64 * 2**-24, atol=0)

@@ -197,10 +197,10 @@ __device__ __forceinline__ void finish_tile(const Block (&acc)[2][Columns / 16],
 }
 
 // The epilogue of a thread, of tensors with channels() channels. read(at, c): what lies beside the piece at channel c of the
-// pixel that begins at value `at`. write(v, beside, at, c, start): the piece, at -1 outside of the tensor; all lanes of a warp call it together, with start > 0 at the first of a tile: so many lanes then have
-// different channels. Where that has no pixel of the tensor, no other of the warp and the tile has one: a box is full up to
-// some line, row and image. store_sums: those of what a warp has written since the last, or since restart, for the
-// Total of each channel.
+// pixel that begins at value `at`. write(v, beside, at, c, start): the piece, at -1 outside of the tensor; all lanes of a warp
+// call it together, with start > 0 at the first of a tile: so many lanes then have different channels. Where that has no
+// pixel of the tensor, no other of the warp and the tile has one: a box is full up to some line, row and image.
+// store_sums: those of what a warp has written since the last, or since restart, for the Total of each channel.
 template <int Columns, class Op, class Source, class Epilogue>
 __device__ __forceinline__ void correlate_block(const Correlation<Op, Source>& p,
                                                 const typename Epilogue::Output& output, int block) {

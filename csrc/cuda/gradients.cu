@@ -1,7 +1,7 @@
 // gradients: dgrad and wgrad of one convolution, in one launch where both leave room: its blocks are those of the two.
 //
-// Neither waits for the other: they read the same tensors, from the cache where they are small, and one fills the
-// multiprocessors while the other merges its sums. Groups, tiles and sums are those of the two kernels alone, and so is
+// Neither waits for the other: they read the same tensors, from the cache where they are small, and one may work while the
+// other merges its sums. Groups, tiles and sums are those of the two kernels alone, and so is
 // every bit of the results. Two launches where dgrad has 64 columns, whose accumulators leave wgrad too few registers,
 // and in float32, which has more arithmetic to fill its time with. Bytes: those of both.
 #include "dgrad.h"

@@ -189,7 +189,6 @@ __device__ __forceinline__ void merge_slots(const WgradParams<Op>& p, int column
 
 template <class Op, int Taps>
 __device__ __forceinline__ void wgrad_block(const WgradParams<Op>& p, int block) {
-  using S = typename Op::Storage;
   using U = Units<Taps>;
   std::byte* const stages = shared_memory();
   const int columns = p.k_tiles * p.c_tiles;
