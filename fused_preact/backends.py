@@ -87,7 +87,7 @@ def _cuda_unavailable() -> str | None:
 
 @torch.compiler.assume_constant_result  # Dynamo of torch 2.11 does not trace the switch
 def allows_tf32() -> bool:
-    """Whether torch's own switches let convolutions of float32 multiply in TF32."""
+    """Whether torch's own switches let convolutions of float32 multiply in TF32; compiled code keeps the answer."""
     return torch.backends.cudnn.conv.fp32_precision == "tf32"
 
 
