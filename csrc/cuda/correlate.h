@@ -76,9 +76,10 @@ void lay_out(Correlation<Op, Source>& c, int log_pieces) {
   c.slab = SlabLayout(minimum(ceil_div(c.filter.N, 16) * 16, Columns), taps, c.strip);
 }
 
-// Chooses the chunk, the largest that leaves room for other blocks, and whether the filter stays.
+// Chooses the chunk, the largest that leaves room for other blocks, and whether the filter stays; the tiles in runs for so
+// many blocks at once.
 template <int Columns, class Epilogue, class Op, class Source>
-void plan_shared(Correlation<Op, Source>& c) {
+void plan_shared(Correlation<Op, Source>& c, int64_t blocks) {
   constexpr int kLeast = 1, kMost = 3;  // pieces of a chunk, as powers of two
   int log_pieces = maximum(log2_ceil(ceil_div(c.filter.D, kLanes<typename Op::Storage>), kMost), kLeast);
   c.resident = false;
@@ -98,7 +99,7 @@ void plan_shared(Correlation<Op, Source>& c) {
     tiles += c.windows[i].tiles();
   }
   c.columns = ceil_div(c.filter.N, Columns);
-  c.runs = Runs(tiles, c.columns, static_cast<int64_t>(multiprocessors()) * resident_blocks(Columns));
+  c.runs = Runs(tiles, c.columns, blocks);
   c.teams = Teams(c.runs.count(), Columns * 3 * sizeof(double));
 }
 
@@ -324,10 +325,11 @@ struct Plan {
   size_t shared_bytes;
 };
 
-// make_output(teams) makes what the epilogue is given.
+// make_output(teams) makes what the epilogue is given; `blocks` have room at once.
 template <int Columns, class Epilogue, class Op, class Source, class MakeOutput>
-Plan<Epilogue> plan(Correlation<Op, Source>& c, const Workspace& workspace, const MakeOutput& make_output) {
-  plan_shared<Columns, Epilogue>(c);
+Plan<Epilogue> plan(Correlation<Op, Source>& c, const Workspace& workspace, int64_t blocks,
+                    const MakeOutput& make_output) {
+  plan_shared<Columns, Epilogue>(c, blocks);
   c.counters = take_counters(workspace, c.teams, c.columns);
   return {make_output(c.teams), c.teams.groups * c.columns, shared_bytes<Columns, Epilogue>(c)};
 }
@@ -336,7 +338,8 @@ template <class Epilogue, class Op, class Source, class MakeOutput>
 void launch_correlate(Correlation<Op, Source>& c, const Workspace& workspace, const MakeOutput& make_output) {
   const auto with_columns = [&](auto columns) {
     constexpr int kColumns = decltype(columns)::value;
-    const Plan<Epilogue> of = plan<kColumns, Epilogue>(c, workspace, make_output);
+    const int64_t blocks = static_cast<int64_t>(multiprocessors()) * resident_blocks(kColumns);
+    const Plan<Epilogue> of = plan<kColumns, Epilogue>(c, workspace, blocks, make_output);
     launch(correlate<kColumns, Op, Source, Epilogue>, of.blocks, kThreads, of.shared_bytes,
            static_cast<cudaStream_t>(workspace.stream), c, of.output);
   };

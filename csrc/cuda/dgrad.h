@@ -16,7 +16,7 @@ struct GradSlots {
   const float* norm;  // [kNormRows][C], or null: then there are no sums
   NormGrad grad;
   int64_t C;
-  double count;  // values of a channel
+  double part;  // 1 / values of a channel
 
   static size_t bytes(int64_t groups, int64_t C) { return groups * 2 * C * sizeof(double); }
 
@@ -25,32 +25,39 @@ struct GradSlots {
     slot(group, c)[0] = sums.dz, slot(group, c)[C] = sums.dz_x;
   }
 
+  struct Channel {
+    const GradSlots& slots;
+    int64_t c;
+    int first, step;
+    bool last;  // of all slots: then the rows follow
+    double rstd, scale;
+
+    __device__ Channel(const GradSlots& of, int64_t channel, int begin, int stride, bool finish)
+        : slots(of), c(channel), first(begin), step(stride), last(finish) {
+      if (last) rstd = of.norm[kRstd * of.C + c], scale = of.norm[kScale * of.C + c];
+    }
+    __device__ void add(double (&sum)[2], int i) const {
+      const double* from = slots.slot(first + i * step, c);
+      sum[0] += from[0], sum[1] += from[slots.C];
+    }
+    __device__ void finish(const double (&sum)[2]) const {
+      if (!last) return slots.write(first, c, {sum[0], sum[1]});
+      const double dbeta = sum[0], dgamma = sum[1] * rstd;
+      static_cast<float*>(slots.grad.dgamma)[c] = static_cast<float>(dgamma);
+      static_cast<float*>(slots.grad.dbeta)[c] = static_cast<float>(dbeta);
+      float* const rows = static_cast<float*>(slots.grad.rows);
+      if (rows == nullptr) return;
+      const double each = -scale * slots.part;
+      rows[kSlope * slots.C + c] = static_cast<float>(each * rstd * dgamma);
+      rows[kOffset * slots.C + c] = static_cast<float>(each * dbeta);
+    }
+  };
+
+  // Merges channels [begin, end), as merge_groups asks.
   template <int Threads>
   __device__ void merge(double* shared, int begin, int end, int first, int count, int step, bool finish) const {
-    sum_members<2, Threads>(
-        shared, begin, end, count,
-        [&](int64_t c) {
-          return [this, first, step, c](double (&sum)[2], int i) {
-            const double* from = slot(first + i * step, c);
-            sum[0] += from[0], sum[1] += from[C];
-          };
-        },
-        [&](int64_t c, const double (&sum)[2]) {
-          if (finish)
-            write_grad(c, sum[0], sum[1]);
-          else
-            write(first, c, {sum[0], sum[1]});
-        });
-  }
-
-  __device__ void write_grad(int64_t c, double dbeta, double dz_x) const {
-    const double rstd = norm[kRstd * C + c], scale = norm[kScale * C + c], dgamma = dz_x * rstd;
-    static_cast<float*>(grad.dgamma)[c] = static_cast<float>(dgamma);
-    static_cast<float*>(grad.dbeta)[c] = static_cast<float>(dbeta);
-    float* const rows = static_cast<float*>(grad.rows);
-    if (rows == nullptr) return;
-    rows[kSlope * C + c] = static_cast<float>(-scale * rstd * dgamma / count);
-    rows[kOffset * C + c] = static_cast<float>(-scale * dbeta / count);
+    sum_members<2, Threads>(shared, begin, end, count,
+                            [&](int64_t c) { return Channel(*this, c, first, step, finish); });
   }
 };
 
@@ -172,7 +179,7 @@ auto dgrad_output(const Conv& conv, const Activation& x, const void* add, void* 
         static_cast<S*>(dz),
         static_cast<int>(conv.C),
         aligned,
-        {slots, static_cast<const float*>(x.norm), grad, conv.C, static_cast<double>(conv.N * conv.H * conv.W)}};
+        {slots, static_cast<const float*>(x.norm), grad, conv.C, 1.0 / static_cast<double>(conv.N * conv.H * conv.W)}};
   };
 }
 

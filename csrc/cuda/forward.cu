@@ -78,14 +78,13 @@ void forward(const Conv& conv, Dtype dtype, const Activation& x, const Weight& w
     c.window_count = 1;
     const bool aligned = conv.K % kLanes<S> == 0 && is_aligned(y) && is_aligned(residual);
     launch_correlate<ForwardEpilogue<Op>>(c, workspace, [&](const Teams& teams) {
-      double* slots = nullptr;
-      if (next_rows != nullptr) slots = static_cast<double*>(workspace.take(MomentSlots::bytes(teams.groups, conv.K)));
-      return typename ForwardEpilogue<Op>::Output{static_cast<const S*>(bias),
-                                                  static_cast<const S*>(residual),
-                                                  static_cast<S*>(y),
-                                                  K,
-                                                  aligned,
-                                                  {slots, static_cast<float*>(next_rows), conv.K, next}};
+      return typename ForwardEpilogue<Op>::Output{
+          static_cast<const S*>(bias),
+          static_cast<const S*>(residual),
+          static_cast<S*>(y),
+          K,
+          aligned,
+          MomentSlots(workspace, teams.groups, conv.K, conv.N * conv.P * conv.Q, next, next_rows)};
     });
   });
 }

@@ -1,8 +1,8 @@
 // gradients: dgrad and wgrad of one convolution, in one launch where both leave room: its blocks are those of the two.
 //
 // Neither waits for the other: they read the same tensors, from the cache where they are small, and one may work while the
-// other merges its sums. Groups, tiles and sums are those of the two kernels alone, and so is
-// every bit of the results. Two launches where dgrad has 64 columns, whose accumulators leave wgrad too few registers,
+// other merges its sums. Each has half of the blocks that have room at once, so that none waits for a place, and the launch
+// has one beginning and one end. Two launches where dgrad has 64 columns, whose accumulators leave wgrad too few registers,
 // and in float32, which has more arithmetic to fill its time with. Bytes: those of both.
 #include "dgrad.h"
 #include "wgrad.h"
@@ -35,9 +35,11 @@ bool launch_gradients(const Conv& conv, const Gradient& dy, const Weight& weight
                       void* dz, const NormGrad& grad, const WeightGrad& dweight, void* dbias, Workspace& workspace) {
   auto d = dgrad_correlation<Op>(conv, dy, weight);
   if (!is_narrow(d)) return false;
-  const auto of = plan<kColumns, DgradEpilogue<Op>>(d, workspace, dgrad_output<Op>(conv, x, add, dz, grad, workspace));
+  const int64_t half = static_cast<int64_t>(multiprocessors()) * kWgradBlocks / 2;
+  const auto of =
+      plan<kColumns, DgradEpilogue<Op>>(d, workspace, half, dgrad_output<Op>(conv, x, add, dz, grad, workspace));
   const int64_t taken = static_cast<int64_t>(d.teams.counters()) * d.columns;
-  with_wgrad<Op>(conv, dy, x, dweight, dbias, workspace, taken,
+  with_wgrad<Op>(conv, dy, x, dweight, dbias, workspace, half, taken,
                  [&](const auto& w, auto taps, int wgrad_blocks, size_t wgrad_shared) {
                    launch(gradients_kernel<decltype(taps)::value, Op>, of.blocks + wgrad_blocks, kThreads,
                           maximum(of.shared_bytes, wgrad_shared), static_cast<cudaStream_t>(workspace.stream), d,

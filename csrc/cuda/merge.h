@@ -81,19 +81,19 @@ __device__ __forceinline__ void merge_groups(uint32_t* counters, const Teams& te
 }
 
 // Adds up `count` members of every channel of [begin, end), at most Threads of them: channel by channel, or several threads a
-// channel where there are more threads. member(c) makes add(sum, i), which adds member i of channel c to its `Values`
-// sums; finish(c, sum) takes what has come of all. `shared` holds Threads*Values doubles; the order is always the same.
-template <int Values, int Threads, class Member, class Finish>
-__device__ __forceinline__ void sum_members(double* shared, int begin, int end, int count, const Member& member,
-                                            const Finish& finish) {
+// channel where there are more threads. open(c) makes a channel, which may load what it will need at the end: its add(sum, i)
+// adds member i to the `Values` sums, and finish(sum) takes what has come of all. `shared` holds Threads*Values doubles; the
+// order is always the same.
+template <int Values, int Threads, class Open>
+__device__ __forceinline__ void sum_members(double* shared, int begin, int end, int count, const Open& open) {
   int width = 16;  // channels that stand side by side; so at most Threads/16 sums are added up by one thread
   while (width < end - begin) width *= 2;
   const int lane = threadIdx.x & (width - 1), part = threadIdx.x / width, parts = Threads / width, c = begin + lane;
+  const auto channel = open(minimum(c, end - 1));
   double sum[Values] = {};
   if (c < end) {
-    const auto add = member(c);
 #pragma unroll 8
-    for (int i = part; i < count; i += parts) add(sum, i);
+    for (int i = part; i < count; i += parts) channel.add(sum, i);
   }
   if (parts > 1) {
 #pragma unroll
@@ -105,7 +105,7 @@ __device__ __forceinline__ void sum_members(double* shared, int begin, int end, 
 #pragma unroll
       for (int v = 0; v < Values; ++v) sum[v] += shared[(other * Values + v) * width + lane];
   }
-  if (c < end) finish(c, sum);
+  if (c < end) channel.finish(sum);
 }
 
 // Sums s1, s2 of `Values` channels over the lanes that share them: those whose numbers differ by multiples of `stride`.

@@ -1,8 +1,9 @@
-// Batch statistics: (count, mean, M2) a channel, merged in a fixed order.
+// Batch statistics: (count, origin, s1, s2) a channel, merged in a fixed order.
 //
 // All sums are of distances from an origin near the mean, so that channels with a mean that is large against their
 // deviation keep their digits: in float, of a few dozen values a lane, about the mean of a warp's first; in double, of those
-// sums, about the first of their origins. Sums move to another origin without a division.
+// sums, about the first of their origins. Sums move to another origin without a division, and the mean and the variance take none
+// either, since the values of a channel are counted before the launch: whoever waits for the last block waits for what it divides.
 #pragma once
 #include "merge.h"
 
@@ -20,9 +21,6 @@ struct Moments {
     s1 += sums.z + n * shift;
     count += n;
   }
-
-  __device__ double mean() const { return origin + s1 / count; }
-  __device__ double m2() const { return maximum(s2 - s1 * s1 / count, 0.0); }
 };
 
 // What one lane adds up of kLanes channels: sums about an origin that all lanes of a channel share.
@@ -71,52 +69,74 @@ struct MomentSums {
 
 // The rows of channel c of a batch norm with these statistics.
 __device__ __forceinline__ void write_norm_rows(float* rows, int64_t C, int64_t c, double mean, double variance,
-                                                double unbiased, const Affine& next) {
-  const double rstd = 1 / sqrt(variance + next.eps);
+                                                double unbiased, double eps, float gamma, float beta) {
+  const double rstd = 1 / sqrt(variance + eps);
   rows[kMean * C + c] = static_cast<float>(mean);
   rows[kRstd * C + c] = static_cast<float>(rstd);
   rows[kVariance * C + c] = static_cast<float>(unbiased);
-  rows[kScale * C + c] = static_cast<float>(static_cast<const float*>(next.gamma)[c] * rstd);
-  rows[kShift * C + c] = static_cast<const float*>(next.beta)[c];
+  rows[kScale * C + c] = static_cast<float>(gamma * rstd);
+  rows[kShift * C + c] = beta;
 }
 
 // Moments of every group and channel in global memory, and the rows that come of them.
 struct MomentSlots {
-  double* data;  // [groups][3][C]
+  static constexpr int kValues = 4;  // count, origin, s1, s2
+
+  double* data;  // [groups][kValues][C]
   float* rows;   // [kNormRows][C], or null: then there are no statistics
   int64_t C;
   Affine next;
+  double part, unbiased_part;  // 1 / values of a channel, and 1 / one less
 
-  static size_t bytes(int64_t groups, int64_t C) { return groups * 3 * C * sizeof(double); }
+  // Of a batch norm of C channels of so many `values`; without statistics where next_rows is null.
+  MomentSlots(Workspace& workspace, int64_t groups, int64_t channels, int64_t values, const Affine& norm,
+              void* next_rows)
+      : data(next_rows != nullptr ? static_cast<double*>(workspace.take(bytes(groups, channels))) : nullptr),
+        rows(static_cast<float*>(next_rows)),
+        C(channels),
+        next(norm),
+        part(1.0 / static_cast<double>(values)),
+        unbiased_part(1.0 / static_cast<double>(values - 1)) {}
 
-  __device__ double* slot(int group, int64_t c) const { return data + group * 3 * C + c; }
-  __device__ void write(int group, int64_t c, double count, double mean, double m2) const {
+  static size_t bytes(int64_t groups, int64_t C) { return groups * kValues * C * sizeof(double); }
+
+  __device__ double* slot(int group, int64_t c) const { return data + group * kValues * C + c; }
+  __device__ void write(int group, int64_t c, const Moments& m) const {
     double* to = slot(group, c);
-    to[0] = count, to[C] = mean, to[2 * C] = m2;
+    to[0] = m.count, to[C] = m.origin, to[2 * C] = m.s1, to[3 * C] = m.s2;
   }
-  __device__ void write(int group, int64_t c, const Moments& m) const { write(group, c, m.count, m.mean(), m.m2()); }
+
+  // The sums of the slots first, first + step, ... about the origin of the first.
+  struct Channel {
+    const MomentSlots& slots;
+    int64_t c;
+    int first, step;
+    bool last;  // of all slots: then the rows follow
+    double origin;
+    float gamma, beta;
+
+    __device__ Channel(const MomentSlots& of, int64_t channel, int begin, int stride, bool finish)
+        : slots(of), c(channel), first(begin), step(stride), last(finish), origin(of.slot(begin, channel)[of.C]) {
+      if (last) gamma = static_cast<const float*>(of.next.gamma)[c], beta = static_cast<const float*>(of.next.beta)[c];
+    }
+    __device__ void add(double (&sum)[3], int i) const {
+      const double* from = slots.slot(first + i * step, c);
+      const double n = from[0], shift = from[slots.C] - origin, s1 = from[2 * slots.C];
+      sum[0] += n, sum[1] += s1 + n * shift, sum[2] += from[3 * slots.C] + shift * (2.0 * s1 + n * shift);
+    }
+    __device__ void finish(const double (&sum)[3]) const {
+      if (!last) return slots.write(first, c, {sum[0], origin, sum[1], sum[2]});
+      const double mean = sum[1] * slots.part, m2 = maximum(sum[2] - sum[1] * mean, 0.0);
+      write_norm_rows(slots.rows, slots.C, c, origin + mean, m2 * slots.part, m2 * slots.unbiased_part, slots.next.eps,
+                      gamma, beta);
+    }
+  };
 
   // Merges channels [begin, end), as merge_groups asks.
   template <int Threads>
   __device__ void merge(double* shared, int begin, int end, int first, int count, int step, bool finish) const {
-    sum_members<3, Threads>(
-        shared, begin, end, count,
-        [&](int64_t c) {
-          const double origin = slot(first, c)[C];
-          return [this, origin, first, step, c](double (&sum)[3], int i) {
-            const double* from = slot(first + i * step, c);
-            const double n = from[0], shift = from[C] - origin;
-            sum[0] += n, sum[1] += n * shift, sum[2] += from[2 * C] + n * shift * shift;
-          };
-        },
-        [&](int64_t c, const double (&sum)[3]) {
-          const double n = sum[0], mean = slot(first, c)[C] + sum[1] / n;
-          const double m2 = maximum(sum[2] - sum[1] * sum[1] / n, 0.0);
-          if (finish)
-            write_norm_rows(rows, C, c, mean, m2 / n, m2 / (n - 1), next);
-          else
-            write(first, c, n, mean, m2);
-        });
+    sum_members<3, Threads>(shared, begin, end, count,
+                            [&](int64_t c) { return Channel(*this, c, first, step, finish); });
   }
 };
 

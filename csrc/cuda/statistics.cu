@@ -55,6 +55,7 @@ __global__ __launch_bounds__(kThreads, kBlocks) void statistics_kernel(const __g
   __syncthreads();
   for (int i = threadIdx.x; i < pieces * L && first + i < p.C; i += kThreads) {
     Moments moments;
+#pragma unroll
     for (int w = 0; w < kWarps; ++w) moments.add(shared[w * pieces * L + i]);
     p.slots.write(group, first + i, moments);
   }
@@ -78,7 +79,9 @@ struct RunningParams {
 
 __global__ __launch_bounds__(kThreads) void running_kernel(const __grid_constant__ RunningParams p) {
   const int64_t c = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (c < p.C) write_norm_rows(p.rows, p.C, c, p.mean[c], p.variance[c], p.variance[c], p.next);
+  if (c >= p.C) return;
+  write_norm_rows(p.rows, p.C, c, p.mean[c], p.variance[c], p.variance[c], p.next.eps,
+                  static_cast<const float*>(p.next.gamma)[c], static_cast<const float*>(p.next.beta)[c]);
 }
 
 }  // namespace
@@ -100,8 +103,7 @@ void statistics(Dtype dtype, int64_t pixels, int64_t C, const void* x, const Aff
                           C % L == 0 && is_aligned(x),
                           teams,
                           take_counters(workspace, teams, columns),
-                          {static_cast<double*>(workspace.take(MomentSlots::bytes(teams.groups, C))),
-                           static_cast<float*>(rows), C, next}};
+                          MomentSlots(workspace, teams.groups, C, pixels, next, rows)};
     launch(statistics_kernel<S>, teams.groups * p.columns, kThreads, shared_bytes(L << log_pieces),
            static_cast<cudaStream_t>(workspace.stream), p);
   });

@@ -24,10 +24,12 @@ void wgrad(const Conv& conv, Dtype dtype, const Gradient& dy, const Activation& 
            void* dbias, Workspace& workspace) {
   with_product(dtype, [&](auto op) {
     using Op = decltype(op);
-    with_wgrad<Op>(conv, dy, x, dweight, dbias, workspace, 0, [&](const auto& p, auto taps, int blocks, size_t shared) {
-      launch(wgrad_kernel<Op, decltype(taps)::value>, blocks, kThreads, shared,
-             static_cast<cudaStream_t>(workspace.stream), p);
-    });
+    const int64_t most = static_cast<int64_t>(multiprocessors()) * kWgradBlocks;
+    with_wgrad<Op>(conv, dy, x, dweight, dbias, workspace, most, 0,
+                   [&](const auto& p, auto taps, int blocks, size_t shared) {
+                     launch(wgrad_kernel<Op, decltype(taps)::value>, blocks, kThreads, shared,
+                            static_cast<cudaStream_t>(workspace.stream), p);
+                   });
   });
 }
 

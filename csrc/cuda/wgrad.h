@@ -267,7 +267,7 @@ int warp_groups(int channels, int unit, int most) {
 }
 
 template <class Op, int Taps>
-void plan_wgrad(WgradParams<Op>& p, bool need_bias, Workspace& workspace, int64_t taken) {
+void plan_wgrad(WgradParams<Op>& p, bool need_bias, Workspace& workspace, int64_t blocks, int64_t taken) {
   using S = typename Op::Storage;
   using U = Units<Taps>;
   const int K = p.dy.C, C = p.x.C;
@@ -275,7 +275,7 @@ void plan_wgrad(WgradParams<Op>& p, bool need_bias, Workspace& workspace, int64_
   p.c_groups = warp_groups<S>(C, U::kC * 16, kWarps / p.k_groups);
   // Channels in as few blocks as can be, each of which reads dy and x once for all of them; but where that leaves
   // multiprocessors idle, in more: to sum over pixels within a block takes less time than over blocks.
-  const int64_t tiles = p.window.tiles(), blocks = static_cast<int64_t>(multiprocessors()) * kWgradBlocks;
+  const int64_t tiles = p.window.tiles();
   const auto k_tile = [&] { return p.k_groups * U::kK * 16; };
   const auto c_tile = [&] { return p.c_groups * U::kC * 16; };
   while (p.k_groups * p.c_groups > 1 && tiles * ceil_div(K, k_tile()) * ceil_div(C, c_tile()) < blocks)
@@ -300,11 +300,11 @@ void plan_wgrad(WgradParams<Op>& p, bool need_bias, Workspace& workspace, int64_
   p.bias_slots = need_bias ? static_cast<double*>(workspace.take(p.teams.groups * K * sizeof(double))) : nullptr;
 }
 
-// Plans wgrad and calls body(parameters, integral_constant of Taps, blocks, bytes of shared memory). `taken` counters are
-// another's.
+// Plans wgrad for so many blocks at once, and calls body(parameters, integral_constant of Taps, blocks, bytes of shared
+// memory). `taken` counters are another's.
 template <class Op, class Body>
 void with_wgrad(const Conv& conv, const Gradient& dy, const Activation& x, const WeightGrad& dweight, void* dbias,
-                Workspace& workspace, int64_t taken, const Body& body) {
+                Workspace& workspace, int64_t blocks, int64_t taken, const Body& body) {
   using S = typename Op::Storage;
   WgradParams<Op> p{GradientSource<Op>(dy, conv.K), ActivationSource<Op>(x, conv.C)};
   p.window = window(conv.N, Axis::forward(conv.H, conv.P, conv.R, conv.stride_h, conv.pad_h),
@@ -314,7 +314,7 @@ void with_wgrad(const Conv& conv, const Gradient& dy, const Activation& x, const
   p.stride_r = dweight.stride_r, p.stride_s = dweight.stride_s;
   const auto with_taps = [&](auto taps) {
     constexpr int kTaps = decltype(taps)::value;
-    plan_wgrad<Op, kTaps>(p, dbias != nullptr, workspace, taken);
+    plan_wgrad<Op, kTaps>(p, dbias != nullptr, workspace, blocks, taken);
     body(p, taps, p.teams.groups * p.k_tiles * p.c_tiles, shared_bytes<Op, kTaps>(p));
   };
   if (conv.R == 1 && conv.S == 1) return with_taps(std::integral_constant<int, 1>());
