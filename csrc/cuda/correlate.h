@@ -100,7 +100,7 @@ void plan_shared(Correlation<Op, Source>& c, int64_t blocks) {
   }
   c.columns = ceil_div(c.filter.N, Columns);
   c.runs = Runs(tiles, c.columns, blocks);
-  c.teams = Teams(c.runs.count(), Columns * 3 * sizeof(double));
+  c.teams = Teams(c.runs.count(), Columns * sizeof(typename Epilogue::Total));
 }
 
 // Whether blocks have 16 columns: all channels, or there would be too few blocks. Else they have 64.

@@ -25,6 +25,7 @@ struct GradSlots {
     slot(group, c)[0] = sums.dz, slot(group, c)[C] = sums.dz_x;
   }
 
+  // The sums of the slots first, first + step, ...
   struct Channel {
     const GradSlots& slots;
     int64_t c;

@@ -2,8 +2,8 @@
 //
 // All sums are of distances from an origin near the mean, so that channels with a mean that is large against their
 // deviation keep their digits: in float, of a few dozen values a lane, about the mean of a warp's first; in double, of those
-// sums, about the first of their origins. Sums move to another origin without a division, and the mean and the variance take none
-// either, since the values of a channel are counted before the launch: whoever waits for the last block waits for what it divides.
+// sums, about the first of their origins. Sums move to another origin without a division. Mean and variance take none either,
+// since the values of a channel are counted before the launch: all wait for the last block, and so for what it divides.
 #pragma once
 #include "merge.h"
 
