@@ -343,6 +343,19 @@ UNITS = [
     Case("small-images-wide-padding", (8, 6, 2, 3), (Layer(6, padding=(2, 3)),)),
     Case("many-pixels", (2, 16, 33, 31), (Layer(16),)),
 ]
+# What the CPU's kernels make of quads, 2x2 outputs at a time (csrc/cpu/winograd.h): as few quads as they take, and tails
+# of channels; quads that read no padding, and some that read nothing else; several images in a tile; tiles of unequal
+# rows; rows longer than a tile; more channels than one run or one panel has.
+QUADS = [
+    Case("quads", (1, 17, 12, 16), (Layer(35),), bias=True, residual=True),
+    Case("quads-no-padding", (2, 16, 12, 16), (Layer(24, padding=(0, 0)),), residual=True),
+    Case("quads-wide-padding", (3, 20, 6, 8), (Layer(16, padding=(2, 3)),)),
+    Case("quads-of-small-images", (17, 16, 4, 4), (Layer(32),), bias=True),
+    Case("quads-in-tiles", (2, 16, 34, 30), (Layer(16),)),
+    Case("quads-in-long-rows", (1, 16, 4, 290), (Layer(16),)),
+    Case("quads-of-many-channels", (1, 150, 12, 16), (Layer(70),), bias=True),
+]
+QUADS += [QUADS[0].eval]
 # What only the composed backends serve.
 OTHER_FILTERS = [
     Case("groups", (2, 6, 5, 4), (Layer(9, groups=3),), bias=True),
@@ -362,6 +375,7 @@ CHAINS = [
     Case("bottleneck-stride-2", (2, 24, 6, 8), (point(8), Layer(8, stride=(2, 2)), point(32)), "activated", bias=True),
     Case("bottleneck-first", (2, 12, 7, 8), (point(4, stride=(2, 2)), Layer(4), point(16)), "raw"),
     Case("raw", (2, 3, 6, 5), (Layer(5, stride=(2, 2)), Layer(35)), "raw"),
+    Case("basic-quads", (3, 16, 8, 8), (Layer(16), Layer(24)), "activated"),
     Case("frozen-second", (2, 16, 6, 5), (point(8), Layer(8, batch=False), point(16)), "identity"),
     Case("frozen-first", (2, 16, 6, 5), (Layer(16, batch=False), Layer(16)), "identity"),
 ]

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
-from cases import CHAINS, UNITS, Case, assert_as_close_as_eager, assert_exact_on_integers, errors, fused
+from cases import CHAINS, QUADS, UNITS, Case, assert_as_close_as_eager, assert_exact_on_integers, errors, fused
 from fused_preact import _extension, reference
 from fused_preact.schedule import Activation, Affine, Gradient
 from raw_table import stand_in
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-BY_ID = {case.id: case for case in UNITS}
+BY_ID = {case.id: case for case in UNITS + QUADS}
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def backend(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     yield from stand_in(kernels, monkeypatch)
 
 
-each_case = pytest.mark.parametrize("case", [*UNITS, *CHAINS], ids=lambda case: case.id)
+each_case = pytest.mark.parametrize("case", [*UNITS, *QUADS, *CHAINS], ids=lambda case: case.id)
 
 
 # The instruction sets differ in products of bf16 alone.
@@ -76,14 +76,14 @@ def test_a_large_mean_keeps_its_digits(backend: str) -> None:
 
 
 @each_product
-@pytest.mark.parametrize("case", UNITS, ids=lambda case: case.id)
+@pytest.mark.parametrize("case", [*UNITS, *QUADS], ids=lambda case: case.id)
 def test_integers_are_exact(kernels: Any, case: Case, dtype: torch.dtype) -> None:
     """A product left out or taken twice cannot hide in a tolerance."""
     assert_exact_on_integers(case, kernels, dtype)
 
 
 @each_product
-@pytest.mark.parametrize("name", ["odd", "many-pixels", "stride-2"])
+@pytest.mark.parametrize("name", ["odd", "many-pixels", "stride-2", "quads-in-tiles"])
 def test_gradients_made_together_are_those_made_apart(kernels: Any, name: str, dtype: torch.dtype) -> None:
     """dgrad and wgrad in one call give the bits that each gives alone."""
     sample = BY_ID[name].draw(0, dtype)
@@ -96,12 +96,15 @@ def test_gradients_made_together_are_those_made_apart(kernels: Any, name: str, d
     assert all(map(torch.equal, tree_leaves(together), tree_leaves(apart)))
 
 
-def test_results_do_not_depend_on_threads(kernels: Any, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["many-pixels", "quads-of-many-channels"])
+def test_results_do_not_depend_on_threads(
+    kernels: Any, backend: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Sums over pixels are cut by the shape alone."""
     results = []
     for threads in (1, 2, 5):
         monkeypatch.setattr(kernels, "threads", threads)
-        results.append(fused(BY_ID["many-pixels"].draw(), backend))
+        results.append(fused(BY_ID[name].draw(), backend))
     for other in results[1:]:
         assert all(torch.equal(other[name], value) for name, value in results[0].items())
 

@@ -206,7 +206,7 @@ def test_needs_change_no_other_result(isa):
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize("shape", [(21, 9, 3, 11), (3, 48, 9, 70), (2, 70, 33, 8)], ids=str)
+@pytest.mark.parametrize("shape", [(21, 9, 3, 11), (3, 48, 9, 70), (2, 70, 33, 8), (3, 40, 24, 34)], ids=str)
 @pytest.mark.parametrize("size", [1, 3], ids=lambda size: f"{size}x{size}")
 def test_gradients_made_together_are_those_made_apart(size, shape, threads, isa):
     """dgrad and wgrad take turns over many tiles where both are asked for, on any number of threads: no bit differs."""

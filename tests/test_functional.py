@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from cases import BACKENDS, OTHER_FILTERS, UNITS, assert_as_close_as_eager, fused
+from cases import BACKENDS, OTHER_FILTERS, QUADS, UNITS, assert_as_close_as_eager, fused
 from fused_preact import bn_relu_conv2d
 
-BY_ID = {case.id: case for case in UNITS}
+BY_ID = {case.id: case for case in UNITS + QUADS}
 
 
 def plain(x, weight, bn_weight, bn_bias, mean, var, *, training=False, momentum=0.1, eps=1e-5, **conv):
@@ -27,7 +27,7 @@ def tensors(C=6, K=5, size=3, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("case", UNITS, ids=lambda case: case.id)
+@pytest.mark.parametrize("case", [*UNITS, *QUADS], ids=lambda case: case.id)
 def test_a_unit_is_as_close_to_float64_as_plain_layers(case, dtype, backend):
     """Every result of one unit, forward and backward, has at most twice eager's error."""
     assert_as_close_as_eager(case, backend, dtype)
@@ -42,7 +42,7 @@ def test_other_filters_are_as_close_to_float64_as_plain_layers(case, dtype, back
 
 
 @pytest.mark.parametrize("mean", [30.0, 1000.0])
-@pytest.mark.parametrize("name", ["odd", "35-channels-1x1", "many-pixels"])
+@pytest.mark.parametrize("name", ["odd", "35-channels-1x1", "many-pixels", "quads-in-tiles"])
 def test_a_large_mean_keeps_its_digits(name, mean, backend):
     """A channel whose mean is large against its deviation is normalised as well as by plain layers."""
     assert_as_close_as_eager(replace(BY_ID[name], mean=mean), backend, torch.float32)

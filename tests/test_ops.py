@@ -6,6 +6,7 @@ from cases import (
     BACKENDS,
     CHAINS,
     PYTHON_BACKENDS,
+    QUADS,
     UNITS,
     assert_as_close_as_eager,
     backward_arguments,
@@ -15,7 +16,7 @@ from cases import (
 )
 from fused_preact import functional, ops, schedule
 
-BY_ID = {case.id: case for case in UNITS + CHAINS}
+BY_ID = {case.id: case for case in UNITS + QUADS + CHAINS}
 SAMPLES = ["odd", "one-channel", "odd-eval", "basic-residual", "bottleneck-stride-2", "bottleneck-first"]
 
 
@@ -165,7 +166,7 @@ def test_a_second_derivative_is_refused(backend):
         dx.square().sum().backward()
 
 
-@pytest.mark.parametrize("name", ["odd", "many-pixels", "bottleneck-stride-2"])
+@pytest.mark.parametrize("name", ["odd", "many-pixels", "quads", "bottleneck-stride-2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_two_runs_agree_to_the_bit(name, dtype, backend):
     """Nothing depends on scheduling or on what memory held before."""
@@ -175,7 +176,7 @@ def test_two_runs_agree_to_the_bit(name, dtype, backend):
 
 
 @pytest.mark.parametrize("layout", ["nchw", "sliced"])
-@pytest.mark.parametrize("name", ["odd", "stride-2", "basic-residual", "bottleneck-stride-2"])
+@pytest.mark.parametrize("name", ["odd", "stride-2", "quads", "basic-residual", "bottleneck-stride-2"])
 def test_layouts_give_the_same_bits(name, layout, backend):
     """NCHW, channels_last and slices of larger tensors differ in speed only, and the result follows x."""
     expected = fused(BY_ID[name].draw(0), backend)
@@ -200,7 +201,7 @@ def test_dy_may_be_expanded(backend):
         assert torch.equal(value, expanded[name]), name
 
 
-@pytest.mark.parametrize("name", ["odd", "35-channels-1x1", "stride-2", "wide-padding", "many-pixels"])
+@pytest.mark.parametrize("name", ["odd", "35-channels-1x1", "stride-2", "wide-padding", "many-pixels", "quads"])
 def test_integers_are_exact(name, backend):
     """Small integers leave no room for rounding: forward and weight gradient are right to the bit.
 

@@ -24,15 +24,6 @@ FUSED_PREACT_INLINE void prefetch_far(const S* x, int64_t n) {
 // a blocked product.
 constexpr int64_t kRun = 144;
 
-// A product's tile: as many pixels as make a strip of kTileBytes, within limits. Tiles are worked on in at most kMostGroups
-// groups, each with sums of its own.
-constexpr int64_t kTileBytes = 1 << 15, kLeastPixels = 64, kMostPixels = 256, kMostGroups = 64;
-
-inline int64_t tile_pixels(const Window& w, int64_t value_bytes) {
-  const int64_t pixels = kTileBytes / maximum<int64_t>(w.C * value_bytes, 1);
-  return minimum(maximum(pixels, kLeastPixels), kMostPixels);
-}
-
 // Rows [top, bottom) of the filter, and values [left, right) of the S*C of each.
 struct Taps {
   int64_t top, bottom, left, right;
@@ -102,6 +93,13 @@ FUSED_PREACT_INLINE void correlate_block(const Operand<E>& a, int64_t p, const R
     sink.template block<M, V>(p, acc, each);
   else
     (store(total + I * kStep, acc[I]), ...);
+}
+
+// Hands a block of totals to the epilogue.
+template <class T, int M, int V, class Sink, int... I>
+FUSED_PREACT_INLINE void finish_block(const T* totals, int64_t p, Sink& sink, std::integer_sequence<int, I...> each) {
+  Vec<T> acc[M * V] = {load(totals + I * kLanes<T>)...};
+  sink.template block<M, V>(p, acc, each);
 }
 
 // Whether the sums that an epilogue keeps over the blocks of a tile are to settle after the block of M pixels from p on.

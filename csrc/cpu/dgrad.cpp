@@ -5,8 +5,7 @@
 // which are formed from dz' and x' of the unit behind while they are read.
 // The epilogue applies the mask to the registers of a block, writes dz and adds up dbeta = sum dz and sum dz*(x - mean).
 // Bytes: dy (or dz' and x') and x read once, add read once, dz written once.
-#include "correlate.h"
-#include "pack.h"
+#include "product.h"
 #include "source.h"
 #include "walk.h"
 
@@ -137,10 +136,7 @@ struct Pass {
   struct Class {
     int64_t phase_h, phase_w;
     Phase h, v;
-    Window w;
-    Tiling tiling;
-
-    int64_t groups() const { return minimum(tiling.count(), kMostGroups); }
+    ProductCut<E> cut;
   };
 
   Class class_of(int64_t phase_h, int64_t phase_w) const {
@@ -148,40 +144,36 @@ struct Pass {
     const Phase v(phase_w, conv.W, conv.S, conv.stride_w, conv.pad_w);
     Window w{conv.N, conv.P, conv.Q, conv.K, h.pixels, v.pixels, h.taps, v.taps, 1, 1, h.first, v.first};
     if (is_whole()) w = flattened(w);
-    return {phase_h, phase_w, h, v, w, Tiling(w, tile_pixels(w, sizeof(E)), images_by_position<E>(w))};
+    return {phase_h, phase_w, h, v, {w, conv.C}};
   }
 
   // The call for one class, which adds to the sums of its groups.
   class Call {
    public:
     Call(const Pass& pass, const Class& pixels, double* sums)
-        : pass_(pass),
-          class_(pixels),
-          sums_(sums),
-          packed_(pack<E>(view(), pass.workspace)),
-          panels_{view().outer, view().depth()},
-          splits_(splits_for(groups(), panels_.count())) {}
+        : pass_(pass), class_(pixels), sums_(sums), product_(pixels.cut, view(), pass.workspace) {}
 
-    int64_t tiles() const { return class_.tiling.count(); }
-    int64_t groups() const { return class_.groups(); }
-    int64_t splits() const { return splits_; }
+    int64_t tiles() const { return product_.tiles(); }
+    int64_t groups() const { return product_.groups(); }
+    int64_t splits() const { return product_.splits; }
     void start(int64_t, int64_t) const {}
 
     void run(int64_t g, int64_t part, int64_t t) const {
-      const Window& w = class_.w;
+      const Window& w = product_.w;
       const Conv& conv = pass_.conv;
-      TileScratch<E> scratch(class_.tiling, class_.tiling.most_pixels() * kColumns * kLanes<T>);
-      const Tile tile = class_.tiling[t];
-      gather(scratch.operand, scratch.strip, w, tile, pass_.source);
+      const Panels<T>& panels = product_.panels;
+      const Tile tile = product_.tiling[t];
+      const typename Product<E>::Strip strip(product_, tile, pass_.source);
       if (pass_.is_whole())
-        list_outputs(scratch.outputs, tile, w.P, w.Q, 0, 0, 1, 1);
+        list_outputs(strip.outputs(), tile, w.P, w.Q, 0, 0, 1, 1);
       else
-        list_outputs(scratch.outputs, tile, conv.H, conv.W, class_.phase_h, class_.phase_w, conv.stride_h,
+        list_outputs(strip.outputs(), tile, conv.H, conv.W, class_.phase_h, class_.phase_w, conv.stride_h,
                      conv.stride_w);
-      for (int64_t p = cut(panels_.count(), splits_, part); p < cut(panels_.count(), splits_, part + 1); ++p) {
-        Epilogue<S> epilogue(pass_.output, scratch.outputs, panels_.first_channel(p), panels_.columns(p));
-        correlate(scratch.operand, w, tile, packed_ + panels_.offset(p), panels_.columns(p), scratch.block, epilogue);
-        if (pass_.output.norm != nullptr) epilogue.add_to(sums_ + g * pass_.sums_size(), panels_.columns(p));
+      const int64_t end = cut(panels.count(), splits(), part + 1);
+      for (int64_t p = cut(panels.count(), splits(), part); p < end; ++p) {
+        Epilogue<S> epilogue(pass_.output, strip.outputs(), panels.first_channel(p), panels.columns(p));
+        strip.times(p, epilogue);
+        if (pass_.output.norm != nullptr) epilogue.add_to(sums_ + g * pass_.sums_size(), panels.columns(p));
       }
     }
 
@@ -205,9 +197,7 @@ struct Pass {
     const Pass& pass_;
     const Class& class_;
     double* const sums_;
-    const E* const packed_;
-    const Panels<T> panels_;
-    const int64_t splits_;
+    const Product<E> product_;
   };
 
  private:
@@ -257,7 +247,7 @@ void dgrad_of(const Conv& conv, const Gradient& dy, const Weight& weight, const 
       for (int64_t w = 0; w < conv.stride_w; ++w) body(pass.class_of(h, w));
   };
   int64_t groups = 1;
-  for_each_class([&](const auto& pixels) { groups = maximum(groups, pixels.groups()); });
+  for_each_class([&](const auto& pixels) { groups = maximum(groups, pixels.cut.groups()); });
   const size_t bytes = groups * pass.sums_size() * sizeof(double);
   double* sums = static_cast<double*>(workspace.take(bytes));
   memset(sums, 0, bytes);

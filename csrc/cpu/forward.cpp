@@ -4,9 +4,8 @@
 // part of the output channels); a tile is at most kMostPixels output pixels or one row of them, whose strip of activations
 // stays in the first or second level cache while all panels of output channels pass over it.
 // Bytes: x and residual read once (but for the rows that neighbouring tiles share), y written once.
-#include "correlate.h"
 #include "moments.h"
-#include "pack.h"
+#include "product.h"
 #include "source.h"
 
 namespace fused_preact::cpu::FUSED_PREACT_ISA {
@@ -119,13 +118,9 @@ template <class S, class E>
 void forward_of(const Conv& conv, const Activation& x, const Weight& weight, const void* bias, const void* residual,
                 void* y, const Affine& next, void* next_rows, Workspace& workspace) {
   using T = Accumulate<S>;
-  const Window w = forward_window(conv);
-  const Tiling tiling(w, tile_pixels(w, sizeof(E)), images_by_position<E>(w));
-  const int64_t tiles = tiling.count(), groups = minimum(tiles, kMostGroups);
-  const auto view = forward_view<S>(conv, weight);
-  const E* packed = pack<E>(view, workspace);
-  const Panels<T> panels{view.outer, view.depth()};
-  const int64_t splits = splits_for(groups, panels.count());
+  const Product<E> product({forward_window(conv), conv.K}, forward_view<S>(conv, weight), workspace);
+  const int64_t tiles = product.tiles(), groups = product.groups(), splits = product.splits;
+  const Panels<T>& panels = product.panels;
   const ActivationSource<S> source(x, conv.C);
   const Output<S> output{padded_bias<T, S>(bias, panels, workspace),
                          static_cast<const S*>(residual),
@@ -138,16 +133,14 @@ void forward_of(const Conv& conv, const Activation& x, const Weight& weight, con
 
   parallel(groups * splits, [&](int64_t job) {
     const int64_t g = job / splits, part = job % splits;
-    TileScratch<E> scratch(tiling, tiling.most_pixels() * kColumns * kLanes<T>);
     int64_t count = 0;
     for (int64_t t = cut(tiles, groups, g); t < cut(tiles, groups, g + 1); ++t) {
-      const Tile tile = tiling[t];
-      const int64_t n = tile.pixels(), first = (tile.n * w.P + tile.i0) * w.Q + tile.j0;
-      gather(scratch.operand, scratch.strip, w, tile, source);
+      const Tile tile = product.tiling[t];
+      const int64_t n = tile.pixels(), first = (tile.n * product.w.P + tile.i0) * product.w.Q + tile.j0;
+      const typename Product<E>::Strip strip(product, tile, source);
       for (int64_t panel = cut(panels.count(), splits, part); panel < cut(panels.count(), splits, part + 1); ++panel) {
         Epilogue<S> epilogue(output, tile, first, panels.first_channel(panel));
-        correlate(scratch.operand, w, tile, packed + panels.offset(panel), panels.columns(panel), scratch.block,
-                  epilogue);
+        strip.times(panel, epilogue);
         if (output.moments != nullptr) epilogue.merge(g, count, n, panels.columns(panel));
       }
       count += n;
@@ -160,7 +153,8 @@ void forward_of(const Conv& conv, const Activation& x, const Weight& weight, con
         output.moments, groups, conv.K,
         [&](int64_t g) {
           int64_t count = 0;
-          for (int64_t t = cut(tiles, groups, g); t < cut(tiles, groups, g + 1); ++t) count += tiling[t].pixels();
+          for (int64_t t = cut(tiles, groups, g); t < cut(tiles, groups, g + 1); ++t)
+            count += product.tiling[t].pixels();
           return count;
         },
         next, next_rows);

@@ -43,6 +43,9 @@ struct OuterOperands {
   Operand<E> activation;
   const E* dy;
 
+  OuterOperands(int64_t count, int64_t step, const Operand<E>& a, const E* columns)
+      : steps(count), ld(step), activation(a), dy(columns) {}
+
   template <class S>
   OuterOperands(const Window& w, const Tiling& tiling, const Tile& tile, const ActivationSource<S>& a,
                 const GradientSource<S>& gradient, int64_t begin, int64_t width)

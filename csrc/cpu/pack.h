@@ -132,22 +132,31 @@ void for_each_weights_of(int64_t panel, FilterView<Pointer> f, Panels<T> panels,
   }
 }
 
-// Calls visit(stored index, packed vector, n) for every vector of a packed filter: n output channels, `step_outer` apart
-// in the stored one. Where kLanes rows are stored side by side, square(stored index, rows, packed vector) takes whole
-// vectors of all of them at once: a transpose. Both are to hold what they use by value.
-template <class T, class Pointer, class Visit, class Square>
-void for_each_weights(const FilterView<Pointer>& f, Workspace& workspace, const Visit& visit, const Square& square) {
-  const Panels<T> panels{f.outer, f.depth()};
-  if (panels.depth == 0) return;  // where a stride is wider than the filter, some pixels of dx meet none of its taps
-  // Where the output channels are stored side by side, the rows are taken in the order of the packed filter, without a list.
-  const PackedRow* rows = f.step_outer == 1 ? nullptr : rows_as_stored(f, workspace);
-  const auto body = [&](int64_t panel) {
-    with_constant<kColumns>(panels.columns(panel), [&](auto columns) __attribute__((always_inline)) {
-      for_each_weights_of<columns>(panel, f, panels, rows, visit, square);
-    });
-  };
+// body(panel) for each panel, on several threads where that is worth it.
+template <class T, class Body>
+void for_each_panel(const Panels<T>& panels, const Body& body) {
   if (panels.size() >= kWorthThreads) return parallel(panels.count(), body);
   for (int64_t panel = 0; panel < panels.count(); ++panel) body(panel);
+}
+
+// The order in which for_each_weights takes the rows: that of the packed filter (null) where the output channels are stored
+// side by side.
+template <class Pointer>
+const PackedRow* order_of_rows(const FilterView<Pointer>& f, Workspace& workspace) {
+  return f.step_outer == 1 || f.depth() == 0 ? nullptr : rows_as_stored(f, workspace);
+}
+
+// Calls visit(stored index, packed vector, n) for every vector of one panel: n output channels, `step_outer` apart in the
+// stored filter. Where kLanes rows are stored side by side, square(stored index, rows, packed vector) takes whole vectors of
+// all of them at once: a transpose. Both are to hold what they use by value.
+template <class T, class Pointer, class Visit, class Square>
+void for_each_weights(int64_t panel, const FilterView<Pointer>& f, const PackedRow* rows, const Visit& visit,
+                      const Square& square) {
+  const Panels<T> panels{f.outer, f.depth()};
+  if (panels.depth == 0) return;  // where a stride is wider than the filter, some pixels of dx meet none of its taps
+  with_constant<kColumns>(panels.columns(panel), [&](auto columns) __attribute__((always_inline)) {
+    for_each_weights_of<columns>(panel, f, panels, rows, visit, square);
+  });
 }
 
 FUSED_PREACT_INLINE float widened(float value) { return value; }
@@ -183,11 +192,10 @@ FUSED_PREACT_INLINE void store_strided(S* to, int64_t step, Vec<Accumulate<S>> v
   for (int64_t l = 0; l < n; ++l) to[l * step] = buffer[l];
 }
 
+// Packs one panel; `to` is where the first one goes.
 template <class E, class S>
-E* pack(const FilterView<const S*>& f, Workspace& workspace) {
+void pack_panel(E* to, int64_t panel, const FilterView<const S*>& f, const PackedRow* order) {
   using T = Accumulate<S>;
-  const Panels<T> panels{f.outer, f.depth()};
-  E* to = static_cast<E*>(workspace.take(panels.size() * sizeof(E)));
   const auto vector = [f, to](int64_t stored, const PackedVector& at, auto n) __attribute__((always_inline)) {
     store_strided(to + at.paired_index(kPair<E>), kPair<E>, load_strided(f.data + stored, f.step_outer, n), kLanes<T>);
   };
@@ -200,7 +208,15 @@ E* pack(const FilterView<const S*>& f, Workspace& workspace) {
       store_strided(to + at.paired_index(kPair<E>), kPair<E>, values[l], kLanes<T>);
     }
   };
-  for_each_weights<T>(f, workspace, vector, square);
+  for_each_weights<T>(panel, f, order, vector, square);
+}
+
+template <class E, class S>
+const E* pack(const FilterView<const S*>& f, Workspace& workspace) {
+  const Panels<Accumulate<S>> panels{f.outer, f.depth()};
+  E* const to = static_cast<E*>(workspace.take(panels.size() * sizeof(E)));
+  const PackedRow* const order = order_of_rows(f, workspace);
+  for_each_panel(panels, [&](int64_t panel) { pack_panel(to, panel, f, order); });
   return to;
 }
 

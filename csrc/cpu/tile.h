@@ -88,10 +88,11 @@ int64_t image_stride(const Window& w) {
 }
 
 // Cuts a window into tiles of about `pixels` output pixels, or by position into tiles of so many images. Small images share
-// one anyway, since each tile reads all weights. The cut depends on the shape alone.
+// one anyway, since each tile reads all weights. A tile of whole rows has a multiple of `row_step`, as P is. The cut depends
+// on the shape alone.
 class Tiling {
  public:
-  Tiling(const Window& w, int64_t pixels, int64_t images_by_position = 0)
+  Tiling(const Window& w, int64_t pixels, int64_t images_by_position = 0, int64_t row_step = 1)
       : window_(w), by_position_(images_by_position > 0) {
     if (by_position_) {
       rows_ = w.P, cols_ = w.Q, down_ = across_ = 1, images_ = images_by_position;
@@ -99,7 +100,7 @@ class Tiling {
     }
     const bool one_row = w.P == 1 && w.N == 1 && w.is_pointwise();
     cols_ = one_row ? ceil_div(even_part(w.Q, pixels), kTileStep) * kTileStep : maximum<int64_t>(w.Q, 1);
-    rows_ = one_row ? 1 : even_part(w.P, pixels / cols_);
+    rows_ = one_row ? 1 : even_part(w.P / row_step, pixels / (cols_ * row_step)) * row_step;
     across_ = ceil_div(w.Q, cols_);
     down_ = ceil_div(w.P, rows_);
     images_ = down_ * across_ == 1 ? even_part(w.N, pixels / (rows_ * cols_)) : 1;

@@ -5,9 +5,8 @@
 // strip and its vectors are output channels: an outer product a pixel.
 // Every group of tiles has a dW of its own; the groups are added up in order at the end.
 // Bytes: x and dy (or dz' and x') read once, dW written and read once a group.
-#include "outer.h"
-#include "pack.h"
 #include "walk.h"
+#include "winograd.h"
 
 namespace fused_preact::cpu::FUSED_PREACT_ISA {
 
@@ -21,26 +20,24 @@ constexpr int64_t kPixelsPerGroup = 256, kPixelsPerLargeGroup = 1024, kMostCache
 constexpr int64_t kMostGroups = 32, kMostPartialBytes = int64_t(1) << 26;
 
 template <class E>
-struct Plan {
+struct Plan : Cut<E> {
   using T = Accumulate<E>;
-  Window w;
-  Tiling tiling;
   Panels<T> panels;
   int64_t groups, splits;
 
-  explicit Plan(const Conv& conv)
-      : w(forward_window(conv)),
-        tiling(w, tile_pixels(w), OuterOperands<E>::kByPosition ? images_by_position<E>(w) : 0),
-        panels{conv.K, w.depth()} {
+  explicit Plan(const Conv& conv) : Plan(conv, forward_window(conv)) {}
+
+ private:
+  Plan(const Conv& conv, const Window& w)
+      : Cut<E>(w, conv.K, tile_pixels(w), OuterOperands<E>::kByPosition), panels{conv.K, this->depth()} {
     const int64_t bytes = panels.size() * sizeof(T);
     const int64_t pixels = bytes > kMostCachedBytes ? kPixelsPerLargeGroup : kPixelsPerGroup;
     const int64_t wanted = minimum(w.N * w.P * w.Q / pixels, kMostGroups);
     const int64_t affordable = kMostPartialBytes / maximum<int64_t>(bytes, 1);
-    groups = maximum<int64_t>(minimum(minimum(wanted, affordable), tiling.count()), 1);
+    groups = maximum<int64_t>(minimum(minimum(wanted, affordable), this->tiles()), 1);
     splits = splits_for(groups, panels.count());
   }
 
- private:
   static int64_t tile_pixels(const Window& w) {
     return minimum(maximum<int64_t>(kTileBytes / maximum<int64_t>(w.C * sizeof(T), 1), kLeastPixels), kMostPixels);
   }
@@ -89,6 +86,20 @@ __attribute__((noinline)) void outer_block(Accumulate<E>* dw, const OuterOperand
   (store(dw + I * kLanes<T>, load(dw + I * kLanes<T>) + acc[I]), ...);
 }
 
+// Adds one tile of quads to one position of one panel of the transformed dW; the columns of a position are `width` after
+// those of the last.
+template <class T>
+void add_position(T* dw, const OuterOperands<T>& x, int64_t s, int64_t C, int64_t column, int64_t columns) {
+  const Steps steps{0, x.steps, 1, 0};
+  with_constant<kColumns>(columns, [&](auto V) __attribute__((always_inline)) {
+    constexpr int64_t kWidth = V * kLanes<T>;
+    for_each_block(C, [&](int64_t c, auto M) __attribute__((always_inline)) {
+      outer_block<T, M, V>(dw + (s * position_rows(C) + c) * kWidth, x, s * C + c, column, steps,
+                           std::make_integer_sequence<int, M * V>{});
+    });
+  });
+}
+
 // Adds one tile to one panel of dW.
 template <class E>
 void add_panel(Accumulate<E>* dw, const OuterOperands<E>& x, const Window& w, const Tile& tile, int64_t column,
@@ -109,31 +120,37 @@ void add_panel(Accumulate<E>* dw, const OuterOperands<E>& x, const Window& w, co
 
 // Sums a few values in T, and these sums in double.
 template <class E>
-void add_bias(double* dbias, const OuterOperands<E>& x, int64_t width) {
+void add_bias(double* dbias, const OuterOperands<E>& x, int64_t width, int64_t column) {
   using T = Accumulate<E>;
   constexpr int64_t kFew = 8;
   for (int64_t c = 0; c < width; c += kLanes<T>) {
     Wide<T> total = load_wide<T>(dbias + c);
     for (int64_t first = 0; first < x.steps; first += kFew) {
       Vec<T> sum = {};
-      for (int64_t p = first; p < minimum(first + kFew, x.steps); ++p) sum += load(x.dy + p * x.ld + c);
+      for (int64_t p = first; p < minimum(first + kFew, x.steps); ++p) sum += load(x.dy + p * x.ld + column + c);
       total += widen<T>(sum);
     }
     store_wide<T>(dbias + c, total);
   }
 }
 
-// Adds up the groups in order and stores the sum in the layout of the filter.
-template <class S>
-void merge_groups(const Accumulate<S>* partial, const double* bias_partial, const Plan<OuterOperand<S>>& plan,
-                  const FilterView<S*>& dweight, S* dbias, Workspace& workspace) {
+// The sum of all groups, in order, from index i on.
+template <class T>
+struct GroupSum {
+  const T* partial;
+  int64_t groups, size;
+
+  FUSED_PREACT_INLINE Vec<T> operator()(int64_t i) const {
+    Vec<T> sum = load(partial + i);
+    for (int64_t g = 1; g < groups; ++g) sum += load(partial + g * size + i);
+    return sum;
+  }
+};
+
+// Stores one panel of a packed dW in the layout of the filter; total(i) is its vector at i.
+template <class S, class Total>
+void store_panel(int64_t panel, const FilterView<S*>& dweight, const PackedRow* order, const Total& total) {
   using T = Accumulate<S>;
-  const auto total = [partial, groups = plan.groups, size = plan.panels.size()](int64_t i)
-                         __attribute__((always_inline)) {
-                           Vec<T> sum = load(partial + i);
-                           for (int64_t g = 1; g < groups; ++g) sum += load(partial + g * size + i);
-                           return sum;
-                         };
   const auto vector = [total, dweight](int64_t stored, const PackedVector& at, auto n) __attribute__((always_inline)) {
     store_strided(dweight.data + stored, dweight.step_outer, total(at.index()), n);
   };
@@ -148,7 +165,38 @@ void merge_groups(const Accumulate<S>* partial, const double* bias_partial, cons
                             for (int l = 0; l < kLanes<T>; ++l)
                               store(dweight.data + stored + l * dweight.step_outer, values[l]);
                           };
-  for_each_weights<T>(dweight, workspace, vector, square);
+  for_each_weights<T>(panel, dweight, order, vector, square);
+}
+
+// The same from its positions. A panel's taps stay in the cache of its thread.
+template <class S, class T>
+void store_positions(int64_t panel, const FilterView<S*>& dweight, const PackedRow* order, const Panels<T>& positions,
+                     const GroupSum<T>& total) {
+  const Panels<T> taps{dweight.outer, dweight.depth()};
+  const int64_t width = taps.width(panel), first = positions.offset(panel);
+  const int64_t position = position_rows(dweight.inner) * width;
+  T* const packed = static_cast<T*>(thread_scratch(taps.depth * width * sizeof(T)));
+  transform_filter_gradient(packed, dweight.inner * width, [=](int64_t s, int64_t i) __attribute__((always_inline)) {
+    return total(first + s * position + i);
+  });
+  store_panel(panel, dweight, order, [from = packed - taps.offset(panel)](int64_t i) __attribute__((always_inline)) {
+    return load(from + i);
+  });
+}
+
+// Adds up the groups and stores the sum in the layout of the filter.
+template <class S>
+void merge_groups(const Accumulate<S>* partial, const double* bias_partial, const Plan<OuterOperand<S>>& plan,
+                  const FilterView<S*>& dweight, S* dbias, Workspace& workspace) {
+  using T = Accumulate<S>;
+  const GroupSum<T> total{partial, plan.groups, plan.panels.size()};
+  const PackedRow* const order = order_of_rows(dweight, workspace);
+  for_each_panel(plan.panels, [&](int64_t panel) {
+    if (plan.winograd)
+      store_positions(panel, dweight, order, plan.panels, total);
+    else
+      store_panel(panel, dweight, order, total);
+  });
   if (dbias == nullptr) return;
   const int64_t padded = plan.panels.padded_channels();
   for_each_vector<T>(plan.panels.channels, [&](int64_t k, int64_t n) __attribute__((always_inline)) {
@@ -177,7 +225,7 @@ class Wgrad {
         bias_partial_(
             static_cast<double*>(workspace.take(plan_.groups * plan_.panels.padded_channels() * sizeof(double)))) {}
 
-  int64_t tiles() const { return plan_.tiling.count(); }
+  int64_t tiles() const { return plan_.tiles(); }
   int64_t groups() const { return plan_.groups; }
   int64_t splits() const { return plan_.splits; }
 
@@ -192,11 +240,13 @@ class Wgrad {
     const Window& w = plan_.w;
     const Panels<T>& panels = plan_.panels;
     const Tile tile = plan_.tiling[t];
+    if constexpr (std::is_same_v<E, T>)
+      if (plan_.winograd) return run_quads(p, tile);
     const OuterOperands<E> operands(w, plan_.tiling, tile, activation_, gradient_, p.begin, p.width);
     for (int64_t panel = p.first_panel; panel < p.last_panel; ++panel)
       add_panel(p.dw + panels.offset(panel), operands, w, tile, panels.first_channel(panel) - p.begin,
                 panels.columns(panel));
-    if (dbias_ != nullptr) add_bias(p.dbias, operands, p.width);
+    if (dbias_ != nullptr) add_bias(p.dbias, operands, p.width, 0);
   }
 
   void finish() const { merge_groups<S>(partial_, bias_partial_, plan_, dweight_, dbias_, workspace_); }
@@ -218,6 +268,17 @@ class Wgrad {
       dbias = call.bias_partial_ + g * panels.padded_channels() + begin;
     }
   };
+
+  void run_quads(const Part& p, const Tile& tile) const {
+    const Panels<T>& panels = plan_.panels;
+    const auto operands = outer_quads<T>(plan_, tile, activation_, gradient_, p.begin, p.width);
+    for (int64_t s = 0; s < kPositions; ++s)
+      for (int64_t panel = p.first_panel; panel < p.last_panel; ++panel)
+        add_position(p.dw + panels.offset(panel), operands, s, plan_.w.C,
+                     s * p.width + panels.first_channel(panel) - p.begin, panels.columns(panel));
+    // Position (1, 1) of A dy A' is the sum of a quad.
+    if (dbias_ != nullptr) add_bias(p.dbias, operands, p.width, 5 * p.width);
+  }
 
   const Plan<E> plan_;
   const ActivationSource<S> activation_;

@@ -1,0 +1,66 @@
+"""Winograd's minimal filtering in the CPU's kernels; the shared suite has the shapes `cases.QUADS` for it."""
+
+import pytest
+import torch
+
+from fused_preact import bn_relu_conv2d
+
+PIXEL = (5, 8)  # what is not finite there is read by the outputs of rows 4 to 6, columns 7 to 9
+
+
+def convolve(x: torch.Tensor, K: int, dy: torch.Tensor | None = None) -> torch.Tensor:
+    """y of one unit of K output channels, 3x3, whose batch norm keeps x; or dx where there is a dy."""
+    C = x.size(1)
+    weight = torch.randn(K, C, 3, 3, generator=torch.Generator().manual_seed(0), dtype=x.dtype)
+    ones, zeros = torch.ones(C, dtype=x.dtype), torch.zeros(C, dtype=x.dtype)
+    x.requires_grad_(dy is not None)
+    y = bn_relu_conv2d(x, weight, ones, zeros, zeros, ones, padding=1, backend="cpu")
+    return y if dy is None else torch.autograd.grad(y, x, dy)[0]
+
+
+def outside(values: torch.Tensor) -> torch.Tensor:
+    """Those that do not read PIXEL."""
+    reads = torch.zeros_like(values, dtype=torch.bool)
+    reads[..., PIXEL[0] - 1 : PIXEL[0] + 2, PIXEL[1] - 1 : PIXEL[1] + 2] = True
+    assert not values[reads].isfinite().any()
+    return values[~reads]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_what_is_not_finite_reaches_its_readers_alone(value, dtype, isa):
+    """Neither the additions of the transforms nor the padding of a strip carry it to another output, or lose it."""
+    x = torch.rand(2, 16, 16, 16, dtype=dtype)
+    x[(1, 3, *PIXEL)] = value
+    y = convolve(x, 24)
+    assert y[0].isfinite().all()
+    assert outside(y[1]).isfinite().all()
+    dy = torch.randn(2, 24, 16, 16, dtype=dtype)
+    dy[(1, 3, *PIXEL)] = value
+    dx = convolve(torch.rand(2, 16, 16, 16, dtype=dtype), 24, dy)
+    assert dx[0].isfinite().all()
+    assert outside(dx[1]).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("shape", "K", "taken"),
+    [
+        ((1, 16, 12, 16), 16, True),
+        ((1, 16, 12, 14), 16, False),  # 42 quads
+        ((1, 15, 16, 16), 16, False),
+        ((1, 16, 16, 16), 15, False),
+        ((1, 16, 17, 16), 16, False),
+        ((48, 16, 2, 2), 16, False),
+    ],
+    ids=str,
+)
+def test_what_is_made_of_quads(shape, K, taken, isa):
+    """Large layers of even height and width: differences make a NaN of an infinity, which a sum over taps never does.
+
+    The shapes of `cases.QUADS` would test nothing of it if this changed unseen.
+    """
+    x = torch.rand(shape)
+    x[0, 3, 1, 1] = torch.inf
+    y = convolve(x, K)
+    assert y.isinf().any()
+    assert y.isnan().any() == taken
