@@ -343,9 +343,9 @@ UNITS = [
     Case("small-images-wide-padding", (8, 6, 2, 3), (Layer(6, padding=(2, 3)),)),
     Case("many-pixels", (2, 16, 33, 31), (Layer(16),)),
 ]
-# What the CPU's kernels make of quads, 2x2 outputs at a time (csrc/cpu/winograd.h): as few quads as they take, and tails
-# of channels; quads that read no padding, and some that read nothing else; several images in a tile; tiles of unequal
-# rows; rows longer than a tile; more channels than one run or one panel has.
+# What the CPU's kernels make of quads, 2x2 outputs at a time (csrc/cpu/winograd.h): as few quads as they take, and
+# tails of channels; quads that read no padding, and some that read nothing else; several images in a tile; tiles of
+# unequal rows; rows longer than a tile; more channels than one run or one panel has.
 QUADS = [
     Case("quads", (1, 17, 12, 16), (Layer(35),), bias=True, residual=True),
     Case("quads-no-padding", (2, 16, 12, 16), (Layer(24, padding=(0, 0)),), residual=True),
