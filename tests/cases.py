@@ -353,7 +353,7 @@ QUADS = [
     Case("quads-of-small-images", (17, 16, 4, 4), (Layer(32),), bias=True),
     Case("quads-in-tiles", (2, 16, 34, 30), (Layer(16),)),
     Case("quads-in-long-rows", (1, 16, 4, 290), (Layer(16),)),
-    Case("quads-of-many-channels", (1, 150, 12, 16), (Layer(70),), bias=True),
+    Case("quads-of-many-channels", (1, 151, 12, 16), (Layer(70),), bias=True),
 ]
 QUADS += [QUADS[0].eval]
 # What only the composed backends serve.

@@ -12,6 +12,8 @@
 // The transforms are additions, and halves: of small integers all of this is exact. The 2x2 outputs are a quad. Its values
 // are [16][channels], position by position, quad after quad: to the products of gemm.h a position is a filter of one tap.
 // A value that is not finite reaches the outputs that read it and no others, an infinity at times as NaN.
+// Bytes of a tile: its quads are four times its strip, and stay in the second level cache while all panels pass over them;
+// the products of a panel are four times its block.
 #pragma once
 #include "correlate.h"
 #include "outer.h"
@@ -140,19 +142,6 @@ void transform_products(T* block, const T* products, const Tile& tile) {
       }
 }
 
-// A sum over channels is cut into runs as in correlate. They are shorter, for the outputs are differences of these sums: with
-// runs of 64 their error is about that of the sum over taps, with runs of 32 it is smaller, but wide layers take longer.
-constexpr int64_t kQuadRun = 64;
-
-template <class T, int M, int V, int... I>
-FUSED_PREACT_INLINE void multiply_quads(T* products, int64_t stride, const T* const* quads, int64_t offset,
-                                        int64_t length, const T* weights, bool adds, std::integer_sequence<int, I...>) {
-  Vec<T> acc[M * V] = {};
-  multiply<T, M, V>(acc, quads, offset, 1, 0, length, weights);
-  if (adds) ((acc[I] += load(products + I / V * stride + I % V * kLanes<T>)), ...);
-  (store(products + I / V * stride + I % V * kLanes<T>, acc[I]), ...);
-}
-
 // A dy A' for all quads of a tile, from [pixels][width], `ld` apart.
 template <class T>
 void transform_columns(T* quads, const T* dy, int64_t ld, const Tile& tile, int64_t width) {
@@ -213,21 +202,6 @@ void transform_filter(T* u, int64_t positions, const T* w, int64_t taps) {
   }
 }
 
-// As pack, of the transformed filter. A panel's taps stay in the cache of its thread.
-template <class S, class T = Accumulate<S>>
-const T* pack_positions(const FilterView<const S*>& f, Workspace& workspace) {
-  const Panels<T> taps{f.outer, f.depth()}, positions{f.outer, kPositions * position_rows(f.inner)};
-  T* const to = static_cast<T*>(workspace.take(positions.size() * sizeof(T)));
-  const PackedRow* const order = order_of_rows(f, workspace);
-  for_each_panel(taps, [&](int64_t panel) {
-    const int64_t width = taps.width(panel);
-    T* const packed = static_cast<T*>(thread_scratch(taps.depth * width * sizeof(T)));
-    pack_panel(packed - taps.offset(panel), panel, f, order);
-    transform_filter(to + positions.offset(panel), position_rows(f.inner) * width, packed, f.inner * width);
-  });
-  return to;
-}
-
 // Its transpose, G' u G: the taps of one panel of dW, `step` values each; positions(s, i) is the vector at i of one of those.
 template <class T, class Positions>
 void transform_filter_gradient(T* taps, int64_t step, const Positions& positions) {
@@ -246,6 +220,34 @@ void transform_filter_gradient(T* taps, int64_t step, const Positions& positions
       for (int s = 0; s < 3; ++s) store(taps + (3 * r + s) * step + i, across[s]);
     }
   }
+}
+
+// As pack, of the transformed filter. A panel's taps stay in the cache of its thread.
+template <class S, class T = Accumulate<S>>
+const T* pack_positions(const FilterView<const S*>& f, Workspace& workspace) {
+  const Panels<T> taps{f.outer, f.depth()}, positions{f.outer, kPositions * position_rows(f.inner)};
+  T* const to = static_cast<T*>(workspace.take(positions.size() * sizeof(T)));
+  const PackedRow* const order = order_of_rows(f, workspace);
+  for_each_panel(taps, [&](int64_t panel) {
+    const int64_t width = taps.width(panel);
+    T* const packed = static_cast<T*>(thread_scratch(taps.depth * width * sizeof(T)));
+    pack_panel(packed - taps.offset(panel), panel, f, order);
+    transform_filter(to + positions.offset(panel), position_rows(f.inner) * width, packed, f.inner * width);
+  });
+  return to;
+}
+
+// A sum over channels is cut into runs as in correlate. They are shorter, for the outputs are differences of these sums: with
+// runs of 64 their error is about that of the sum over taps, with runs of 32 it is smaller, but wide layers take longer.
+constexpr int64_t kQuadRun = 64;
+
+template <class T, int M, int V, int... I>
+FUSED_PREACT_INLINE void multiply_quads(T* products, int64_t stride, const T* const* quads, int64_t offset,
+                                        int64_t length, const T* weights, bool adds, std::integer_sequence<int, I...>) {
+  Vec<T> acc[M * V] = {};
+  multiply<T, M, V>(acc, quads, offset, 1, 0, length, weights);
+  if (adds) ((acc[I] += load(products + I / V * stride + I % V * kLanes<T>)), ...);
+  (store(products + I / V * stride + I % V * kLanes<T>, acc[I]), ...);
 }
 
 // As correlate, for a tile of quads and a panel of a transformed filter. `products` holds a quad for each of the tile's.
