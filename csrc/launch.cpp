@@ -141,6 +141,27 @@ Tensor Launch::dx(const Gradient& dy, const std::optional<Tensor>& add) const {
   return dx;
 }
 
+Tensor Launch::dense_nhwc(const Tensor& x) const {
+  if (device_.kernels.permute == nullptr || is_nhwc(x) || !is_nchw(x) || x.numel() == 0)
+    return fused_preact::dense_nhwc(x);
+  const Tensor to = empty_nhwc(x, x.scalar_type(), x.size(0), x.size(1), x.size(2), x.size(3), device_.pool);
+  permute(x, x.size(1), x.size(2) * x.size(3), to);
+  return to;
+}
+
+Tensor Launch::laid_out_like(const Tensor& x, const Tensor& y) const {
+  if (x.stride(1) == 1 && x.size(1) > 1) return y;
+  if (device_.kernels.permute == nullptr || is_nchw(y) || y.numel() == 0) return fused_preact::contiguous(y);
+  const Tensor to = empty_nchw(y, y.scalar_type(), y.size(0), y.size(1), y.size(2), y.size(3), device_.pool);
+  permute(y, y.size(2) * y.size(3), y.size(1), to);
+  return to;
+}
+
+void Launch::permute(const Tensor& from, int64_t rows, int64_t columns, const Tensor& to) const {
+  device_.kernels.permute(element_size(from.scalar_type()), from.size(0), rows, columns, from.const_data_ptr(),
+                          to.mutable_data_ptr(), Scope(*device_.scratch));
+}
+
 Launch::Gradient Launch::empty_dgrad(const Conv& conv, const Activation& x, bool batch) const {
   const Tensor dz = empty_nhwc(x.x, type_, conv.N, conv.C, conv.H, conv.W, device_.pool);
   if (!x.norm) return {dz, std::nullopt, std::nullopt, std::nullopt, std::nullopt, std::nullopt};

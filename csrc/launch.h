@@ -58,10 +58,16 @@ class Launch {
   // Overwrites dy.g.
   Tensor dx(const Gradient& dy, const std::optional<Tensor>& add) const;
 
+  // x in dense NHWC: itself, or a copy.
+  Tensor dense_nhwc(const Tensor& x) const;
+  // y, which is dense NHWC, in the layout that results have for an input x: channels_last where x is, else contiguous.
+  Tensor laid_out_like(const Tensor& x, const Tensor& y) const;
+
  private:
   Gradient empty_dgrad(const Conv&, const Activation& x, bool batch) const;
   WeightGradient empty_wgrad(const Conv&, const Tensor& weight, bool need_bias) const;
   Tensor empty_rows(const Tensor& like, int64_t rows, int64_t C) const;
+  void permute(const Tensor& from, int64_t rows, int64_t columns, const Tensor& to) const;
 
   Device device_;
   ScalarType type_;

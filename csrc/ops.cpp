@@ -194,9 +194,9 @@ std::tuple<Tensor, Tensors, Tensors> run_forward(const Tensor& x, const std::opt
   expect(eps.size() == n, "eps: expected ", n, " numbers, got ", eps.size());
 
   const Norms norms{bn_weight, bn_bias, running_mean, running_var, eps};
-  auto [y, kept, rows] =
-      forward(kernels, stage, norms, dense_nhwc(x), residual ? std::optional(dense_nhwc(*residual)) : residual);
-  return {laid_out_like(x, y), kept, rows};
+  auto [y, kept, rows] = forward(kernels, stage, norms, kernels.dense_nhwc(x),
+                                 residual ? std::optional(kernels.dense_nhwc(*residual)) : residual);
+  return {kernels.laid_out_like(x, y), kept, rows};
 }
 
 // The tensors of the blocks' shapes that forward keeps, made dense.
@@ -269,10 +269,11 @@ std::tuple<Tensor, Tensors, Tensors, Tensors, Tensors, Tensors> run_backward(
       dense_rows.push_back(contiguous(rows[unit], row_type));
     }
   auto [dx, dweight, dbias, dbn_weight, dbn_bias, dshortcut_weight] =
-      backward(kernels, stage, dense_nhwc(dy), dense_nhwc(x), needs_y ? std::optional(dense_nhwc(*y)) : std::nullopt,
-               expect_kept(kept, stage, stream), dense_rows, parse_needs(needs, stage));
+      backward(kernels, stage, kernels.dense_nhwc(dy), kernels.dense_nhwc(x),
+               needs_y ? std::optional(kernels.dense_nhwc(*y)) : std::nullopt, expect_kept(kept, stage, stream),
+               dense_rows, parse_needs(needs, stage));
   convert_like(kernels, {{&dweight, &weight}, {&dbias, &bias}, {&dshortcut_weight, &shortcut_weight}});
-  return {needs.front() ? laid_out_like(x, dx) : dx, dweight, dbias, dbn_weight, dbn_bias, dshortcut_weight};
+  return {needs.front() ? kernels.laid_out_like(x, dx) : dx, dweight, dbias, dbn_weight, dbn_bias, dshortcut_weight};
 }
 
 // Compute capabilities that the CUDA kernels were compiled for; none where they were left out.

@@ -51,6 +51,15 @@ Filter<Pointer> filter_of(Pointer data, const Tensor& weight) {
   return {data, strides[0], strides[1], strides[2], strides[3]};
 }
 
+Tensor empty_activation(const Tensor& like, ScalarType type, const std::array<int64_t, 4>& sizes,
+                        const std::array<int64_t, 4>& strides, Pool* pool) {
+  const size_t bytes = sizes[0] * sizes[1] * sizes[2] * sizes[3] * element_size(type);
+  if (pool == nullptr || bytes < kLeastPooled)
+    return empty_strided(like, {sizes.data(), 4}, {strides.data(), 4}, shim_dtype(type));
+  return torch::stable::from_blob(pool->take(bytes), {sizes.data(), 4}, {strides.data(), 4}, like.device(), type,
+                                  [pool, bytes](void* data) { pool->give_back(data, bytes); });
+}
+
 }  // namespace
 
 ScalarType accumulation_type(ScalarType type) {
@@ -76,12 +85,11 @@ Dtype kernel_dtype(ScalarType type) {
 }
 
 Tensor empty_nhwc(const Tensor& like, ScalarType type, int64_t N, int64_t C, int64_t H, int64_t W, Pool* pool) {
-  const std::array<int64_t, 4> sizes = {N, C, H, W}, strides = {H * W * C, 1, W * C, C};
-  const size_t bytes = N * C * H * W * element_size(type);
-  if (pool == nullptr || bytes < kLeastPooled)
-    return empty_strided(like, {sizes.data(), 4}, {strides.data(), 4}, shim_dtype(type));
-  return torch::stable::from_blob(pool->take(bytes), {sizes.data(), 4}, {strides.data(), 4}, like.device(), type,
-                                  [pool, bytes](void* data) { pool->give_back(data, bytes); });
+  return empty_activation(like, type, {N, C, H, W}, {H * W * C, 1, W * C, C}, pool);
+}
+
+Tensor empty_nchw(const Tensor& like, ScalarType type, int64_t N, int64_t C, int64_t H, int64_t W, Pool* pool) {
+  return empty_activation(like, type, {N, C, H, W}, {C * H * W, H * W, W, 1}, pool);
 }
 
 Tensor empty(const Tensor& like, ScalarType type, std::initializer_list<int64_t> sizes) {
@@ -92,7 +100,7 @@ Tensor empty(const Tensor& like, ScalarType type, std::initializer_list<int64_t>
 }
 
 std::optional<Tensor> empty_alike(const Tensor& x, ScalarType type) {
-  if (x.dim() != 4 || !(is_dense(x, kNchw) || is_dense(x, kNhwc))) return std::nullopt;
+  if (x.dim() != 4 || !(is_nchw(x) || is_nhwc(x))) return std::nullopt;
   return empty_strided(x, x.sizes(), x.strides(), shim_dtype(type));
 }
 
@@ -102,9 +110,13 @@ Tensor empty_gradient(const Tensor& weight) {
   return empty(weight, weight.scalar_type(), {sizes[0], sizes[1], sizes[2], sizes[3]});
 }
 
-Tensor dense_nhwc(const Tensor& x) {
-  return is_dense(x, kNhwc) ? x : torch::stable::contiguous(x, MemoryFormat::ChannelsLast);
-}
+bool is_nhwc(const Tensor& x) { return is_dense(x, kNhwc); }
+
+bool is_nchw(const Tensor& x) { return is_dense(x, kNchw); }
+
+Tensor dense_nhwc(const Tensor& x) { return is_nhwc(x) ? x : torch::stable::contiguous(x, MemoryFormat::ChannelsLast); }
+
+Tensor contiguous(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
 
 Tensor convert(const Tensor& x, ScalarType type) { return x.scalar_type() == type ? x : torch::stable::to(x, type); }
 
@@ -114,14 +126,7 @@ Tensor difference(const Tensor& a, const Tensor& b) { return torch::stable::subt
 
 Tensor negative(const Tensor& x) { return torch::stable::subtract(x, x, 2); }  // exact
 
-Tensor contiguous(const Tensor& x, ScalarType type) {
-  const Tensor typed = convert(x, type);
-  return typed.is_contiguous() ? typed : torch::stable::contiguous(typed);
-}
-
-Tensor laid_out_like(const Tensor& x, const Tensor& y) {
-  return x.stride(1) == 1 && x.size(1) > 1 ? y : torch::stable::contiguous(y);
-}
+Tensor contiguous(const Tensor& x, ScalarType type) { return fused_preact::contiguous(convert(x, type)); }
 
 Weight filter(const Tensor& weight) { return filter_of<const void*>(weight.const_data_ptr(), weight); }
 

@@ -17,9 +17,10 @@ ScalarType accumulation_type(ScalarType);
 size_t element_size(ScalarType);  // bytes, of a type that a kernel has
 Dtype kernel_dtype(ScalarType);   // throws for a type that no kernel has
 
-// Uninitialised, on the device of `like`: an activation [N, C, H, W] in dense NHWC, and a contiguous tensor. Large
+// Uninitialised, on the device of `like`: an activation [N, C, H, W] in dense NHWC or NCHW, and a contiguous tensor. Large
 // activations are taken from the pool, where there is one.
 Tensor empty_nhwc(const Tensor& like, ScalarType, int64_t N, int64_t C, int64_t H, int64_t W, Pool*);
+Tensor empty_nchw(const Tensor& like, ScalarType, int64_t N, int64_t C, int64_t H, int64_t W, Pool*);
 Tensor empty(const Tensor& like, ScalarType, std::initializer_list<int64_t> sizes);
 // Of the shape and type of `weight`, and of its layout where that is dense, for then autograd keeps it without a copy.
 Tensor empty_gradient(const Tensor& weight);
@@ -27,8 +28,13 @@ Tensor empty_gradient(const Tensor& weight);
 // Of the shape and layout of x, a dense tensor of 4 dimensions; nothing where it is none.
 std::optional<Tensor> empty_alike(const Tensor& x, ScalarType);
 
+// Whether an activation is dense in this order; one of a single channel or pixel may be both.
+bool is_nhwc(const Tensor& x);
+bool is_nchw(const Tensor& x);
+
 // x itself where it is what is asked for, else a copy.
 Tensor dense_nhwc(const Tensor& x);
+Tensor contiguous(const Tensor& x);
 Tensor contiguous(const Tensor& x, ScalarType);
 Tensor convert(const Tensor& x, ScalarType);
 
@@ -36,9 +42,6 @@ Tensor convert(const Tensor& x, ScalarType);
 Tensor sum(const Tensor& a, const Tensor& b);
 Tensor difference(const Tensor& a, const Tensor& b);
 Tensor negative(const Tensor& x);
-
-// y in the layout that results have for an input x: channels_last where x is, else contiguous.
-Tensor laid_out_like(const Tensor& x, const Tensor& y);
 
 Weight filter(const Tensor& weight);
 WeightGrad filter_gradient(const Tensor& dweight);

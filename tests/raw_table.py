@@ -15,7 +15,7 @@ from fused_preact import reference
 from fused_preact.schedule import OFFSET, SLOPE, Activation, Affine, Conv, Gradient, accumulation_type
 
 NAMES = ("forward", "dgrad", "wgrad", "statistics", "running", "dx")
-TABLE = (*NAMES, "gradients")  # struct Kernels
+TABLE = (*NAMES, "gradients", "convert", "permute")  # struct Kernels
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # enum Dtype
 NORM_ROWS, GRAD_ROWS = 5, 2
 
@@ -187,6 +187,14 @@ class RawTable(ABC):
             self.address(dbias),
         )
         return dweight.clone(), None if dbias is None else dbias.clone()
+
+    def permute(self, matrices: Tensor) -> Tensor:
+        """Each of the matrices [N, rows, columns] transposed."""
+        self.clear()
+        N, rows, columns = matrices.shape
+        to = self._result(matrices.new_empty(N, columns, rows))
+        self.call("permute", matrices.itemsize, N, rows, columns, self._place(matrices), self.address(to))
+        return to.clone()
 
     def statistics(self, x: Tensor, affine: Affine) -> Tensor:
         self.clear()

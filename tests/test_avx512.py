@@ -109,6 +109,16 @@ def test_results_do_not_depend_on_threads(
         assert all(torch.equal(other[name], value) for name, value in results[0].items())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 5), (3, 35, 70), (2, 130, 16)], ids=str)
+def test_matrices_are_transposed_bit_for_bit(kernels: Any, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """NCHW and NHWC of each other, in whole squares and in tails: no value is computed with, so any bits are kept."""
+    matrices = torch.randint(-(2**15), 2**15, shape, dtype=torch.int16)
+    matrices = matrices.repeat(1, 1, dtype.itemsize // 2).view(dtype)
+    permuted, expected = (t.flatten().view(torch.int16) for t in (kernels.permute(matrices), matrices.transpose(1, 2)))
+    assert torch.equal(permuted, expected)
+
+
 def test_reading_past_the_end_is_caught(kernels: Any) -> None:
     """The emulator itself: a kernel that is told of more pixels than it is given does not pass."""
     from avx512.emulator import EmulationError

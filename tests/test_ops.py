@@ -175,12 +175,13 @@ def test_two_runs_agree_to_the_bit(name, dtype, backend):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=["fp32", "bf16", "fp64"])
 @pytest.mark.parametrize("layout", ["nchw", "sliced"])
-@pytest.mark.parametrize("name", ["odd", "stride-2", "quads", "basic-residual", "bottleneck-stride-2"])
-def test_layouts_give_the_same_bits(name, layout, backend):
+@pytest.mark.parametrize("name", ["odd", "stride-2", "quads", "basic-residual", "bottleneck-stride-2", "35-channels"])
+def test_layouts_give_the_same_bits(name, layout, dtype, backend):
     """NCHW, channels_last and slices of larger tensors differ in speed only, and the result follows x."""
-    expected = fused(BY_ID[name].draw(0), backend)
-    sample = BY_ID[name].draw(0, layout=layout)
+    expected = fused(BY_ID[name].draw(0, dtype), backend)
+    sample = BY_ID[name].draw(0, dtype, layout)
     sample.dy = sample.dy.contiguous(memory_format=torch.channels_last)
     results = fused(sample, backend)
     for key, value in results.items():

@@ -16,7 +16,7 @@ void gradients(const Conv&, Dtype, const Gradient&, const Weight&, const Activat
 void convert(Dtype, Dtype, const Conversion*, int64_t, Workspace&);
 
 const Kernels& kernels() {
-  static constexpr Kernels table{forward, dgrad, wgrad, statistics, running, dx, gradients, convert};
+  static constexpr Kernels table{forward, dgrad, wgrad, statistics, running, dx, gradients, convert, nullptr};
   return table;
 }
 
