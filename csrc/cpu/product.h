@@ -1,4 +1,5 @@
-// The product that forward and each class of dgrad are: a window's strips times a packed filter, panel by panel.
+// The product that forward and each class of dgrad are: a window's strips times a packed filter, panel by panel; of taps
+// (correlate.h) or of quads (winograd.h).
 #pragma once
 #include "correlate.h"
 #include "pack.h"

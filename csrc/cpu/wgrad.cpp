@@ -3,6 +3,8 @@
 // Reads x through the same strips as forward, so the activation is recomputed, not loaded; dy is formed into a block
 // [pixels][channels of this job]. dW is laid out like a packed filter, so that a row of it is a channel of the
 // strip and its vectors are output channels: an outer product a pixel.
+// Where Winograd's filtering serves (winograd.h), a step is a quad, and dW is that of the transformed filter until the groups
+// are added up.
 // Every group of tiles has a dW of its own; the groups are added up in order at the end.
 // Bytes: x and dy (or dz' and x') read once, dW written and read once a group.
 #include "walk.h"
