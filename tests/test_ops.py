@@ -175,7 +175,7 @@ def test_two_runs_agree_to_the_bit(name, dtype, backend):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=["fp32", "bf16", "fp64"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("layout", ["nchw", "sliced"])
 @pytest.mark.parametrize("name", ["odd", "stride-2", "quads", "basic-residual", "bottleneck-stride-2", "35-channels"])
 def test_layouts_give_the_same_bits(name, layout, dtype, backend):
