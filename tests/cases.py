@@ -341,17 +341,21 @@ UNITS = [
     Case("small-images-in-tiles", (27, 16, 4, 3), (Layer(24),), residual=True),
     Case("small-images-stride-2", (9, 12, 7, 7), (Layer(20, stride=(2, 2)),)),
     Case("small-images-wide-padding", (8, 6, 2, 3), (Layer(6, padding=(2, 3)),)),
-    Case("many-pixels", (2, 16, 33, 31), (Layer(16),)),
+    Case("many-pixels", (2, 16, 33, 31), (Layer(12),)),
 ]
 # What the CPU's kernels make of quads, 2x2 outputs at a time (csrc/cpu/winograd.h): as few quads as they take, and
 # tails of channels; quads that read no padding, and some that read nothing else; several images in a tile; tiles of
-# unequal rows; rows longer than a tile; more channels than one run or one panel has.
+# unequal rows; odd rows and columns, which end in half a quad; rows longer than a tile; more channels than one run or
+# one panel has.
 QUADS = [
     Case("quads", (1, 17, 12, 16), (Layer(35),), bias=True, residual=True),
     Case("quads-no-padding", (2, 16, 12, 16), (Layer(24, padding=(0, 0)),), residual=True),
     Case("quads-wide-padding", (3, 20, 6, 8), (Layer(16, padding=(2, 3)),)),
     Case("quads-of-small-images", (17, 16, 4, 4), (Layer(32),), bias=True),
     Case("quads-in-tiles", (2, 16, 34, 30), (Layer(16),)),
+    Case("quads-of-odd-images", (5, 17, 7, 9), (Layer(33),), bias=True, residual=True),
+    Case("quads-of-odd-images-without-padding", (2, 16, 17, 15), (Layer(16, padding=(0, 0)),)),
+    Case("quads-in-odd-tiles", (1, 16, 37, 35), (Layer(20),)),
     Case("quads-in-long-rows", (1, 16, 4, 290), (Layer(16),)),
     Case("quads-of-many-channels", (1, 151, 12, 16), (Layer(70),), bias=True),
 ]
@@ -389,4 +393,5 @@ LARGE = [
     Case("long-rows", (1, 8, 3, 150), (Layer(16),)),
     Case("long-rows-stride-2", (1, 9, 5, 141), (Layer(8, stride=(2, 2)),)),
     Case("many-images", (40, 4, 3, 3), (Layer(8),)),
+    Case("many-tiles", (2, 16, 33, 31), (Layer(16),)),
 ]

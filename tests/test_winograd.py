@@ -49,13 +49,15 @@ def test_what_is_not_finite_reaches_its_readers_alone(value, dtype, isa):
         ((1, 16, 12, 14), 16, False),  # 42 quads
         ((1, 15, 16, 16), 16, False),
         ((1, 16, 16, 16), 15, False),
-        ((1, 16, 17, 16), 16, False),
+        ((3, 16, 7, 7), 16, True),
+        ((2, 16, 7, 7), 16, False),  # 32 quads
         ((48, 16, 2, 2), 16, False),
+        ((16, 16, 5, 5), 16, False),
     ],
     ids=str,
 )
 def test_what_is_made_of_quads(shape, K, taken, isa):
-    """Large layers of even height and width: differences make a NaN of an infinity, which a sum over taps never does.
+    """Large layers, not of small images: differences make a NaN of an infinity, which a sum over taps never does.
 
     The shapes of `cases.QUADS` would test nothing of it if this changed unseen.
     """

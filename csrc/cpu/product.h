@@ -45,9 +45,7 @@ class Product : public ProductCut<E> {
     template <class Source>
     Strip(const Product& product, const Tile& tile, const Source& source)
         : product_(product), tile_(tile), scratch_(product.tiling, product.block_size() + product.quads_size()) {
-      gather(scratch_.operand, scratch_.strip, product.w, tile, source);
-      if constexpr (std::is_same_v<E, T>)
-        if (product.winograd) transform_strip(quads(), scratch_.operand, tile, product.w.C);
+      read(source);
     }
 
     int64_t* outputs() const { return scratch_.outputs; }
@@ -65,6 +63,14 @@ class Product : public ProductCut<E> {
     }
 
    private:
+    template <class Source>
+    void read(const Source& source) {
+      if constexpr (std::is_same_v<E, T>)
+        if (product_.winograd)
+          return gather_quads(quads(), scratch_.operand, scratch_.strip, product_.w, tile_, source);
+      gather(scratch_.operand, scratch_.strip, product_.w, tile_, source);
+    }
+
     T* quads() const { return scratch_.block + product_.block_size() + product_.products_size(); }
 
     const Product& product_;

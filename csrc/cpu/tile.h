@@ -88,31 +88,31 @@ int64_t image_stride(const Window& w) {
 }
 
 // Cuts a window into tiles of about `pixels` output pixels, or by position into tiles of so many images. Small images share
-// one anyway, since each tile reads all weights. A tile of whole rows has a multiple of `row_step`, as P is. The cut depends
-// on the shape alone.
+// one anyway, since each tile reads all weights. A tile of whole rows has a multiple of `step`, but at the end of an image;
+// there is room for multiples of `step` everywhere. The cut depends on the shape alone.
 class Tiling {
  public:
-  Tiling(const Window& w, int64_t pixels, int64_t images_by_position = 0, int64_t row_step = 1)
-      : window_(w), by_position_(images_by_position > 0) {
+  Tiling(const Window& w, int64_t pixels, int64_t images_by_position = 0, int64_t step = 1)
+      : window_(w), by_position_(images_by_position > 0), step_(step) {
     if (by_position_) {
       rows_ = w.P, cols_ = w.Q, down_ = across_ = 1, images_ = images_by_position;
       return;
     }
     const bool one_row = w.P == 1 && w.N == 1 && w.is_pointwise();
     cols_ = one_row ? ceil_div(even_part(w.Q, pixels), kTileStep) * kTileStep : maximum<int64_t>(w.Q, 1);
-    rows_ = one_row ? 1 : even_part(w.P / row_step, pixels / (cols_ * row_step)) * row_step;
+    rows_ = one_row ? 1 : even_part(ceil_div(w.P, step), pixels / (cols_ * step)) * step;
     across_ = ceil_div(w.Q, cols_);
     down_ = ceil_div(w.P, rows_);
     images_ = down_ * across_ == 1 ? even_part(w.N, pixels / (rows_ * cols_)) : 1;
   }
 
   int64_t count() const { return ceil_div(window_.N, images_) * down_ * across_; }
-  int64_t most_pixels() const { return images_ * rows_ * cols_; }
+  int64_t most_pixels() const { return images_ * rows_ * most_cols(); }
 
   template <class E>
   int64_t most_strip() const {
     if (by_position_) return images_ * image_stride<E>(window_);
-    return images_ * ((rows_ - 1) * window_.stride_h + window_.R) * ((cols_ - 1) * window_.stride_w + window_.S) *
+    return images_ * ((rows_ - 1) * window_.stride_h + window_.R) * ((most_cols() - 1) * window_.stride_w + window_.S) *
            window_.C;
   }
 
@@ -129,9 +129,11 @@ class Tiling {
     return parts > 0 ? ceil_div(n, parts) : 1;
   }
 
+  int64_t most_cols() const { return ceil_div(cols_, step_) * step_; }
+
   Window window_;
   bool by_position_;
-  int64_t rows_, cols_, down_, across_, images_;
+  int64_t step_, rows_, cols_, down_, across_, images_;
 };
 
 // What multiply and outer read: one pointer an output pixel, and the step from one of its rows to the next.

@@ -11,7 +11,8 @@
 //
 // The transforms are additions, and halves: of small integers all of this is exact. The 2x2 outputs are a quad. Its values
 // are [16][channels], position by position, quad after quad: to the products of gemm.h a position is a filter of one tap.
-// A value that is not finite reaches the outputs that read it and no others, an infinity at times as NaN.
+// A value that is not finite reaches the outputs that read it and no others, and all taps of its channel in dw; an infinity
+// at times as NaN.
 // Bytes of a tile: its quads are four times its strip, and stay in the second level cache while all panels pass over them;
 // the products of a panel are four times its block.
 #pragma once
@@ -31,14 +32,21 @@ inline int64_t position_rows(int64_t C) { return C + 1; }
 constexpr int64_t kLeastChannels = 16, kLeastQuads = 48, kLeastQuadsOfLarge = 128, kLargeFilterBytes = int64_t{8} << 20;
 
 // Whether a product of operands E with a filter of so many output channels is made this way. Pairs of bf16 are multiplied
-// about as fast as this multiplies float, and would be rounded once more. Images of two rows or columns read more padding
-// than values.
+// about as fast as this multiplies float, and would be rounded once more. Of small images a sum over taps leaves out what
+// reads padding, and quads do not: they are to take 1.4 times fewer products, as on 4x4 and 7x7 pixels but not on 5x5.
 template <class E>
 bool takes_winograd(const Window& w, int64_t outer) {
   if (!std::is_same_v<E, Accumulate<E>> || w.R != 3 || w.S != 3 || w.stride_h != 1 || w.stride_w != 1) return false;
-  if (w.P % 2 != 0 || w.Q % 2 != 0 || minimum(w.P, w.Q) <= 2 || minimum(w.C, outer) < kLeastChannels) return false;
+  const int64_t quads = ceil_div(w.P, 2) * ceil_div(w.Q, 2), inside = (3 * w.P - 2) * (3 * w.Q - 2);
+  if (minimum(w.C, outer) < kLeastChannels || 14 * kPositions * quads > 10 * inside) return false;
   const bool is_large = kPositions * w.C * outer * int64_t{sizeof(E)} > kLargeFilterBytes;
-  return w.N * w.P * w.Q / 4 >= (is_large ? kLeastQuadsOfLarge : kLeastQuads);
+  return w.N * quads >= (is_large ? kLeastQuadsOfLarge : kLeastQuads);
+}
+
+// All of the quads of a tile: an odd row or column at the end of an image is the half of its last ones.
+inline Tile whole_quads(Tile tile) {
+  tile.rows += tile.rows % 2, tile.cols += tile.cols % 2;
+  return tile;
 }
 
 // How the products of a window are made and cut into tiles of about `pixels`. Depends on the shape alone.
@@ -87,9 +95,13 @@ struct TwoColumns {
   }
 };
 
-// B' d B for all quads of a tile, from what its operand points at; the operand then points at the quads.
-template <class T>
-void transform_strip(T* quads, Operand<T>& operand, const Tile& tile, int64_t C) {
+// B' d B for all quads of a tile, of a strip filled as for whole ones; the operand then points at the quads.
+template <class T, class Source>
+void gather_quads(T* quads, Operand<T>& operand, T* strip, Window w, const Tile& of, const Source& source) {
+  const int64_t C = w.C;
+  const Tile tile = whole_quads(of);
+  w.P += w.P % 2, w.Q += w.Q % 2;  // which may not stay inside of what w does
+  gather(operand, strip, w, tile, source);
   const int64_t stride = quad_stride<T>(C), across = tile.cols / 2;
   T* to = quads;
   for (int64_t row = 0; row < tile.images * tile.rows; row += 2, to += across * stride)
@@ -118,28 +130,38 @@ FUSED_PREACT_INLINE void transform_output(const V (&m)[4], V& first, V& second) 
   second = middle + m[3];
 }
 
+// body(pixel, below, right) for each quad of a tile: its first pixel, and whether it has a second row and a second column.
+template <class Body>
+FUSED_PREACT_INLINE void for_each_quad(const Tile& tile, const Body& body) {
+  for (int64_t n = 0; n < tile.images; ++n)
+    for (int64_t i = 0; i < tile.rows; i += 2)
+      for (int64_t j = 0; j < tile.cols; j += 2)
+        body((n * tile.rows + i) * tile.cols + j, i + 1 < tile.rows, j + 1 < tile.cols);
+}
+
 // A' m A for all quads of a tile: `products` becomes `block`, a vector for each pixel and column.
 template <int V, class T>
 void transform_products(T* block, const T* products, const Tile& tile) {
   constexpr int64_t kWidth = V * kLanes<T>;
   const int64_t stride = quad_stride<T>(kWidth), row = tile.cols * kWidth;
-  for (int64_t i = 0; i < tile.images * tile.rows; i += 2, block += 2 * row)
-    for (int64_t j = 0; j < tile.cols; j += 2, products += stride)
-      for (int v = 0; v < V; ++v) {
-        Vec<T> down[2][4];
-        for (int s = 0; s < 4; ++s) {
-          const T* const m = products + s * kWidth + v * kLanes<T>;
-          const Vec<T> column[] = {load(m), load(m + 4 * kWidth), load(m + 8 * kWidth), load(m + 12 * kWidth)};
-          transform_output(column, down[0][s], down[1][s]);
-        }
-        for (int r = 0; r < 2; ++r) {
-          Vec<T> first, second;
-          transform_output(down[r], first, second);
-          T* const y = block + r * row + j * kWidth + v * kLanes<T>;
-          store(y, first);
-          store(y + kWidth, second);
-        }
+  for_each_quad(tile, [&](int64_t pixel, bool below, bool right) __attribute__((always_inline)) {
+    for (int v = 0; v < V; ++v) {
+      Vec<T> down[2][4];
+      for (int s = 0; s < 4; ++s) {
+        const T* const m = products + s * kWidth + v * kLanes<T>;
+        const Vec<T> column[] = {load(m), load(m + 4 * kWidth), load(m + 8 * kWidth), load(m + 12 * kWidth)};
+        transform_output(column, down[0][s], down[1][s]);
       }
+      for (int r = 0; r < 1 + below; ++r) {
+        Vec<T> first, second;
+        transform_output(down[r], first, second);
+        T* const y = block + r * row + pixel * kWidth + v * kLanes<T>;
+        store(y, first);
+        if (right) store(y + kWidth, second);
+      }
+    }
+    products += stride;
+  });
 }
 
 // A dy A' for all quads of a tile, from [pixels][width], `ld` apart.
@@ -149,19 +171,21 @@ void transform_columns(T* quads, const T* dy, int64_t ld, const Tile& tile, int6
   const auto two = [](const Vec<T>& first, const Vec<T>& second, Vec<T>(&to)[4]) __attribute__((always_inline)) {
     to[0] = first, to[1] = first + second, to[2] = first - second, to[3] = second;
   };
-  for (int64_t i = 0; i < tile.images * tile.rows; i += 2, dy += 2 * row)
-    for (int64_t j = 0; j < tile.cols; j += 2, quads += stride)
-      for (int64_t k = 0; k < width; k += kLanes<T>) {
-        const T* const from = dy + j * ld + k;
-        Vec<T> left[4], right[4];
-        two(load(from), load(from + row), left);
-        two(load(from + ld), load(from + row + ld), right);
-        for (int r = 0; r < 4; ++r) {
-          Vec<T> across[4];
-          two(left[r], right[r], across);
-          for (int s = 0; s < 4; ++s) store(quads + (4 * r + s) * width + k, across[s]);
-        }
+  for_each_quad(tile, [&](int64_t pixel, bool below, bool right) __attribute__((always_inline)) {
+    for (int64_t k = 0; k < width; k += kLanes<T>) {
+      const T* const from = dy + pixel * ld + k;
+      const Vec<T> none = {};
+      Vec<T> first[4], second[4];
+      two(load(from), below ? load(from + row) : none, first);
+      two(right ? load(from + ld) : none, below && right ? load(from + row + ld) : none, second);
+      for (int r = 0; r < 4; ++r) {
+        Vec<T> across[4];
+        two(first[r], second[r], across);
+        for (int s = 0; s < 4; ++s) store(quads + (4 * r + s) * width + k, across[s]);
       }
+    }
+    quads += stride;
+  });
 }
 
 // What a tile gives to the outer products of wgrad where they are made this way: a step is a quad.
@@ -173,12 +197,11 @@ OuterOperands<T> outer_quads(const Cut<T>& cut, const Tile& tile, const Activati
   const int64_t stride = quad_stride<T>(width);
   TileScratch<T> scratch(cut.tiling, block + most * (stride + quad_stride<T>(w.C)));
   T* const dy = scratch.block + block;
-  gather(scratch.operand, scratch.strip, w, tile, a);
-  transform_strip(dy + most * stride, scratch.operand, tile, w.C);
+  gather_quads(dy + most * stride, scratch.operand, scratch.strip, w, tile, a);
   int64_t ld = 0;
   const T* const columns = gather_columns(scratch.block, ld, gradient, w, tile, begin, width);
   transform_columns(dy, columns, ld, tile, width);
-  return {tile.pixels() / 4, stride, scratch.operand, dy};
+  return {whole_quads(tile).pixels() / 4, stride, scratch.operand, dy};
 }
 
 // G w G' of one panel: positions (s, c) in place of taps (r, s, c). Of a row of all channels there are `taps` values, and
@@ -254,13 +277,13 @@ FUSED_PREACT_INLINE void multiply_quads(T* products, int64_t stride, const T* co
 template <class T, class Sink>
 FUSED_PREACT_INLINE void correlate_quads(const Operand<T>& quads, const Tile& tile, int64_t C, const T* panel,
                                          int64_t columns, T* products, T* block, Sink& sink) {
-  const int64_t parts = ceil_div(C, kQuadRun), part = ceil_div(C, parts);
+  const int64_t count = whole_quads(tile).pixels() / 4, parts = ceil_div(C, kQuadRun), part = ceil_div(C, parts);
   with_constant<kColumns>(columns, [&](auto V) __attribute__((always_inline)) {
     constexpr int64_t kWidth = V * kLanes<T>;
     const int64_t stride = quad_stride<T>(kWidth);
     for (int64_t s = 0; s < kPositions; ++s)
       for (int64_t c = 0; c < C; c += part)
-        for_each_block(tile.pixels() / 4, [&](int64_t q, auto M) __attribute__((always_inline)) {
+        for_each_block(count, [&](int64_t q, auto M) __attribute__((always_inline)) {
           multiply_quads<T, M, V>(products + q * stride + s * kWidth, stride, quads.pixels + q, s * C + c,
                                   minimum(part, C - c), panel + (s * position_rows(C) + c) * kWidth, c > 0,
                                   std::make_integer_sequence<int, M * V>{});
