@@ -151,7 +151,7 @@ Tensor Launch::dense_nhwc(const Tensor& x) const {
 
 Tensor Launch::laid_out_like(const Tensor& x, const Tensor& y) const {
   if (x.stride(1) == 1 && x.size(1) > 1) return y;
-  if (device_.kernels.permute == nullptr || is_nchw(y) || y.numel() == 0) return fused_preact::contiguous(y);
+  if (device_.kernels.permute == nullptr || is_nchw(y) || y.numel() == 0) return torch::stable::contiguous(y);
   const Tensor to = empty_nchw(y, y.scalar_type(), y.size(0), y.size(1), y.size(2), y.size(3), device_.pool);
   permute(y, y.size(2) * y.size(3), y.size(1), to);
   return to;

@@ -116,8 +116,6 @@ bool is_nchw(const Tensor& x) { return is_dense(x, kNchw); }
 
 Tensor dense_nhwc(const Tensor& x) { return is_nhwc(x) ? x : torch::stable::contiguous(x, MemoryFormat::ChannelsLast); }
 
-Tensor contiguous(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
-
 Tensor convert(const Tensor& x, ScalarType type) { return x.scalar_type() == type ? x : torch::stable::to(x, type); }
 
 Tensor sum(const Tensor& a, const Tensor& b) { return torch::stable::subtract(a, b, -1); }
@@ -126,7 +124,10 @@ Tensor difference(const Tensor& a, const Tensor& b) { return torch::stable::subt
 
 Tensor negative(const Tensor& x) { return torch::stable::subtract(x, x, 2); }  // exact
 
-Tensor contiguous(const Tensor& x, ScalarType type) { return fused_preact::contiguous(convert(x, type)); }
+Tensor contiguous(const Tensor& x, ScalarType type) {
+  const Tensor typed = convert(x, type);
+  return typed.is_contiguous() ? typed : torch::stable::contiguous(typed);
+}
 
 Weight filter(const Tensor& weight) { return filter_of<const void*>(weight.const_data_ptr(), weight); }
 

@@ -34,7 +34,6 @@ bool is_nchw(const Tensor& x);
 
 // x itself where it is what is asked for, else a copy.
 Tensor dense_nhwc(const Tensor& x);
-Tensor contiguous(const Tensor& x);
 Tensor contiguous(const Tensor& x, ScalarType);
 Tensor convert(const Tensor& x, ScalarType);
 

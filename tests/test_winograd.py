@@ -19,7 +19,7 @@ def convolve(x: torch.Tensor, K: int, dy: torch.Tensor | None = None) -> torch.T
 
 
 def outside(values: torch.Tensor) -> torch.Tensor:
-    """Those that do not read PIXEL."""
+    """Those that do not read PIXEL; those that do are not finite."""
     reads = torch.zeros_like(values, dtype=torch.bool)
     reads[..., PIXEL[0] - 1 : PIXEL[0] + 2, PIXEL[1] - 1 : PIXEL[1] + 2] = True
     assert not values[reads].isfinite().any()
@@ -53,6 +53,8 @@ def test_what_is_not_finite_reaches_its_readers_alone(value, dtype, isa):
         ((2, 16, 7, 7), 16, False),  # 32 quads
         ((48, 16, 2, 2), 16, False),
         ((16, 16, 5, 5), 16, False),
+        ((7, 366, 8, 8), 366, False),  # 112 quads of a filter over 8 MiB
+        ((8, 366, 8, 8), 366, True),
     ],
     ids=str,
 )

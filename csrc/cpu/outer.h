@@ -43,6 +43,7 @@ struct OuterOperands {
   Operand<E> activation;
   const E* dy;
 
+  // Of what is gathered already.
   OuterOperands(int64_t count, int64_t step, const Operand<E>& a, const E* columns)
       : steps(count), ld(step), activation(a), dy(columns) {}
 

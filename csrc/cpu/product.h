@@ -24,6 +24,8 @@ struct ProductCut : Cut<E> {
   }
 };
 
+// A packed filter, and how the window that it meets is cut. A job makes the Strip of a tile, and multiplies it by one panel
+// after the other.
 template <class E>
 class Product : public ProductCut<E> {
   using T = Accumulate<E>;
@@ -39,7 +41,7 @@ class Product : public ProductCut<E> {
         splits(splits_for(cut.groups(), panels.count())),
         packed_(packed(filter, workspace)) {}
 
-  // What one thread holds of one tile, in its scratch memory: the operand of its products, ...
+  // The operand of one tile, in the scratch memory of the thread.
   class Strip {
    public:
     template <class Source>
@@ -50,7 +52,7 @@ class Product : public ProductCut<E> {
 
     int64_t* outputs() const { return scratch_.outputs; }
 
-    // ... which a panel is multiplied by: sink as for correlate.
+    // The product with one panel: sink as for correlate.
     template <class Sink>
     FUSED_PREACT_INLINE void times(int64_t panel, Sink& sink) const {
       const E* const weights = product_.packed_ + product_.panels.offset(panel);

@@ -95,30 +95,37 @@ struct TwoColumns {
   }
 };
 
-// B' d B for all quads of a tile, of a strip filled as for whole ones; the operand then points at the quads.
+// B' d B of one channel vector of a quad, whose columns are transformed down, to positions `step` values apart.
+template <class T>
+FUSED_PREACT_INLINE void store_quad(T* to, int64_t step, const TwoColumns<T>& first, const TwoColumns<T>& second,
+                                    int64_t n) {
+  for (int i = 0; i < 4; ++i) {
+    Vec<T> v[] = {first.left[i], first.right[i], second.left[i], second.right[i]};
+    transform_input(v[0], v[1], v[2], v[3]);
+    for (int s = 0; s < 4; ++s) store_lanes(to + (4 * i + s) * step, v[s], n);
+  }
+}
+
+// B' d B for all quads of a tile, of a strip filled as for whole ones; the operand then points at the quads. Quads that
+// follow each other share two columns.
 template <class T, class Source>
 void gather_quads(T* quads, Operand<T>& operand, T* strip, Window w, const Tile& of, const Source& source) {
-  const int64_t C = w.C;
   const Tile tile = whole_quads(of);
   w.P += w.P % 2, w.Q += w.Q % 2;  // which may not stay inside of what w does
   gather(operand, strip, w, tile, source);
-  const int64_t stride = quad_stride<T>(C), across = tile.cols / 2;
+  const int64_t C = w.C, row = operand.row_stride, stride = quad_stride<T>(C), across = tile.cols / 2;
   T* to = quads;
-  for (int64_t row = 0; row < tile.images * tile.rows; row += 2, to += across * stride)
-    for_each_vector<T>(C,
-                       [&, from = operand.pixels[row * tile.cols]](int64_t c, auto n) __attribute__((always_inline)) {
-                         TwoColumns<T> outer(from + c, operand.row_stride, C, n);
-                         for (int64_t j = 0; j < across; ++j) {
-                           const TwoColumns<T> inner(from + (2 * j + 2) * C + c, operand.row_stride, C, n);
-                           T* const values = to + j * stride + c;
-                           for (int i = 0; i < 4; ++i) {
-                             Vec<T> v[] = {outer.left[i], outer.right[i], inner.left[i], inner.right[i]};
-                             transform_input(v[0], v[1], v[2], v[3]);
-                             for (int s = 0; s < 4; ++s) store_lanes(values + (4 * i + s) * C, v[s], n);
-                           }
-                           outer = inner;
-                         }
-                       });
+  for (int64_t i = 0; i < tile.images * tile.rows; i += 2, to += across * stride) {
+    const T* const from = operand.pixels[i * tile.cols];
+    for_each_vector<T>(C, [=](int64_t c, auto n) __attribute__((always_inline)) {
+      TwoColumns<T> first(from + c, row, C, n);
+      for (int64_t j = 0; j < across; ++j) {
+        const TwoColumns<T> second(from + (2 * j + 2) * C + c, row, C, n);
+        store_quad(to + j * stride + c, C, first, second, n);
+        first = second;
+      }
+    });
+  }
   for (int64_t q = 0; q < tile.pixels() / 4; ++q) operand.pixels[q] = quads + q * stride;
 }
 
