@@ -135,17 +135,18 @@ FUSED_PREACT_INLINE Vec<float> load(const BFloat16Pair* from) {
 }
 
 // Rounds to nearest even; a NaN stays a (quiet) NaN.
-FUSED_PREACT_INLINE void store(BFloat16* to, Vec<float> v) {
+FUSED_PREACT_INLINE HalfBits rounded(Vec<float> v) {
 #if defined(__AVX512BF16__)
-  const HalfBits rounded = (HalfBits)_mm512_cvtneps_pbh((__m512)v);
+  return (HalfBits)_mm512_cvtneps_pbh((__m512)v);
 #else
   const Vec<uint32_t> bits = (Vec<uint32_t>)v;
   const Vec<uint32_t> nearest = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const Vec<uint32_t> nan = (bits >> 16) | 0x40u;
-  const HalfBits rounded = __builtin_convertvector((Vec<int32_t>)(v != v) ? nan : nearest, HalfBits);
+  return __builtin_convertvector((Vec<int32_t>)(v != v) ? nan : nearest, HalfBits);
 #endif
-  store_as(&to->bits, rounded);
 }
+
+FUSED_PREACT_INLINE void store(BFloat16* to, Vec<float> v) { store_as(&to->bits, rounded(v)); }
 
 // Stores past the cache, which so need not read what is overwritten: for whole cache lines, written soon after each other.
 // `to` is aligned to the vector. Other threads see it after a fence.
@@ -204,7 +205,7 @@ struct LongSum {
   }
 };
 
-// The first n < lanes values, the other lanes zero.
+// The first n < lanes values, the other lanes zero. What is behind them is neither read nor written.
 template <class S>
 FUSED_PREACT_INLINE Vec<Accumulate<S>> load_first(const S* from, int64_t n) {
   S buffer[kLanes<Accumulate<S>>] = {};
@@ -218,6 +219,53 @@ FUSED_PREACT_INLINE void store_first(S* to, Vec<Accumulate<S>> v, int64_t n) {
   store(buffer, v);
   memcpy(to, buffer, n * sizeof(S));
 }
+
+// Where the instruction set has masks, by one: the copy through a buffer takes many times as long as a vector.
+#if defined(__AVX512F__)
+FUSED_PREACT_INLINE uint32_t first_lanes(int64_t n) { return (1u << n) - 1; }
+
+FUSED_PREACT_INLINE Vec<float> load_first(const float* from, int64_t n) {
+  return (Vec<float>)_mm512_maskz_loadu_ps(__mmask16(first_lanes(n)), from);
+}
+FUSED_PREACT_INLINE Vec<double> load_first(const double* from, int64_t n) {
+  return (Vec<double>)_mm512_maskz_loadu_pd(__mmask8(first_lanes(n)), from);
+}
+FUSED_PREACT_INLINE Vec<float> load_first(const BFloat16* from, int64_t n) {
+  const HalfBits bits = (HalfBits)_mm256_maskz_loadu_epi16(__mmask16(first_lanes(n)), from);
+  return (Vec<float>)(__builtin_convertvector(bits, Vec<uint32_t>) << 16);
+}
+
+FUSED_PREACT_INLINE void store_first(float* to, Vec<float> v, int64_t n) {
+  _mm512_mask_storeu_ps(to, __mmask16(first_lanes(n)), (__m512)v);
+}
+FUSED_PREACT_INLINE void store_first(double* to, Vec<double> v, int64_t n) {
+  _mm512_mask_storeu_pd(to, __mmask8(first_lanes(n)), (__m512d)v);
+}
+FUSED_PREACT_INLINE void store_first(BFloat16* to, Vec<float> v, int64_t n) {
+  _mm256_mask_storeu_epi16(to, __mmask16(first_lanes(n)), (__m256i)rounded(v));
+}
+#elif defined(__AVX2__)
+FUSED_PREACT_INLINE __m256i first_lanes_of_float(int64_t n) {
+  return (__m256i)(Vec<int32_t>{0, 1, 2, 3, 4, 5, 6, 7} < splat(int32_t(n)));
+}
+FUSED_PREACT_INLINE __m256i first_lanes_of_double(int64_t n) {
+  return (__m256i)(Vec<int64_t>{0, 1, 2, 3} < splat(n));
+}
+
+FUSED_PREACT_INLINE Vec<float> load_first(const float* from, int64_t n) {
+  return (Vec<float>)_mm256_maskload_ps(from, first_lanes_of_float(n));
+}
+FUSED_PREACT_INLINE Vec<double> load_first(const double* from, int64_t n) {
+  return (Vec<double>)_mm256_maskload_pd(from, first_lanes_of_double(n));
+}
+
+FUSED_PREACT_INLINE void store_first(float* to, Vec<float> v, int64_t n) {
+  _mm256_maskstore_ps(to, first_lanes_of_float(n), (__m256)v);
+}
+FUSED_PREACT_INLINE void store_first(double* to, Vec<double> v, int64_t n) {
+  _mm256_maskstore_pd(to, first_lanes_of_double(n), (__m256d)v);
+}
+#endif
 
 // body(c, n) for each vector of a row of C channels: n lanes from channel c on, all of them but in the last one.
 template <class T, class Body>
