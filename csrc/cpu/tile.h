@@ -66,6 +66,21 @@ constexpr int64_t kTileStep = 24;
 // No more pixels, and bytes of its strip, make a tile by position than stay in the second level cache.
 constexpr int64_t kMostPixelsByPosition = 256, kMostBytesByPosition = 1 << 19;
 
+// Of all taps of `outputs` output pixels along one side of an image of `size` pixels, those that are inside of it.
+inline int64_t count_inside(int64_t outputs, int64_t stride, int64_t first, int64_t taps, int64_t size) {
+  int64_t count = 0;
+  for (int64_t i = 0; i < outputs; ++i, first += stride)
+    count += maximum<int64_t>(minimum(first + taps, size) - maximum<int64_t>(first, 0), 0);
+  return count;
+}
+
+// Whether a tenth of the products of a window, or more, are with padding.
+inline bool reads_much_padding(const Window& w) {
+  const int64_t inside =
+      count_inside(w.P, w.stride_h, w.top, w.R, w.H) * count_inside(w.Q, w.stride_w, w.left, w.S, w.W);
+  return 10 * inside <= 9 * (w.P * w.R * w.Q * w.S);
+}
+
 // How many images make a tile by position, in whole register blocks where there are several tiles; or 0 where they are so
 // few that short blocks cost what the padding does. Pairs of bf16 want whole ones: a product is two there, a load is not.
 template <class E>
@@ -76,7 +91,7 @@ int64_t images_by_position(const Window& w) {
   const int64_t bytes = w.H * w.W * w.C * int64_t{sizeof(E)};
   const int64_t most = minimum(pixels, kMostBytesByPosition / maximum<int64_t>(bytes, 1));
   const int64_t images = w.N <= most ? w.N : most - most % (most >= kRows ? kRows : kLeast);
-  return images < kLeast ? 0 : images;
+  return images < kLeast || (images < kRows && !reads_much_padding(w)) ? 0 : images;
 }
 
 // From one image to the next in a strip by position. The pixels of a register block, and then those of an outer product,
