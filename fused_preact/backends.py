@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.utils._pytree import tree_map_only
 
@@ -33,6 +34,7 @@ class Problem(NamedTuple):
     shape: tuple[int, ...]  # of x
     convolutions: tuple[tuple[Conv, tuple[int, ...]], ...]  # geometry, weight shape
     format: str = "channels_last"  # memory format of x, or "contiguous"
+    transformed: bool = False  # within a transform of torch.func, or a forward-mode derivative
 
 
 # What "auto" gives to the CUDA kernels: multiply-adds an image of the heaviest convolution. On an H200, in 16 bits and
@@ -165,10 +167,19 @@ def status() -> dict[str, str | None]:
 
 def obstacle(name: str, problem: Problem, by_rule: bool = False) -> str | None:
     """Why a backend cannot serve a problem, or, ``by_rule``, why "auto" passes it over; None where neither is so."""
+    if problem.transformed and name != "eager":
+        return "it knows no transforms of torch.func and no forward-mode derivatives"
     reason = _OBSTACLES[name](problem)
     if reason is None and by_rule and name in _AUTO_OBSTACLES:
         reason = _AUTO_OBSTACLES[name](problem)
     return reason
+
+
+def is_transforming() -> bool:
+    """Whether derivatives are taken in another way than by autograd's backward, the one way that fused calls know."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def check_name(backend: str) -> None:

@@ -98,12 +98,15 @@ _plans: dict[tuple[Any, ...], Plan] = {}
 
 
 def call_key(name: str, x: Tensor) -> tuple[Any, ...]:
-    """What a plan depends on beside the layers, for an argument: the tensor, and last the dtype of autocast or None."""
+    """What a plan depends on beside the layers, for an argument: the tensor, and what it is called in.
+
+    Last come whether a transform is at work, and the dtype of autocast or None.
+    """
     checks.tensor(name, x)
     device = x.device.type
     cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     order = memory_format(x) if x.dim() == 4 and x.layout == torch.strided else None
-    return x.shape, x.dtype, x.device, x.layout, order, cast
+    return x.shape, x.dtype, x.device, x.layout, order, backends.is_transforming(), cast
 
 
 def make_plan(
@@ -114,9 +117,9 @@ def make_plan(
     Raises:
         TypeError, ValueError: an argument does not fit.
     """
-    *_, cast = given = call_key("x", x)
+    *_, transformed, cast = given = call_key("x", x)
     if torch.compiler.is_compiling():
-        return _make_plan(x, blocks, residual, backend, memory, cast)
+        return _make_plan(x, blocks, residual, backend, memory, transformed, cast)
     key, tensors = [backend, memory, *given], [residual]
     for units, shortcut in blocks:
         key += (len(units), shortcut.kind, shortcut.conv)
@@ -130,11 +133,11 @@ def make_plan(
     if plan is None:
         if len(_plans) >= 4096:
             _plans.clear()
-        plan = _plans[key] = _make_plan(x, blocks, residual, backend, memory, cast)
+        plan = _plans[key] = _make_plan(x, blocks, residual, backend, memory, transformed, cast)
     return plan
 
 
-def _make_plan(x, blocks, residual, backend, memory, cast) -> Plan:
+def _make_plan(x, blocks, residual, backend, memory, transformed, cast) -> Plan:
     given = x
     if cast is not None:
         with torch.no_grad():
@@ -145,7 +148,7 @@ def _make_plan(x, blocks, residual, backend, memory, cast) -> Plan:
     layers = [layer for block in blocks for layer in (*block.units, block.shortcut) if layer.conv is not None]
     convolutions = tuple((layer.conv, tuple(layer.weight.shape)) for layer in layers)
     layout = "channels_last" if memory_format(x) == torch.channels_last else "contiguous"
-    problem = backends.Problem(x.device.type, x.dtype, tuple(x.shape), convolutions, layout)
+    problem = backends.Problem(x.device.type, x.dtype, tuple(x.shape), convolutions, layout, transformed)
     half = given.dtype in (torch.bfloat16, torch.float16)
     return Plan(
         backend,

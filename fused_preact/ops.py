@@ -235,5 +235,9 @@ def stage(
     if torch.compiler.is_compiling():
         y, _, rows = _call_forward(facts, x, residual, weight, bias, bn_weight, bn_bias, shortcut_weight)
         return y, [row.detach() for row in rows]
+    if facts.memory == schedule.MEMORY.index("none"):
+        with torch._C._AutoDispatchBelowAutograd():  # no node, for there is nothing to differentiate
+            y, _, rows = _call_forward(facts, x, residual, weight, bias, bn_weight, bn_bias, shortcut_weight)
+        return y, rows
     # The generic autograd of an operator with lists of tensors costs ten times what this node does.
     return _Stage.apply(facts, x, residual, len(shortcut_weight), *flat), facts.rows

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd import forward_ad
 from torch.testing import assert_close
 
 import fused_preact
@@ -258,3 +259,31 @@ def test_module_conversions(backend):
     ours, theirs = step(unit, x), step(plain, x)
     assert_close(ours, theirs)
     assert ours[-1].stride() == unit.conv.weight.stride()
+
+
+def dual(unit: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """The derivative of unit at x along ones, in forward mode."""
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(unit(forward_ad.make_dual(x, torch.ones_like(x)))).tangent
+
+
+TRANSFORMS = {
+    "vmap": lambda unit, x: torch.vmap(unit)(x.unsqueeze(1)),
+    "grad": lambda unit, x: torch.func.grad(lambda x: unit(x).square().sum())(x),
+    "jvp": lambda unit, x: torch.func.jvp(unit, (x,), (torch.ones_like(x),))[1],
+    "dual": dual,
+}
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_transforms_run_the_plain_layers(transform, grad):
+    """Under torch.func and in forward mode `auto` gives what plain layers give, not zero; a backend by name refuses."""
+    unit, plain = twins("auto")
+    x = torch.randn(3, 8, 4, 5)
+    with torch.set_grad_enabled(grad):
+        unit.eval()(x), plain.eval()  # a plan from outside of the transform is known
+        assert torch.equal(transform(unit, x), transform(plain, x))
+        unit.backend = "library"
+        with pytest.raises(ValueError, match=r"'library' cannot serve this call: it knows no transforms"):
+            transform(unit, x)

@@ -248,9 +248,7 @@ FUSED_PREACT_INLINE void store_first(BFloat16* to, Vec<float> v, int64_t n) {
 FUSED_PREACT_INLINE __m256i first_lanes_of_float(int64_t n) {
   return (__m256i)(Vec<int32_t>{0, 1, 2, 3, 4, 5, 6, 7} < splat(int32_t(n)));
 }
-FUSED_PREACT_INLINE __m256i first_lanes_of_double(int64_t n) {
-  return (__m256i)(Vec<int64_t>{0, 1, 2, 3} < splat(n));
-}
+FUSED_PREACT_INLINE __m256i first_lanes_of_double(int64_t n) { return (__m256i)(Vec<int64_t>{0, 1, 2, 3} < splat(n)); }
 
 FUSED_PREACT_INLINE Vec<float> load_first(const float* from, int64_t n) {
   return (Vec<float>)_mm256_maskload_ps(from, first_lanes_of_float(n));
