@@ -34,6 +34,8 @@ class Problem(NamedTuple):
     shape: tuple[int, ...]  # of x
     convolutions: tuple[tuple[Conv, tuple[int, ...]], ...]  # geometry, weight shape
     format: str = "channels_last"  # memory format of x, or "contiguous"
+    inference: bool = False  # no batch statistics, and no backward
+    saves_memory: bool = False  # "lean" or "min" was asked for
     transformed: bool = False  # within a transform of torch.func, or a forward-mode derivative
 
 
@@ -143,7 +145,8 @@ def _nothing(_problem: Problem) -> str | None:
 # What keeps "auto" from a backend besides, where nothing was measured.
 _AUTO_OBSTACLES: dict[str, Callable[[Problem], str | None]] = {"cuda": _auto_no_cuda, "triton": _auto_no_triton}
 # What keeps a backend from a problem, in the order in which "auto" tries them. "auto" promises never to be slower than
-# eager, and library pays for the activations that it does not keep by computing them again: it must be asked for.
+# eager, and library pays for the activations that it does not keep by computing them again: it must be asked for. But a
+# memory mode that was asked for goes before speed.
 _OBSTACLES: dict[str, Callable[[Problem], str | None]] = {
     "cpu": _no_cpu,
     "cuda": _no_cuda,
@@ -170,6 +173,10 @@ def obstacle(name: str, problem: Problem, by_rule: bool = False) -> str | None:
     if problem.transformed and name != "eager":
         return "it knows no transforms of torch.func and no forward-mode derivatives"
     reason = _OBSTACLES[name](problem)
+    if reason is None and by_rule and problem.saves_memory:
+        return (
+            "it keeps all that its layers keep, and a mode that keeps less was asked for" if name == "eager" else None
+        )
     if reason is None and by_rule and name in _AUTO_OBSTACLES:
         reason = _AUTO_OBSTACLES[name](problem)
     return reason
@@ -191,7 +198,9 @@ def check_name(backend: str) -> None:
 def _measured(problem: Problem) -> str | None:
     """The backend that was measured fastest on this device, where it can serve here."""
     best = tables.best(problem)
-    return best if best is not None and obstacle(best, problem) is None else None
+    if best is None or (best == "eager" and problem.saves_memory):
+        return None
+    return best if obstacle(best, problem) is None else None
 
 
 def choose(backend: str, problem: Problem) -> str:
@@ -285,6 +294,7 @@ def explain(target: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanatio
     """Say which backend serves a call, and why the others do not.
 
     The call ``target(*args, **kwargs)`` is made on fake tensors: nothing is computed, and no running statistics change.
+    Within ``torch.no_grad()`` a net in eval mode is explained as it runs for inference, which may be served otherwise.
     ``target`` is `bn_relu_conv2d`, or any module, a whole net too: ``print(fused_preact.explain(net, images))``.
 
     Raises:
@@ -300,6 +310,6 @@ def explain(target: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanatio
         state = {**dict(target.named_parameters()), **dict(target.named_buffers())}
         target = functools.partial(functional_call, target, tree_map_only(torch.Tensor, mode.from_tensor, state))
         args, kwargs = (args, kwargs), {}
-    with recording() as choices, torch.no_grad(), mode:
+    with recording() as choices, mode:
         target(*args, **kwargs)
     return Explanation(choice._replace(where=_place(choice.where, names)) for choice in choices)

@@ -100,13 +100,14 @@ _plans: dict[tuple[Any, ...], Plan] = {}
 def call_key(name: str, x: Tensor) -> tuple[Any, ...]:
     """What a plan depends on beside the layers, for an argument: the tensor, and what it is called in.
 
-    Last come whether a transform is at work, and the dtype of autocast or None.
+    Last come whether a backward may follow, whether a transform is at work, and the dtype of autocast or None.
     """
     checks.tensor(name, x)
     device = x.device.type
     cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     order = memory_format(x) if x.dim() == 4 and x.layout == torch.strided else None
-    return x.shape, x.dtype, x.device, x.layout, order, backends.is_transforming(), cast
+    calling = torch.is_grad_enabled(), backends.is_transforming(), cast
+    return x.shape, x.dtype, x.device, x.layout, order, *calling
 
 
 def make_plan(
@@ -117,9 +118,9 @@ def make_plan(
     Raises:
         TypeError, ValueError: an argument does not fit.
     """
-    *_, transformed, cast = given = call_key("x", x)
+    *_, grad, transformed, cast = given = call_key("x", x)
     if torch.compiler.is_compiling():
-        return _make_plan(x, blocks, residual, backend, memory, transformed, cast)
+        return _make_plan(x, blocks, residual, backend, memory, grad, transformed, cast)
     key, tensors = [backend, memory, *given], [residual]
     for units, shortcut in blocks:
         key += (len(units), shortcut.kind, shortcut.conv)
@@ -133,11 +134,11 @@ def make_plan(
     if plan is None:
         if len(_plans) >= 4096:
             _plans.clear()
-        plan = _plans[key] = _make_plan(x, blocks, residual, backend, memory, transformed, cast)
+        plan = _plans[key] = _make_plan(x, blocks, residual, backend, memory, grad, transformed, cast)
     return plan
 
 
-def _make_plan(x, blocks, residual, backend, memory, transformed, cast) -> Plan:
+def _make_plan(x, blocks, residual, backend, memory, grad, transformed, cast) -> Plan:
     given = x
     if cast is not None:
         with torch.no_grad():
@@ -148,7 +149,11 @@ def _make_plan(x, blocks, residual, backend, memory, transformed, cast) -> Plan:
     layers = [layer for block in blocks for layer in (*block.units, block.shortcut) if layer.conv is not None]
     convolutions = tuple((layer.conv, tuple(layer.weight.shape)) for layer in layers)
     layout = "channels_last" if memory_format(x) == torch.channels_last else "contiguous"
-    problem = backends.Problem(x.device.type, x.dtype, tuple(x.shape), convolutions, layout, transformed)
+    training = [unit.batch for unit in units]
+    inference = not grad and not any(training)
+    saves = memory != "fast" and not (inference or transformed)
+    shape = tuple(x.shape)
+    problem = backends.Problem(x.device.type, x.dtype, shape, convolutions, layout, inference, saves, transformed)
     half = given.dtype in (torch.bfloat16, torch.float16)
     return Plan(
         backend,
@@ -157,7 +162,7 @@ def _make_plan(x, blocks, residual, backend, memory, transformed, cast) -> Plan:
         cast,
         x.dtype if memory == "fast" else torch.float32 if half else given.dtype,
         [unit.weight.size(1) * unit.conv.groups for unit in units],
-        [unit.batch for unit in units],
+        training,
         [float(unit.eps) for unit in units],
         [number for conv, _ in convolutions for number in conv],
         [len(block.units) for block in blocks],

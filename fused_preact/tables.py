@@ -4,7 +4,7 @@
 package's folder ``measured`` is what this version was shipped with, and counts where the user's has nothing. The file:
 
     {"device": name, "date": ..., "versions": {...},
-     "calls": {key of a call: {N: {"best": backend, "seconds": {backend: median of forward + backward}}}},
+     "calls": {key of a call: {N: {"best": backend, "seconds": {backend: median of forward (and backward)}}}},
      "tiles": {key of a kernel call: [rows, columns, depth, warps, stages]}}
 """
 
@@ -88,14 +88,15 @@ def save(document: dict[str, Any], path: Path | None = None) -> Path:
 
 
 def call_key(problem: Any) -> str:
-    """Key of a call: dtype, memory format, C, H and W of x, and how often each geometry and filter occurs."""
+    """Key of a call: what for, dtype, memory format, C, H and W of x, and how often each geometry and filter occurs."""
     shape = "x".join(map(str, problem.shape[1:]))
     counts: dict[str, int] = {}
     for conv, weight in problem.convolutions:
         text = ",".join(map(str, (*conv, *weight)))
         counts[text] = counts.get(text, 0) + 1
     convolutions = (f"{count}*{text}" for text, count in counts.items())
-    return " ".join([str(problem.dtype).removeprefix("torch."), problem.format, shape, *convolutions])
+    purpose = ["inference"] if problem.inference else []
+    return " ".join([*purpose, str(problem.dtype).removeprefix("torch."), problem.format, shape, *convolutions])
 
 
 def best(problem: Any) -> str | None:

@@ -24,15 +24,16 @@ from .modules import Fused
 from .stage import PreActStage
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-MODELS = ("resnet110", "resnet1001", "preactresnet18", "preactresnet50")
+MODELS = ("resnet110", "resnet1001", "preactresnet18", "preactresnet50", "wrn28_10")
 ROUNDS = (5, 30)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `fused-preact tune`."""
     parser.description = (
-        "Times forward and backward of every stage and block of some models with each backend on this device, and "
-        "writes the table that backend='auto' reads. On a GPU with Triton also its tiles."
+        "Times every stage and block of some models with each backend on this device, forward and backward of "
+        "training and forward of inference, and writes the table that backend='auto' reads. On a GPU with Triton also "
+        "its tiles."
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU, where torch finds one")
     parser.add_argument("--models", nargs="+", choices=models.names(), default=MODELS, metavar="NAME")
@@ -64,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
             calls = _calls(arguments.models, device, DTYPES[dtype], batch, arguments.size)
             distinct = {tables.call_key(problem): (problem, block) for problem, block in calls}
             for key, (problem, block) in progress.track(distinct.items(), description=f"calls in {dtype}"):
-                if device == "cuda" and backends.obstacle("triton", problem) is None:
+                if device == "cuda" and not problem.inference and backends.obstacle("triton", problem) is None:
                     document["tiles"] |= _tiles(problem, block, arguments.budget)
                 found = measure(problem, block, arguments.budget)
                 document["calls"][key] = {str(batch): found}
@@ -82,7 +83,8 @@ def _line(problem: backends.Problem, found: dict[str, Any]) -> str:
         f"{name} {1e3 * value:.2f} ms" + (f" ({seconds['eager'] / value:.2f}x)" if name != "eager" else "")
         for name, value in seconds.items()
     )
-    return f"{found['best']:>8}  {dtype} {problem.format} {shape}, {n} convolution{'s' * (n > 1)}: {times}"
+    purpose = "inference" if problem.inference else "training"
+    return f"{found['best']:>8}  {purpose} {dtype} {problem.format} {shape}, {n} convolution{'s' * (n > 1)}: {times}"
 
 
 def _document(device: str) -> dict[str, Any]:
@@ -108,7 +110,7 @@ def _cast(problem: backends.Problem) -> torch.autocast:
 def _calls(
     names: list[str], device: str, dtype: torch.dtype, batch: int, size: int
 ) -> Iterator[tuple[backends.Problem, nn.Module]]:
-    """The fused calls of the models' training step, by stages and by blocks: what is called, and by which module."""
+    """The fused calls of models, by stages and by blocks, in training and in inference: what, and by which module."""
     for name in names:
         net = models.create(name, stem="cifar" if size <= 64 else "imagenet").to(device).train()
         images = torch.empty(batch, 3, size, size, device=device)
@@ -118,7 +120,8 @@ def _calls(
                 choices = backends.explain(_served_by("reference", form), images)
             for choice in choices:
                 if choice.problem is not None:
-                    yield choice.problem, form.get_submodule(choice.where)
+                    for inference in (False, True):
+                        yield choice.problem._replace(inference=inference), form.get_submodule(choice.where)
 
 
 def _taken_apart(net: nn.Module, parts: Callable[[PreActStage], list[nn.Module]]) -> nn.Module:
@@ -139,14 +142,15 @@ def _served_by(backend: str, module: nn.Module) -> nn.Module:
 
 
 def _step(problem: backends.Problem, block: nn.Module, backend: str) -> Step:
-    """Forward and backward of a stage or block with a backend, until the device has finished."""
-    module = _served_by(backend, block)
+    """Forward, and where it is training backward, of a stage or block with a backend, until the device has finished."""
+    module = _served_by(backend, block).train(not problem.inference)
     layout = torch.channels_last if problem.format == "channels_last" else torch.contiguous_format
-    x = torch.randn(problem.shape, device=problem.device, dtype=problem.dtype).to(memory_format=layout).requires_grad_()
+    x = torch.randn(problem.shape, device=problem.device, dtype=problem.dtype).to(memory_format=layout)
+    x.requires_grad_(not problem.inference)
     wait: Callable[[], None] = torch.cuda.synchronize if problem.device == "cuda" else lambda: None
 
     def forward() -> Tensor:
-        with _cast(problem):
+        with _cast(problem), torch.set_grad_enabled(not problem.inference):
             y = module(x)
         wait()
         return y
@@ -154,7 +158,8 @@ def _step(problem: backends.Problem, block: nn.Module, backend: str) -> Step:
     dy = torch.randn_like(forward())
 
     def backward(y: Tensor) -> None:
-        y.backward(dy)
+        if not problem.inference:
+            y.backward(dy)
         wait()
 
     def prepare() -> None:

@@ -3,7 +3,7 @@ import torch
 
 import fused_preact
 from cases import BACKENDS
-from fused_preact import BNReLUConv2d, PreActBlock, _extension, backends, bn_relu_conv2d, models, tables
+from fused_preact import BNReLUConv2d, PreActBlock, _extension, backends, bn_relu_conv2d, functional, models, tables
 
 needs_cpu = pytest.mark.skipif(_extension.unavailable is not None, reason=str(_extension.unavailable))
 
@@ -222,3 +222,31 @@ def test_what_is_asked_for_serves(name):
     x, weight = arguments()
     (choice,) = fused_preact.explain(bn_relu_conv2d, x, weight, training=True, backend=name)
     assert choice.backend == name
+
+
+@pytest.mark.parametrize("options", [dict(C=512, K=512), dict(dtype=torch.float32)], ids=["wide", "float32"])
+def test_a_memory_mode_goes_before_speed(gpu, options):
+    """Who asks for "lean" or "min" is not given plain layers, which keep everything, because those may be faster."""
+    choice = backends.describe("here", "auto", on_cuda(**options)._replace(saves_memory=True))
+    assert choice.backend == "cuda"
+    assert "a mode that keeps less was asked for" in choice.others["eager"]
+
+
+@pytest.mark.parametrize("memory", ["fast", "lean"])
+def test_a_memory_mode_goes_before_what_was_measured(folder, memory):
+    """A table that has plain layers as the fastest decides for "fast", and for inference in every mode."""
+    stage = fused_preact.PreActStage(fused_preact.PreActBlock(4, 4), memory=memory)
+    x = torch.randn(2, 4, 6, 6).contiguous(memory_format=torch.channels_last)
+    calls = {}
+    for grad in True, False:
+        with torch.set_grad_enabled(grad):
+            (choice,) = fused_preact.explain(stage.train(grad), x)
+        assert choice.problem.inference is not grad
+        calls[tables.call_key(choice.problem)] = {"2": {"best": "eager", "seconds": {}}}
+    tables.save({"device": tables.device_name("cpu"), "calls": calls, "tiles": {}})
+    functional._plans.clear()
+    stage = fused_preact.PreActStage(*stage, memory=memory)  # which remembers no plan
+    assert fused_preact.explain(stage.train(), x)[0].backend == ("eager" if memory == "fast" else "cpu")
+    with torch.no_grad():
+        assert fused_preact.explain(stage.eval(), x)[0].backend == "eager"
+    assert fused_preact.explain(stage, x)[0].backend == ("eager" if memory == "fast" else "cpu")

@@ -62,6 +62,7 @@ def test_the_key_tells_calls_apart():
     calls = [(), ((4, 4),), ((4, 4), (4, 4)), ((8, 4), (4, 8)), ((8, 4), (4, 8), (8, 4), (4, 8))]
     assert len({tables.call_key(problem(2, *convolutions)) for convolutions in calls}) == len(calls)
     assert tables.call_key(problem(2, (4, 4))) == tables.call_key(problem(3, (4, 4)))
+    assert tables.call_key(problem(2)._replace(inference=True)) != tables.call_key(problem(2))
 
 
 def test_a_table_of_a_processor_is_for_its_threads():

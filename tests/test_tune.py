@@ -48,10 +48,13 @@ def test_what_is_timed_is_the_backend_itself(backend):
     """A stage and its blocks, one by one, are handed to the backend; the model keeps its own."""
     calls = list(tune._calls(["resnet20"], "cpu", torch.float32, 2, 8))
     kinds = [type(module) for _, module in calls]
-    assert (kinds.count(PreActStage), kinds.count(PreActBlock)) == (3, 8)  # the first block is of a third kind
+    # Each is called for training and for inference. The first block is of a third kind.
+    assert (kinds.count(PreActStage), kinds.count(PreActBlock)) == (6, 16)
     for problem, module in calls:
         x = torch.randn(problem.shape).contiguous(memory_format=torch.channels_last)
-        choices = fused_preact.explain(tune._served_by(backend, module), x)
+        served = tune._served_by(backend, module).train(not problem.inference)
+        with torch.set_grad_enabled(not problem.inference):
+            choices = fused_preact.explain(served, x)
         assert {choice.backend for choice in choices} == {backend}
         assert backend == "eager" or [choice.problem for choice in choices] == [problem]
         assert {part.backend for part in module.modules() if isinstance(part, PreActBlock)} == {"auto"}
