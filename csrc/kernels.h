@@ -117,7 +117,7 @@ struct Kernels {
   void (*gradients)(const Conv&, Dtype, const Gradient& dy, const Weight&, const Activation& x, const void* add,
                     void* dz, const NormGrad& grad, const WeightGrad& dweight, void* dbias, Workspace&);
 
-  // All of the tensors from one storage type to another, none of them empty; null where torch does it as well.
+  // All of the tensors, none of them empty, from one to another of f32, bf16 and, where the device computes in it, f16.
   void (*convert)(Dtype from, Dtype to, const Conversion* tensors, int64_t count, Workspace&);
 
   // to[n][j][i] = from[n][i][j] for N matrices [rows][columns] of values of two, four or eight bytes: what makes NHWC of

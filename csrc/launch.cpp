@@ -115,10 +115,12 @@ Tensor Launch::running(const Tensor& mean, const Tensor& variance, const Affine&
 void Launch::convert(const std::vector<Tensor*>& tensors, ScalarType type) const {
   std::map<ScalarType, std::vector<Conversion>> batches;  // by the type that tensors have
   std::vector<Tensor> sources;                            // live until all is queued
-  const auto served = [&](ScalarType any) { return device_.kernels.convert != nullptr && any != ScalarType::Double; };
   for (Tensor* tensor : tensors) {
     const ScalarType from = tensor->scalar_type();
     if (from == type) continue;
+    const auto served = [&](ScalarType any) {
+      return any != ScalarType::Double && (any != ScalarType::Half || !tensor->is_cpu());
+    };
     std::optional<Tensor> to;
     if (served(from) && served(type) && tensor->numel() > 0) to = empty_alike(*tensor, type);
     if (to) {

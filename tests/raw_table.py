@@ -188,6 +188,19 @@ class RawTable(ABC):
         )
         return dweight.clone(), None if dbias is None else dbias.clone()
 
+    def convert(self, tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+        """Copies of tensors, all of one type, in another."""
+        self.clear()
+        results = [self._result(tensor.to(dtype)) for tensor in tensors]
+        words = [
+            word
+            for tensor, result in zip(tensors, results, strict=True)
+            for word in (self._place(tensor), self.address(result), tensor.numel())
+        ]
+        types = self.dtype(tensors[0].dtype), self.dtype(dtype)
+        self.call("convert", *types, self.place_words(*words), len(tensors))
+        return [result.clone() for result in results]
+
     def permute(self, matrices: Tensor) -> Tensor:
         """Each of the matrices [N, rows, columns] transposed."""
         self.clear()

@@ -119,6 +119,15 @@ def test_matrices_are_transposed_bit_for_bit(kernels: Any, shape: tuple[int, ...
     assert torch.equal(permuted, expected)
 
 
+@pytest.mark.parametrize(("of", "to"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)], ids=str)
+def test_many_tensors_are_converted_as_torch_converts_each(kernels: Any, of: torch.dtype, to: torch.dtype) -> None:
+    """Shorter and longer than a job, which begin and end anywhere in them; halfway values, infinity and NaN too."""
+    tensors = [torch.randn(count).to(of) for count in (1, 15, 16, 333, 2**14, 5, 40000)]
+    tensors[3][:5] = torch.tensor([torch.nan, torch.inf, 3.4e38, 1 + 2.0**-8, 1 + 3 * 2.0**-8])
+    for found, tensor in zip(kernels.convert(tensors, to), tensors, strict=True):
+        torch.testing.assert_close(found, tensor.to(to), rtol=0, atol=0, equal_nan=True)
+
+
 def test_reading_past_the_end_is_caught(kernels: Any) -> None:
     """The emulator itself: a kernel that is told of more pixels than it is given does not pass."""
     from avx512.emulator import EmulationError

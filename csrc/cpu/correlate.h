@@ -21,8 +21,9 @@ FUSED_PREACT_INLINE void prefetch_far(const S* x, int64_t n) {
 
 // A sum over the depth is cut into runs of at most this many products. All pixels of the tile take one run of the panel
 // before the next, so that the run's weights stay in the first level cache; and the sum of runs has the rounding error of
-// a blocked product.
-constexpr int64_t kRun = 144;
+// a blocked product. Beside the rounding of bf16 that error is nothing, and runs of pairs are as long as the cache allows.
+template <class E>
+constexpr int64_t kRun = kPair<E> > 1 ? 432 : 144;
 
 // Rows [top, bottom) of the filter, and values [left, right) of the S*C of each.
 struct Taps {
@@ -119,10 +120,10 @@ FUSED_PREACT_INLINE int64_t block_lanes(int i, int64_t last) {
 template <class E, class Sink>
 FUSED_PREACT_INLINE void correlate(const Operand<E>& a, const Window& w, const Tile& tile, const E* panel,
                                    int64_t columns, Accumulate<E>* totals, Sink& sink) {
-  const int64_t length = w.R > 0 ? w.S * w.C : 0, parts = maximum<int64_t>(ceil_div(length, kRun), 1);
+  const int64_t length = w.R > 0 ? w.S * w.C : 0, parts = maximum<int64_t>(ceil_div(length, kRun<E>), 1);
   const int64_t part = ceil_div(ceil_div(length, parts), kPair<E>) * kPair<E>;
   const bool whole_rows = parts == 1 && !tile.by_position;
-  const int64_t rows = whole_rows ? maximum<int64_t>(minimum(w.R, kRun / maximum<int64_t>(length, 1)), 1) : 1;
+  const int64_t rows = whole_rows ? maximum<int64_t>(minimum(w.R, kRun<E> / maximum<int64_t>(length, 1)), 1) : 1;
   const Pixels whole = pixels_inside(w, tile);
   with_constant<kColumns>(columns, [&](auto V) __attribute__((always_inline)) {
     int64_t r = 0, i = 0;

@@ -13,10 +13,11 @@ void gradients(const Conv&, Dtype, const Gradient&, const Weight&, const Activat
 void statistics(Dtype, int64_t, int64_t, const void*, const Affine&, void*, Workspace&);
 void running(Dtype, int64_t, const void*, const void*, const Affine&, void*, Workspace&);
 void dx(Dtype, int64_t, int64_t, const Gradient&, const void*, void*, Workspace&);
+void convert(Dtype, Dtype, const Conversion*, int64_t, Workspace&);
 void permute(int64_t, int64_t, int64_t, int64_t, const void*, void*, Workspace&);
 
 const Kernels& kernels() {
-  static constexpr Kernels table{forward, dgrad, wgrad, statistics, running, dx, gradients, nullptr, permute};
+  static constexpr Kernels table{forward, dgrad, wgrad, statistics, running, dx, gradients, convert, permute};
   return table;
 }
 

@@ -64,7 +64,7 @@ struct Tile {
 constexpr int64_t kTileStep = 24;
 
 // No more pixels, and bytes of its strip, make a tile by position than stay in the second level cache.
-constexpr int64_t kMostPixelsByPosition = 256, kMostBytesByPosition = 1 << 19;
+constexpr int64_t kMostPixelsByPosition = 512, kMostBytesByPosition = 3 << 18;
 
 // Of all taps of `outputs` output pixels along one side of an image of `size` pixels, those that are inside of it.
 inline int64_t count_inside(int64_t outputs, int64_t stride, int64_t first, int64_t taps, int64_t size) {

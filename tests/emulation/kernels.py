@@ -58,19 +58,6 @@ class EmulatedKernels(RawTable):
         """Bytes of shared memory that each block of the latest launch had."""
         return self._module.latest_shared()
 
-    def convert(self, tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-        """Copies of tensors, all of one type, in another."""
-        self.clear()
-        results = [self._result(tensor.to(dtype)) for tensor in tensors]
-        words = [
-            word
-            for tensor, result in zip(tensors, results, strict=True)
-            for word in (self.address(self.place(tensor)), self.address(result), tensor.numel())
-        ]
-        types = self.dtype(tensors[0].dtype), self.dtype(dtype)
-        self.call("convert", *types, self.place_words(*words), len(tensors))
-        return [result.clone() for result in results]
-
     def clear(self) -> None:
         self._tensors.clear()
         self._words.clear()
