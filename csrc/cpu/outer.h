@@ -3,7 +3,7 @@
 // One step of the sum is a pixel. Where the processor multiplies pairs of bf16 it is two: pixels that follow each other in
 // a row of the tile, the last one of an odd row with zeros. The strip of pairs holds, beside each value, the one that the
 // next pixel reads with the same tap, `stride_w` columns further on; where rows are odd, the columns of their last pixel
-// stand once more at the end, paired with zeros.
+// stand once more at the end, paired with zeros. By position the two are the same pixel of two images.
 #pragma once
 #include "gemm.h"
 #include "source.h"
@@ -38,7 +38,6 @@ const E* gather_columns(E* block, int64_t& ld, const GradientSource<S>& dy, cons
 // activation.pixels has a pointer a step, dy a row of `width` values, `ld` apart. Lives in the scratch memory of the thread.
 template <class E>
 struct OuterOperands {
-  static constexpr bool kByPosition = true;  // the tile may be so
   int64_t steps, ld;
   Operand<E> activation;
   const E* dy;
@@ -75,14 +74,28 @@ inline void interleave(BFloat16Pair* to, const BFloat16* first, const BFloat16* 
 
 template <>
 struct OuterOperands<BFloat16Pair> {
-  static constexpr bool kByPosition = false;  // pairs are neighbours in a row
   int64_t steps, ld;
   Operand<BFloat16Pair> activation;
   const BFloat16Pair* dy;
 
   OuterOperands(const Window& w, const Tiling&, const Tile& tile, const ActivationSource<BFloat16>& a,
                 const GradientSource<BFloat16>& gradient, int64_t begin, int64_t width)
-      : steps(tile.images * tile.rows * ceil_div(tile.cols, 2)), ld(width) {
+      : ld(width) {
+    if (tile.by_position)
+      pair_images(w, tile, a, gradient, begin);
+    else
+      pair_neighbours(w, tile, a, gradient, begin);
+  }
+
+ private:
+  // Rows of the tile and their pixels; rows of the strip and the values in each, without and with the columns at the end.
+  struct Sizes {
+    int64_t tile_rows, tile_cols, rows, row, pair_row;
+  };
+
+  void pair_neighbours(const Window& w, const Tile& tile, const ActivationSource<BFloat16>& a,
+                       const GradientSource<BFloat16>& gradient, int64_t begin) {
+    steps = tile.images * tile.rows * ceil_div(tile.cols, 2);
     const int64_t rows = tile.images * strip_rows(w, tile), cols = strip_cols(w, tile), tail = tile.cols % 2 * w.S;
     const Sizes sizes{tile.images * tile.rows, tile.cols, rows, cols * w.C, (cols + tail) * w.C};
     BFloat16Pair *strip, *columns;
@@ -92,16 +105,32 @@ struct OuterOperands<BFloat16Pair> {
     pair_strip(strip, values, w, sizes);
     point_at_pairs(w, tile, strip, sizes.pair_row);
     int64_t step = 0;
-    const BFloat16* formed = gather_columns(block, step, gradient, w, tile, begin, width);
+    const BFloat16* formed = gather_columns(block, step, gradient, w, tile, begin, ld);
     pair_columns(columns, formed, step, sizes);
     dy = columns;
   }
 
- private:
-  // Rows of the tile and their pixels; rows of the strip and the values in each, without and with the columns at the end.
-  struct Sizes {
-    int64_t tile_rows, tile_cols, rows, row, pair_row;
-  };
+  // Rows are then positions of the tile and their images, or two images and what they hold.
+  void pair_images(const Window& w, const Tile& tile, const ActivationSource<BFloat16>& a,
+                   const GradientSource<BFloat16>& gradient, int64_t begin) {
+    Tile pairs = tile;
+    pairs.images = ceil_div(tile.images, 2);
+    steps = pairs.pixels();
+    const int64_t image = w.H * w.W * w.C, step = image_stride<BFloat16Pair>(w);
+    const Sizes sizes{tile.rows * tile.cols, tile.images, pairs.images, 2 * image, step};
+    BFloat16Pair *strip, *columns;
+    BFloat16 *values, *block;
+    take(sizes, strip, columns, values, block);
+    a.fill(values, w.C, tile.n * w.H * w.W, tile.images * w.H * w.W, 0, w.C);
+    for (int64_t n = 0; n < tile.images; n += 2, values += 2 * image)
+      interleave(strip + n / 2 * step, values, n + 1 < tile.images ? values + image : nullptr, image);
+    const int64_t top = tile.i0 * w.stride_h + w.top, left = tile.j0 * w.stride_w + w.left;
+    point_at(activation, w, pairs, strip + (top * w.W + left) * w.C, step, w.W * w.C);
+    int64_t ld_of_block = 0;
+    const BFloat16* formed = gather_columns(block, ld_of_block, gradient, w, tile, begin, ld);
+    pair_columns(columns, formed, ld_of_block, sizes);
+    dy = columns;
+  }
 
   void take(const Sizes& sizes, BFloat16Pair*& strip, BFloat16Pair*& columns, BFloat16*& values, BFloat16*& block) {
     const auto aligned = [](int64_t bytes) { return (bytes + 63) / 64 * 64; };

@@ -19,11 +19,11 @@ FUSED_PREACT_INLINE void put(S* to, Vec<Accumulate<S>> v, int64_t n) {
   if constexpr (std::is_same_v<S, Accumulate<S>>) {
     store_lanes(to, v, n);
   } else {
-    S buffer[kLanes<Accumulate<S>>];
     const HalfBits bits = __builtin_convertvector((Vec<uint32_t>)v >> 16, HalfBits);
-    if (n == kLanes<Accumulate<S>>) return store_as(&to->bits, bits);
-    store_as(&buffer->bits, bits);
-    memcpy(to, buffer, n * sizeof(S));
+    if (n == kLanes<Accumulate<S>>)
+      store_as(&to->bits, bits);
+    else
+      store_first_bits(to, bits, n);
   }
 }
 

@@ -241,9 +241,6 @@ FUSED_PREACT_INLINE void store_first(float* to, Vec<float> v, int64_t n) {
 FUSED_PREACT_INLINE void store_first(double* to, Vec<double> v, int64_t n) {
   _mm512_mask_storeu_pd(to, __mmask8(first_lanes(n)), (__m512d)v);
 }
-FUSED_PREACT_INLINE void store_first(BFloat16* to, Vec<float> v, int64_t n) {
-  _mm256_mask_storeu_epi16(to, __mmask16(first_lanes(n)), (__m256i)rounded(v));
-}
 #elif defined(__AVX2__)
 FUSED_PREACT_INLINE __m256i first_lanes_of_float(int64_t n) {
   return (__m256i)(Vec<int32_t>{0, 1, 2, 3, 4, 5, 6, 7} < splat(int32_t(n)));
@@ -264,6 +261,16 @@ FUSED_PREACT_INLINE void store_first(double* to, Vec<double> v, int64_t n) {
   _mm256_maskstore_pd(to, first_lanes_of_double(n), (__m256d)v);
 }
 #endif
+
+FUSED_PREACT_INLINE void store_first_bits(BFloat16* to, HalfBits bits, int64_t n) {
+#if defined(__AVX512F__)
+  _mm256_mask_storeu_epi16(to, __mmask16(first_lanes(n)), (__m256i)bits);
+#else
+  memcpy(to, &bits, n * sizeof(BFloat16));
+#endif
+}
+
+FUSED_PREACT_INLINE void store_first(BFloat16* to, Vec<float> v, int64_t n) { store_first_bits(to, rounded(v), n); }
 
 // body(c, n) for each vector of a row of C channels: n lanes from channel c on, all of them but in the last one.
 template <class T, class Body>

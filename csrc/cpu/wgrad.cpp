@@ -30,8 +30,7 @@ struct Plan : Cut<E> {
   explicit Plan(const Conv& conv) : Plan(conv, forward_window(conv)) {}
 
  private:
-  Plan(const Conv& conv, const Window& w)
-      : Cut<E>(w, conv.K, tile_pixels(w), OuterOperands<E>::kByPosition), panels{conv.K, this->depth()} {
+  Plan(const Conv& conv, const Window& w) : Cut<E>(w, conv.K, tile_pixels(w)), panels{conv.K, this->depth()} {
     const int64_t bytes = panels.size() * sizeof(T);
     const int64_t pixels = bytes > kMostCachedBytes ? kPixelsPerLargeGroup : kPixelsPerGroup;
     const int64_t wanted = minimum(w.N * w.P * w.Q / pixels, kMostGroups);
@@ -68,8 +67,9 @@ inline Steps steps_of(const Window& w, const Tile& tile, int64_t r, int64_t s, i
   const Readers rows(tile.i0 * w.stride_h + w.top + r, w.stride_h, w.H, tile.rows);
   if (tile.by_position) {
     const Readers cols(w.left + s, w.stride_w, w.W, tile.cols);
-    return {(rows.begin * tile.cols + cols.begin) * tile.images, cols.count() * tile.images, rows.count(),
-            tile.cols * tile.images};
+    const int64_t of_position = steps / (tile.rows * tile.cols);
+    return {(rows.begin * tile.cols + cols.begin) * of_position, cols.count() * of_position, rows.count(),
+            tile.cols * of_position};
   }
   const int64_t in_image = steps / tile.images, in_row = in_image / tile.rows;
   if (rows.count() == tile.rows || in_image < kLeastSteps) return {0, steps, 1, 0};

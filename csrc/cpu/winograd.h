@@ -56,10 +56,10 @@ struct Cut {
   bool winograd;
   Tiling tiling;
 
-  Cut(const Window& window, int64_t outer, int64_t pixels, bool may_be_by_position = true)
+  Cut(const Window& window, int64_t outer, int64_t pixels)
       : w(window),
         winograd(takes_winograd<E>(w, outer)),
-        tiling(w, pixels, winograd || !may_be_by_position ? 0 : images_by_position<E>(w), winograd ? 2 : 1) {}
+        tiling(w, pixels, winograd ? 0 : images_by_position<E>(w), winograd ? 2 : 1) {}
 
   int64_t tiles() const { return tiling.count(); }
   // Rows of the packed filter.
