@@ -147,6 +147,21 @@ def test_autocast_casts_what_it_casts_for_a_convolution(dtype, backend):
     assert_close(y, expected, rtol=0.02, atol=0.1)
 
 
+@pytest.mark.parametrize("of", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+def test_filters_are_cast_as_torch_casts_them(of, backend):
+    """Under autocast a filter gives the bits that it gives when torch has cast it, and so does its gradient."""
+    x, weight, gamma, beta, *_ = tensors()
+    results = []
+    for filters in weight.to(of), weight.to(of).bfloat16():
+        filters.requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            y = bn_relu_conv2d(x, filters, gamma, beta, training=True, backend=backend)
+        (grad,) = torch.autograd.grad(y, filters, torch.linspace(-1, 1, y.numel()).view(y.shape).bfloat16())
+        assert grad.dtype == filters.dtype
+        results.append((y, grad.to(of)))
+    assert all(map(torch.equal, *results))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_bfloat16_model(backend):
     """Parameters, buffers and activations may all be bfloat16; gradients and statistics are bfloat16 then."""

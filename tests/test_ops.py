@@ -191,6 +191,13 @@ def test_layouts_give_the_same_bits(name, layout, dtype, backend):
     assert results["dx"].is_contiguous(memory_format=like)
 
 
+@pytest.mark.parametrize("layout", ["nchw", "sliced"])
+@pytest.mark.parametrize("name", ["odd", "35-channels"])
+def test_layouts_of_float64_give_the_same_bits(name, layout, backend):
+    """The same of values of eight bytes; apart, for the kernels that share the test above do not all have them."""
+    test_layouts_give_the_same_bits(name, layout, torch.float64, backend)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_dy_may_be_expanded(backend):
     """The gradient of a sum has no memory of its own per pixel."""
