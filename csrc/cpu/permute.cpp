@@ -19,7 +19,7 @@ FUSED_PREACT_INLINE void put(S* to, Vec<Accumulate<S>> v, int64_t n) {
   if constexpr (std::is_same_v<S, Accumulate<S>>) {
     store_lanes(to, v, n);
   } else {
-    const HalfBits bits = __builtin_convertvector((Vec<uint32_t>)v >> 16, HalfBits);
+    const HalfBits bits = low_halves((Vec<uint32_t>)v >> 16);
     if (n == kLanes<Accumulate<S>>)
       store_as(&to->bits, bits);
     else

@@ -8,7 +8,8 @@ namespace fused_preact::cpu::FUSED_PREACT_ISA {
 
 namespace {
 
-constexpr int64_t kTilePixels = 64, kFew = 32, kMostGroups = 64;
+// The origin of a tile's sums is the mean of its first kAround pixels.
+constexpr int64_t kTilePixels = 64, kAround = 8, kFew = 32, kMostGroups = 64;
 
 // add(i, which) for each i of [first, last), `which` of four sums side by side: that hides the latency of an addition, and
 // keeps each sum short.
@@ -34,14 +35,14 @@ void statistics_of(int64_t pixels, int64_t C, const void* x, const Affine& next,
     for (int64_t p = start(g); p < start(g + 1); p += kTilePixels)
       for_each_vector<T>(C, [&](int64_t c, int64_t n) __attribute__((always_inline)) {
         const S* value = values + p * C + c;
-        const int64_t run = minimum(kTilePixels, pixels - p);
+        const int64_t run = minimum(kTilePixels, pixels - p), near = minimum(kAround, run);
         // The next tile, a part a column: read column by column, it would come line by line.
         prefetch(values + (p + kTilePixels) * C + c * kTilePixels, n * kTilePixels);
         Vec<T> around[4] = {};
-        side_by_side(0, run, [&](int64_t i, int which) __attribute__((always_inline)) {
+        side_by_side(0, near, [&](int64_t i, int which) __attribute__((always_inline)) {
           around[which] += load_lanes(value + i * C, n);
         });
-        RunSums<T> sums(total(around) * splat(T(1) / T(run)));
+        RunSums<T> sums(total(around) * splat(T(1) / T(near)));
         for (int64_t first = 0; first < run; first += kFew) {
           Vec<T> sum[4] = {}, squares[4] = {};
           side_by_side(first, minimum(first + kFew, run), [&](int64_t i, int which) __attribute__((always_inline)) {

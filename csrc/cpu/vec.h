@@ -122,11 +122,32 @@ FUSED_PREACT_INLINE void store(T* to, Vec<T> v) {
 constexpr int kBf16Lanes = kLanes<float>;
 typedef uint16_t HalfBits __attribute__((vector_size(kBf16Lanes * sizeof(uint16_t))));
 
-FUSED_PREACT_INLINE Vec<uint32_t> load_bits(const BFloat16* from) {
-  return __builtin_convertvector(load_as<HalfBits>(&from->bits), Vec<uint32_t>);
-}
+// Of lanes below 2^16. One instruction or two, of which GCC makes up to five of a __builtin_convertvector.
+#if defined(__AVX512F__)
+// The intrinsics with this mask are those without one, but for a warning of GCC 12 about what these leave undefined.
+constexpr uint32_t kAllLanes = ~uint32_t{0};
 
-FUSED_PREACT_INLINE Vec<float> load(const BFloat16* from) { return (Vec<float>)(load_bits(from) << 16); }
+FUSED_PREACT_INLINE Vec<uint32_t> extend(HalfBits bits) {
+  return (Vec<uint32_t>)_mm512_maskz_cvtepu16_epi32(__mmask16(kAllLanes), (__m256i)bits);
+}
+FUSED_PREACT_INLINE HalfBits low_halves(Vec<uint32_t> v) {
+  return (HalfBits)_mm512_maskz_cvtepi32_epi16(__mmask16(kAllLanes), (__m512i)v);
+}
+#elif defined(__AVX2__)
+FUSED_PREACT_INLINE Vec<uint32_t> extend(HalfBits bits) { return (Vec<uint32_t>)_mm256_cvtepu16_epi32((__m128i)bits); }
+FUSED_PREACT_INLINE HalfBits low_halves(Vec<uint32_t> v) {
+  return (HalfBits)_mm_packus_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
+}
+#else
+FUSED_PREACT_INLINE Vec<uint32_t> extend(HalfBits bits) { return __builtin_convertvector(bits, Vec<uint32_t>); }
+FUSED_PREACT_INLINE HalfBits low_halves(Vec<uint32_t> v) { return __builtin_convertvector(v, HalfBits); }
+#endif
+
+FUSED_PREACT_INLINE Vec<float> widened(HalfBits bits) { return (Vec<float>)(extend(bits) << 16); }
+
+FUSED_PREACT_INLINE Vec<uint32_t> load_bits(const BFloat16* from) { return extend(load_as<HalfBits>(&from->bits)); }
+
+FUSED_PREACT_INLINE Vec<float> load(const BFloat16* from) { return widened(load_as<HalfBits>(&from->bits)); }
 
 // The sum of each pair.
 FUSED_PREACT_INLINE Vec<float> load(const BFloat16Pair* from) {
@@ -142,7 +163,7 @@ FUSED_PREACT_INLINE HalfBits rounded(Vec<float> v) {
   const Vec<uint32_t> bits = (Vec<uint32_t>)v;
   const Vec<uint32_t> nearest = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const Vec<uint32_t> nan = (bits >> 16) | 0x40u;
-  return __builtin_convertvector((Vec<int32_t>)(v != v) ? nan : nearest, HalfBits);
+  return low_halves((Vec<int32_t>)(v != v) ? nan : nearest);
 #endif
 }
 
@@ -231,8 +252,7 @@ FUSED_PREACT_INLINE Vec<double> load_first(const double* from, int64_t n) {
   return (Vec<double>)_mm512_maskz_loadu_pd(__mmask8(first_lanes(n)), from);
 }
 FUSED_PREACT_INLINE Vec<float> load_first(const BFloat16* from, int64_t n) {
-  const HalfBits bits = (HalfBits)_mm256_maskz_loadu_epi16(__mmask16(first_lanes(n)), from);
-  return (Vec<float>)(__builtin_convertvector(bits, Vec<uint32_t>) << 16);
+  return widened((HalfBits)_mm256_maskz_loadu_epi16(__mmask16(first_lanes(n)), from));
 }
 
 FUSED_PREACT_INLINE void store_first(float* to, Vec<float> v, int64_t n) {
@@ -337,6 +357,22 @@ FUSED_PREACT_INLINE V relu(V z) {
   const V zero = {};
   return zero > z ? zero : z;
 }
+
+// The instruction, which GCC does not find, gives its second operand where one is a NaN.
+#if defined(__AVX512F__)
+FUSED_PREACT_INLINE Vec<float> relu(Vec<float> z) {
+  return (Vec<float>)_mm512_maskz_max_ps(__mmask16(kAllLanes), __m512{}, (__m512)z);
+}
+FUSED_PREACT_INLINE Vec<double> relu(Vec<double> z) {
+  return (Vec<double>)_mm512_maskz_max_pd(__mmask8(kAllLanes), __m512d{}, (__m512d)z);
+}
+#elif defined(__AVX2__)
+FUSED_PREACT_INLINE Vec<float> relu(Vec<float> z) { return (Vec<float>)_mm256_max_ps(__m256{}, (__m256)z); }
+FUSED_PREACT_INLINE Vec<double> relu(Vec<double> z) { return (Vec<double>)_mm256_max_pd(__m256d{}, (__m256d)z); }
+#elif defined(__x86_64__)
+FUSED_PREACT_INLINE Vec<float> relu(Vec<float> z) { return (Vec<float>)_mm_max_ps(__m128{}, (__m128)z); }
+FUSED_PREACT_INLINE Vec<double> relu(Vec<double> z) { return (Vec<double>)_mm_max_pd(__m128d{}, (__m128d)z); }
+#endif
 
 template <class T>
 FUSED_PREACT_INLINE T minimum(T a, T b) {
