@@ -12,40 +12,67 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-LENGTH = 6
+LENGTH = 6  # without an address
 JUMP = 0xE9
-# EVEX prefix: map 0F38, F3, W0, 512 bits, neither mask nor broadcast; opcode; registers only.
+# EVEX prefix: map 0F38, F3, W0, 512 bits, neither mask nor broadcast; opcode; registers or an address.
 PATTERN = re.compile(
-    b"\x62[%s][%s][%s][\x52\x72][\xc0-\xff]"
+    b"\x62[%s][%s][%s][\x52\x72]."
     % tuple(
         b"".join(re.escape(bytes([byte])) for byte in range(256) if byte & mask == value)
         for mask, value in ((0x0F, 0x02), (0x87, 0x06), (0xF7, 0x40))
-    )
+    ),
+    re.DOTALL,
 )
 ROUND = 0x72
 MAP_0F, MAP_0F38, MAP_0F3A = 1, 2, 3
 NO_PREFIX, PREFIX_66, PREFIX_F3 = 0, 1, 2
 
 
-def sites(code: bytes) -> Iterator[int]:
-    """Offsets of all such instructions in machine code."""
-    return (match.start() for match in re.finditer(PATTERN, code))
+def sites(code: bytes) -> Iterator[tuple[int, bytes]]:
+    """(offset, instruction) of all such instructions in machine code."""
+    for match in re.finditer(PATTERN, code):
+        begin = match.start()
+        yield begin, code[begin : begin + _length(match[0], code[match.end()])]
 
 
 def substitute(instruction: bytes, at: int, spill: int, back: int) -> bytes:
-    """Code to stand at address `at` for one instruction, that goes on at `back`; spill: address of 128 free bytes."""
+    """Code to stand at address `at` for one instruction, that goes on at `back`; spill: address of 192 free bytes."""
     x, y, z = _registers(instruction)
-    rounds = instruction[4] == ROUND
-    if not rounds and x in (y, z):
+    rounds, reads_memory = instruction[4] == ROUND, instruction[5] < 0xC0
+    if not rounds and (x == y or (x == z and not reads_memory)):
         raise ValueError(f"vdpbf16ps with its sum among its factors: {instruction.hex()}")
-    t, u, *_ = (register for register in range(5) if register not in (x, y, z))
+    t, u, v, *_ = (register for register in range(6) if register not in (x, y, z))
     code = b""
-    for i, register in enumerate((t, u)):
+    for i, register in enumerate((t, u, v)):
         code += _move(0x11, register, spill + 64 * i - (at + len(code)))
+    if reads_memory:
+        z = v
+        code += _load_operand(z, instruction)
     code += _round(x, z, t, u) if rounds else _multiply_pairs(x, y, z, t, u)
-    for i, register in enumerate((t, u)):
+    for i, register in enumerate((t, u, v)):
         code += _move(0x10, register, spill + 64 * i - (at + len(code)))
     return code + jump(at + len(code), back)
+
+
+def _length(instruction: bytes, following: int) -> int:
+    """Of an instruction with its address, which may have more bytes; `following` is the first that would be one."""
+    mod, rm = instruction[5] >> 6, instruction[5] & 7
+    if mod == 3:
+        return LENGTH
+    base_and_index = rm == 4
+    base = following & 7 if base_and_index else rm
+    displacement = {0: 4 if base == 5 else 0, 1: 1, 2: 4}[mod]
+    return LENGTH + base_and_index + displacement
+
+
+def _load_operand(to: int, instruction: bytes) -> bytes:
+    """vmovups from the address that an instruction reads at, whose displacement counts the same bytes."""
+    _, p0, _, _, _, modrm = instruction[:LENGTH]
+    if modrm & 0xC7 == 5:
+        raise ValueError(f"an address relative to the instruction: {instruction.hex()}")
+    load = _evex(0x10, MAP_0F, NO_PREFIX, to, 0, modrm & 7, mod=modrm >> 6)
+    index_and_base = 0x60
+    return bytes([load[0], load[1] & ~index_and_base | p0 & index_and_base, *load[2:]]) + instruction[LENGTH:]
 
 
 def _multiply_pairs(x: int, y: int, z: int, t: int, u: int) -> bytes:
@@ -71,7 +98,7 @@ def jump(at: int, to: int) -> bytes:
 
 def _registers(instruction: bytes) -> tuple[int, int, int]:
     """x, y, z: the fields reg, vvvv and rm, of which the prefix holds the upper bits, inverted."""
-    _, p0, p1, p2, _, modrm = instruction
+    _, p0, p1, p2, _, modrm = instruction[:LENGTH]
     upper = ~p0
     reg = (modrm >> 3 & 7) | (upper >> 7 & 1) << 3 | (upper >> 4 & 1) << 4
     rm = (modrm & 7) | (upper >> 5 & 1) << 3 | (upper >> 6 & 1) << 4

@@ -107,12 +107,11 @@ class Emulator:
 
     def _substitute_bf16(self) -> None:
         code = self._memory[OBJECT:].tobytes()
-        spill = self._add_routine(bytes(2 * 64))
-        for offset in bf16.sites(code):
+        spill = self._add_routine(bytes(3 * 64))
+        for offset, instruction in bf16.sites(code):
             address = OBJECT + offset
             if "avx512_bf16" in self._function_at(address)[1]:
-                back = address + bf16.LENGTH
-                instruction = code[offset : offset + bf16.LENGTH]
+                back = address + len(instruction)
                 routine = self._add_routine(bf16.substitute(instruction, self._routines_end, spill, back))
                 self._write(address, bf16.jump(address, routine))
 
