@@ -1,6 +1,7 @@
 """Where the CUDA compiler is, and what the CUDA kernels are compiled for."""
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -31,7 +32,8 @@ class Cuda:
 
     def library(self) -> Path:
         """Folder of the CUDA runtime."""
-        for name in "lib64", "lib", "targets/x86_64-linux/lib":
+        target = {"aarch64": "sbsa"}.get(platform.machine(), platform.machine())
+        for name in "lib64", "lib", f"targets/{target}-linux/lib":
             if (self.home / name / "libcudart_static.a").exists():
                 return self.home / name
         raise CompileError(f"the CUDA toolkit in {self.home} has no libcudart_static.a")

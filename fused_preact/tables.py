@@ -44,12 +44,15 @@ def _gpu(index: int | None) -> str | None:
 @functools.cache
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
-    text = info.read_text() if info.exists() else ""
-    found = dict(re.findall(r"^(model name|cpu family|model)\s*:\s*(.+)$", text, re.MULTILINE))
-    if "model name" not in found:
-        return platform.processor() or platform.machine()
-    # Virtual machines often give processors of many generations one name.
-    return ", ".join([found["model name"], *(f"{key} {found[key]}" for key in ("cpu family", "model") if key in found)])
+    return _name_in(info.read_text() if info.exists() else "")
+
+
+def _name_in(cpuinfo: str) -> str:
+    keys = "model name|cpu family|model|CPU implementer|CPU part"
+    found = dict(re.findall(rf"^({keys})\s*:\s*(.+)$", cpuinfo, re.MULTILINE))
+    name = found.pop("model name", None) or platform.processor() or platform.machine()
+    # Virtual machines often give processors of many generations one name, and an Arm processor has none.
+    return ", ".join([name, *(f"{key} {value}" for key, value in found.items())])
 
 
 def file_name(device: str) -> str:

@@ -65,6 +65,22 @@ def test_the_key_tells_calls_apart():
     assert tables.call_key(problem(2)._replace(inference=True)) != tables.call_key(problem(2))
 
 
+@pytest.mark.parametrize(
+    ("cpuinfo", "name"),
+    [
+        ("cpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\n", "AMD EPYC, cpu family 25, model 17"),
+        ("CPU implementer\t: 0x41\nCPU part\t: 0xd4f\n", "aarch64, CPU implementer 0x41, CPU part 0xd4f"),
+        ("", "aarch64"),
+    ],
+    ids=["x86", "Arm", "elsewhere"],
+)
+def test_a_processor_is_told_from_others_of_its_name(monkeypatch, cpuinfo, name):
+    """A table must not be read on another processor than it was measured on; Arm processors have no name to go by."""
+    monkeypatch.setattr(tables.platform, "processor", lambda: "")
+    monkeypatch.setattr(tables.platform, "machine", lambda: "aarch64")
+    assert tables._name_in(cpuinfo) == name
+
+
 def test_a_table_of_a_processor_is_for_its_threads():
     """What is fastest with two threads need not be with sixty."""
     before = torch.get_num_threads()
