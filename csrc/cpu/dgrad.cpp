@@ -8,6 +8,7 @@
 #include "product.h"
 #include "source.h"
 #include "walk.h"
+#include "wide.h"
 
 namespace fused_preact::cpu::FUSED_PREACT_ISA {
 
@@ -73,8 +74,8 @@ struct Epilogue {
       dbeta[v].settle();
       dgamma[v].settle();
       double* sum = group + c0 + v * kLanes<T>;
-      store_wide<T>(sum, load_wide<T>(sum) + dbeta[v].total);
-      store_wide<T>(sum + out.padded_channels(), load_wide<T>(sum + out.padded_channels()) + dgamma[v].total);
+      store_wide(sum, load_wide<T>(sum) + dbeta[v].total);
+      store_wide(sum + out.padded_channels(), load_wide<T>(sum + out.padded_channels()) + dgamma[v].total);
     }
   }
 

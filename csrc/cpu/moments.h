@@ -1,6 +1,7 @@
 // Batch statistics: (count, mean, M2) a channel, merged by Chan's formula in a fixed order.
 #pragma once
 #include "tile.h"
+#include "wide.h"
 
 namespace fused_preact::cpu::FUSED_PREACT_ISA {
 
@@ -30,14 +31,14 @@ struct Moments {
   // Merges the vector at channel c of a set of n values into that of the `count` values that are here.
   FUSED_PREACT_INLINE void merge(int64_t c, double count, Wide<T> other_mean, Wide<T> other_m2, double n) const {
     if (count == 0) {
-      store_wide<T>(mean + c, other_mean);
-      store_wide<T>(m2 + c, other_m2);
+      store_wide(mean + c, other_mean);
+      store_wide(m2 + c, other_m2);
       return;
     }
     const double share = n / (count + n), weight = count * share;
     const Wide<T> here = load_wide<T>(mean + c), delta = other_mean - here;
-    store_wide<T>(mean + c, here + delta * share);
-    store_wide<T>(m2 + c, load_wide<T>(m2 + c) + other_m2 + delta * delta * weight);
+    store_wide(mean + c, here + delta * share);
+    store_wide(m2 + c, load_wide<T>(m2 + c) + other_m2 + delta * delta * weight);
   }
 };
 
@@ -64,7 +65,7 @@ struct RunSums {
   // Merges the run, of n values, into the channels from c on of a group that holds `count`.
   FUSED_PREACT_INLINE void merge_into(const Moments<T>& moments, int64_t c, int64_t count, int64_t n) const {
     const Wide<T> mean = sum.total / double(n);
-    moments.merge(c, count, widen<T>(origin) + mean, relu(squares.total - sum.total * mean), n);
+    moments.merge(c, count, widen(origin) + mean, relu(squares.total - sum.total * mean), n);
   }
 };
 

@@ -190,42 +190,6 @@ FUSED_PREACT_INLINE void fence_streams() {
 #endif
 }
 
-// Sums over many values are kept in double, as torch keeps them on the CPU: lane for lane the vectors of T, widened.
-template <class T>
-struct WideOf {
-  typedef double type __attribute__((vector_size(kLanes<T> * sizeof(double))));
-};
-template <class T>
-using Wide = typename WideOf<T>::type;
-
-template <class T>
-FUSED_PREACT_INLINE Wide<T> widen(Vec<T> v) {
-  return __builtin_convertvector(v, Wide<T>);
-}
-
-template <class T>
-FUSED_PREACT_INLINE Wide<T> load_wide(const double* from) {
-  return load_as<Wide<T>>(from);
-}
-
-template <class T>
-FUSED_PREACT_INLINE void store_wide(double* to, Wide<T> v) {
-  store_as(to, v);
-}
-
-// A sum over many values: a few in T, and these sums in double.
-template <class T>
-struct LongSum {
-  Vec<T> few = {};
-  Wide<T> total = {};
-
-  FUSED_PREACT_INLINE void add(Vec<T> v) { few += v; }
-  FUSED_PREACT_INLINE void settle() {
-    total += widen<T>(few);
-    few = Vec<T>{};
-  }
-};
-
 // The first n < lanes values, the other lanes zero. What is behind them is neither read nor written.
 template <class S>
 FUSED_PREACT_INLINE Vec<Accumulate<S>> load_first(const S* from, int64_t n) {

@@ -8,6 +8,7 @@
 // Every group of tiles has a dW of its own; the groups are added up in order at the end.
 // Bytes: x and dy (or dz' and x') read once, dW written and read once a group.
 #include "walk.h"
+#include "wide.h"
 #include "winograd.h"
 
 namespace fused_preact::cpu::FUSED_PREACT_ISA {
@@ -130,9 +131,9 @@ void add_bias(double* dbias, const OuterOperands<E>& x, int64_t width, int64_t c
     for (int64_t first = 0; first < x.steps; first += kFew) {
       Vec<T> sum = {};
       for (int64_t p = first; p < minimum(first + kFew, x.steps); ++p) sum += load(x.dy + p * x.ld + column + c);
-      total += widen<T>(sum);
+      total += widen(sum);
     }
-    store_wide<T>(dbias + c, total);
+    store_wide(dbias + c, total);
   }
 }
 
@@ -204,7 +205,7 @@ void merge_groups(const Accumulate<S>* partial, const double* bias_partial, cons
   for_each_vector<T>(plan.panels.channels, [&](int64_t k, int64_t n) __attribute__((always_inline)) {
     Wide<T> sum = load_wide<T>(bias_partial + k);
     for (int64_t g = 1; g < plan.groups; ++g) sum += load_wide<T>(bias_partial + g * padded + k);
-    store_lanes(dbias + k, __builtin_convertvector(sum, Vec<T>), n);
+    store_lanes(dbias + k, narrowed<T>(sum), n);
   });
 }
 
