@@ -77,27 +77,30 @@ inline Steps steps_of(const Window& w, const Tile& tile, int64_t r, int64_t s, i
   return {rows.begin * in_row, rows.count() * in_row, tile.images, in_image};
 }
 
-// Not inlined: its loop needs more address registers than its caller leaves it.
+// Adds to dw, or of a group's first tile stores in it. Not inlined: its loop needs more address registers than its caller
+// leaves it.
 template <class E, int M, int V, int... I>
-__attribute__((noinline)) void outer_block(Accumulate<E>* dw, const OuterOperands<E>& x, int64_t offset, int64_t column,
-                                           const Steps& steps, std::integer_sequence<int, I...>) {
+__attribute__((noinline)) void outer_block(Accumulate<E>* dw, bool is_first, const OuterOperands<E>& x, int64_t offset,
+                                           int64_t column, const Steps& steps, std::integer_sequence<int, I...>) {
   using T = Accumulate<E>;
   Vec<T> acc[M * V] = {};
   int64_t first = steps.first;
   for (int64_t part = 0; part < steps.parts; ++part, first += steps.stride)
     outer<E, M, V>(acc, x.activation.pixels + first, offset, steps.count, x.dy + first * x.ld + column, x.ld);
-  (store(dw + I * kLanes<T>, load(dw + I * kLanes<T>) + acc[I]), ...);
+  if (!is_first) ((acc[I] += load(dw + I * kLanes<T>)), ...);
+  (store(dw + I * kLanes<T>, acc[I]), ...);
 }
 
 // Adds one tile of quads to one position of one panel of the transformed dW; the columns of a position are `width` after
 // those of the last.
 template <class T>
-void add_position(T* dw, const OuterOperands<T>& x, int64_t s, int64_t C, int64_t column, int64_t columns) {
+void add_position(T* dw, bool is_first, const OuterOperands<T>& x, int64_t s, int64_t C, int64_t column,
+                  int64_t columns) {
   const Steps steps{0, x.steps, 1, 0};
   with_constant<kColumns>(columns, [&](auto V) __attribute__((always_inline)) {
     constexpr int64_t kWidth = V * kLanes<T>;
     for_each_block(C, [&](int64_t c, auto M) __attribute__((always_inline)) {
-      outer_block<T, M, V>(dw + (s * position_rows(C) + c) * kWidth, x, s * C + c, column, steps,
+      outer_block<T, M, V>(dw + (s * position_rows(C) + c) * kWidth, is_first, x, s * C + c, column, steps,
                            std::make_integer_sequence<int, M * V>{});
     });
   });
@@ -105,8 +108,8 @@ void add_position(T* dw, const OuterOperands<T>& x, int64_t s, int64_t C, int64_
 
 // Adds one tile to one panel of dW.
 template <class E>
-void add_panel(Accumulate<E>* dw, const OuterOperands<E>& x, const Window& w, const Tile& tile, int64_t column,
-               int64_t columns) {
+void add_panel(Accumulate<E>* dw, bool is_first, const OuterOperands<E>& x, const Window& w, const Tile& tile,
+               int64_t column, int64_t columns) {
   const int64_t taps = tile.by_position ? w.S : 1, values = w.S * w.C / taps;
   with_constant<kColumns>(columns, [&](auto V) __attribute__((always_inline)) {
     constexpr int64_t kWidth = V * kLanes<Accumulate<E>>;
@@ -115,7 +118,8 @@ void add_panel(Accumulate<E>* dw, const OuterOperands<E>& x, const Window& w, co
         const Steps steps = steps_of(w, tile, r, s, x.steps);
         const int64_t offset = r * x.activation.row_stride + s * values;
         for_each_block(values, [&](int64_t i, auto M) __attribute__((always_inline)) {
-          outer_block<E, M, V>(dw + i * kWidth, x, offset + i, column, steps, std::make_integer_sequence<int, M * V>{});
+          outer_block<E, M, V>(dw + i * kWidth, is_first, x, offset + i, column, steps,
+                               std::make_integer_sequence<int, M * V>{});
         });
       }
   });
@@ -234,7 +238,6 @@ class Wgrad {
 
   void start(int64_t g, int64_t part) const {
     const Part p(*this, g, part);
-    memset(p.dw + p.begin * plan_.panels.depth, 0, p.width * plan_.panels.depth * sizeof(T));
     memset(p.dbias, 0, p.width * sizeof(double));
   }
 
@@ -243,11 +246,12 @@ class Wgrad {
     const Window& w = plan_.w;
     const Panels<T>& panels = plan_.panels;
     const Tile tile = plan_.tiling[t];
+    const bool is_first = t == cut(tiles(), groups(), g);
     if constexpr (std::is_same_v<E, T>)
-      if (plan_.winograd) return run_quads(p, tile);
+      if (plan_.winograd) return run_quads(p, tile, is_first);
     const OuterOperands<E> operands(w, plan_.tiling, tile, activation_, gradient_, p.begin, p.width);
     for (int64_t panel = p.first_panel; panel < p.last_panel; ++panel)
-      add_panel(p.dw + panels.offset(panel), operands, w, tile, panels.first_channel(panel) - p.begin,
+      add_panel(p.dw + panels.offset(panel), is_first, operands, w, tile, panels.first_channel(panel) - p.begin,
                 panels.columns(panel));
     if (dbias_ != nullptr) add_bias(p.dbias, operands, p.width, 0);
   }
@@ -272,12 +276,12 @@ class Wgrad {
     }
   };
 
-  void run_quads(const Part& p, const Tile& tile) const {
+  void run_quads(const Part& p, const Tile& tile, bool is_first) const {
     const Panels<T>& panels = plan_.panels;
     const auto operands = outer_quads<T>(plan_, tile, activation_, gradient_, p.begin, p.width);
     for (int64_t s = 0; s < kPositions; ++s)
       for (int64_t panel = p.first_panel; panel < p.last_panel; ++panel)
-        add_position(p.dw + panels.offset(panel), operands, s, plan_.w.C,
+        add_position(p.dw + panels.offset(panel), is_first, operands, s, plan_.w.C,
                      s * p.width + panels.first_channel(panel) - p.begin, panels.columns(panel));
     // Position (1, 1) of A dy A' is the sum of a quad.
     if (dbias_ != nullptr) add_bias(p.dbias, operands, p.width, 5 * p.width);
