@@ -72,23 +72,21 @@ def ratio(baseline: Sequence[float], contender: Sequence[float]) -> Spread:
     return spread([b / c for b, c in zip(baseline, contender, strict=True)])
 
 
-def alternate(steps: Sequence[Step], budget: float, rounds: tuple[int, int], runs: int = 1) -> list[Times]:
+def alternate(steps: Sequence[Step], budget: float, rounds: tuple[int, int]) -> list[Times]:
     """Runs the steps in turn (A B A B ...), after one warm-up each, and returns the times of each.
 
     Args:
         steps: the contenders.
         budget: seconds for the timed rounds, all contenders together; the warm-up tells how many fit.
         rounds: fewest and most rounds, whatever the budget.
-        runs: of a contender, in each turn; the last is timed. With 2 it finds its own code and data in the caches, not
-            what the contender before it left there.
     """
-    took = runs * sum(step.run()[1] for step in steps)
+    took = sum(step.run()[1] for step in steps)
     count = min(max(int(budget / took), rounds[0]), rounds[1])
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
-        samples = [[[step.run() for _ in range(runs)][-1] for step in steps] for _ in range(count)]
+        samples = [[step.run() for step in steps] for _ in range(count)]
     finally:
         if collecting:
             gc.enable()

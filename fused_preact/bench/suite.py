@@ -117,11 +117,8 @@ def measure(case: Case, settings: Settings) -> dict[str, Any]:
     # First, for it takes processes of their own, and what this one holds would be missing there.
     peaks = [peak_rss(case, c) if settings.memory and case.net else None for c in contenders(case, settings.compiled)]
     ready = line_up(case, settings.compiled)
-    fewest, most = settings.rounds
-    if case.net:
-        times = alternate(ready.steps, 3 * settings.budget, (3, most))
-    else:
-        times = alternate(ready.steps, settings.budget, (fewest, most), runs=2)
+    budget, rounds = settings.budget, settings.rounds
+    times = alternate(ready.steps, 3 * budget if case.net else budget, (3, rounds[1]) if case.net else rounds)
     return {
         "group": case.group,
         "label": case.label,

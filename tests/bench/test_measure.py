@@ -44,14 +44,6 @@ def test_alternate_takes_turns():
     assert all(0 <= f <= t for sample in times for f, t in zip(sample.forward, sample.total, strict=True))
 
 
-def test_alternate_times_the_last_run_of_a_turn(monkeypatch):
-    """At its first run a contender finds the other one's data in the caches; with two runs a turn the second counts."""
-    clock = iter(range(1000))
-    monkeypatch.setattr(measure.Step, "run", lambda step: (0.0, float(next(clock))))
-    times = measure.alternate([recording([], "a"), recording([], "b")], budget=0.0, rounds=(2, 9), runs=2)
-    assert [t.total for t in times] == [(3.0, 7.0), (5.0, 9.0)]
-
-
 def test_alternate_keeps_to_the_fewest_rounds_without_budget():
     """A slow contender is still measured often enough for a spread."""
     times = measure.alternate([recording([], "a")], budget=0.0, rounds=(4, 9))
