@@ -30,8 +30,8 @@ class Cuda:
         code = ",".join([*(f"sm_{name.replace('.', '')}" for name in self.architectures), ptx])
         return f"-gencode=arch={ptx},code=[{code}]", "-std=c++17", "-O3", "--compiler-options=-fPIC,-fvisibility=hidden"
 
-    def library(self) -> Path:
-        """Folder of the CUDA runtime."""
+    def runtime(self) -> Path:
+        """Folder of the CUDA runtime library."""
         target = {"aarch64": "sbsa"}.get(platform.machine(), platform.machine())
         for name in "lib64", "lib", f"targets/{target}-linux/lib":
             if (self.home / name / "libcudart_static.a").exists():

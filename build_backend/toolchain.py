@@ -118,7 +118,7 @@ class Toolchain:
         """The text of build.ninja: one edge an object, one for the binary."""
         edges = list(self._compilations())
         libraries = (
-            () if self.cuda is None else (f"-L{self.cuda.library()}", "-lcudart_static", "-ldl", "-lrt", "-lpthread")
+            () if self.cuda is None else (f"-L{self.cuda.runtime()}", "-lcudart_static", "-ldl", "-lrt", "-lpthread")
         )
         link = (f"-L{self.torch.folder / 'lib'}", *LINK_FLAGS, *libraries, *shlex.split(os.environ.get("LDFLAGS", "")))
         return "\n".join(

@@ -128,6 +128,34 @@ def test_many_tensors_are_converted_as_torch_converts_each(kernels: Any, of: tor
         torch.testing.assert_close(found, tensor.to(to), rtol=0, atol=0, equal_nan=True)
 
 
+# Machine code of `vdpbf16ps OPERAND, %zmm1, %zmm0`, and where rdi, rsi, r8 and r9 lie before a factor at address z.
+OPERANDS = {
+    "(%rdi)": ("62f276485207", lambda z: (z, 0, 0, 0)),
+    "64(%rdi)": ("62f27648524701", lambda z: (z - 64, 0, 0, 0)),
+    "68(%rdi)": ("62f27648528744000000", lambda z: (z - 68, 0, 0, 0)),
+    "64(%rdi,%rsi,4)": ("62f276485244b701", lambda z: (z - 76, 3, 0, 0)),
+    "(%r8)": ("62d276485200", lambda z: (0, 0, z, 0)),
+    "(%rdi,%r9,4)": ("62b2764852048f", lambda z: (z - 12, 0, 0, 3)),
+    "%zmm2": ("62f17c481017 62f2764852c2", lambda z: (z, 0, 0, 0)),  # loaded from (%rdi)
+}
+LOAD_SUM, LOAD_FACTOR, STORE_SUM, RETURN = "62f17c481001", "62f17c48100a", "62f17c481101", "c3"  # (%rcx), (%rdx)
+
+
+@pytest.mark.parametrize("operand", OPERANDS)
+def test_bf16_instructions_are_substituted_whatever_they_read(kernels: Any, operand: str) -> None:
+    """The emulator itself: compilers choose how an operand is addressed, and each form has a length of its own."""
+    code, registers = OPERANDS[operand]
+    pairs, others = torch.randint(-8, 8, (2, 32)).bfloat16()
+    start = torch.randint(-8, 8, (16,)).float()
+    cpu = kernels.cpu
+    z, y, x = (cpu.place(t) for t in (pairs, others, start))
+    function = cpu.add_code(bytes.fromhex(LOAD_FACTOR + LOAD_SUM + code + STORE_SUM + RETURN))
+    rdi, rsi, r8, r9 = registers(cpu.address(z))
+    cpu.call(function, rdi, rsi, cpu.address(y), cpu.address(x), r8, r9)
+    assert torch.equal(x, start + (pairs.float() * others.float()).view(16, 2).sum(1))
+    cpu.clear()
+
+
 def test_reading_past_the_end_is_caught(kernels: Any) -> None:
     """The emulator itself: a kernel that is told of more pixels than it is given does not pass."""
     from avx512.emulator import EmulationError

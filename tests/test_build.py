@@ -145,6 +145,16 @@ def test_every_source_is_compiled(toolchain, nvcc, tmp_path):
     assert compiled == {str(path) for path in (ROOT / "csrc").rglob("*.c*") if path.suffix in (".cpp", ".cu")}
 
 
+@pytest.mark.parametrize(("machine", "target"), [("x86_64", "x86_64-linux"), ("aarch64", "sbsa-linux")])
+def test_the_cuda_runtime_is_that_of_this_machine(nvcc, monkeypatch, tmp_path, machine, target):
+    """A toolkit may hold the runtimes of several processors, in folders that do not all have the processor's name."""
+    monkeypatch.setattr(nvcc.platform, "machine", lambda: machine)
+    for name in "x86_64-linux", "sbsa-linux":
+        (tmp_path / "targets" / name / "lib").mkdir(parents=True)
+        (tmp_path / "targets" / name / "lib/libcudart_static.a").touch()
+    assert nvcc.Cuda(tmp_path, "13.0", ("9.0",)).runtime() == tmp_path / "targets" / target / "lib"
+
+
 def fake_nvcc(folder: Path, home: Path) -> Path:
     """A script, as packages put on PATH, in front of an nvcc that lives in `home`."""
     (folder / "bin").mkdir(parents=True)

@@ -5,7 +5,7 @@
 // strip and its vectors are output channels: an outer product a pixel.
 // Where Winograd's filtering serves (winograd.h), a step is a quad, and dW is that of the transformed filter until the groups
 // are added up.
-// Every group of tiles has a dW of its own; the groups are added up in order at the end.
+// Every group of tiles has a dW of its own, stored by its first tile; the groups are added up in order at the end.
 // Bytes: x and dy (or dz' and x') read once, dW written and read once a group.
 #include "walk.h"
 #include "wide.h"

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator
 
 LENGTH = 6  # without an address
+SPILL = 3 * 64  # bytes that a substitute needs
 JUMP = 0xE9
 # EVEX prefix: map 0F38, F3, W0, 512 bits, neither mask nor broadcast; opcode; registers or an address.
 PATTERN = re.compile(
@@ -36,7 +37,7 @@ def sites(code: bytes) -> Iterator[tuple[int, bytes]]:
 
 
 def substitute(instruction: bytes, at: int, spill: int, back: int) -> bytes:
-    """Code to stand at address `at` for one instruction, that goes on at `back`; spill: address of 192 free bytes."""
+    """Code to stand at address `at` for one instruction, that goes on at `back`; spill: address of SPILL free bytes."""
     x, y, z = _registers(instruction)
     rounds, reads_memory = instruction[4] == ROUND, instruction[5] < 0xC0
     if not rounds and (x == y or (x == z and not reads_memory)):

@@ -74,6 +74,7 @@ class Emulator:
         )
         self._symbols = [(OBJECT + value, name) for value, name in shared_object.symbols]
         shared_object.close()
+        self._spill = self._add_routine(bytes(bf16.SPILL))
         self._substitute_bf16()
         self.clear()
 
@@ -106,14 +107,14 @@ class Emulator:
         self._memory[address : address + len(data)] = np.frombuffer(data, np.uint8)
 
     def _substitute_bf16(self) -> None:
-        code = self._memory[OBJECT:].tobytes()
-        spill = self._add_routine(bytes(3 * 64))
-        for offset, instruction in bf16.sites(code):
-            address = OBJECT + offset
-            if "avx512_bf16" in self._function_at(address)[1]:
-                back = address + len(instruction)
-                routine = self._add_routine(bf16.substitute(instruction, self._routines_end, spill, back))
-                self._write(address, bf16.jump(address, routine))
+        for offset, instruction in bf16.sites(self._memory[OBJECT:].tobytes()):
+            if "avx512_bf16" in self._function_at(OBJECT + offset)[1]:
+                self._substitute(OBJECT + offset, instruction)
+
+    def _substitute(self, address: int, instruction: bytes) -> None:
+        back = address + len(instruction)
+        routine = self._add_routine(bf16.substitute(instruction, self._routines_end, self._spill, back))
+        self._write(address, bf16.jump(address, routine))
 
     def read_words(self, address: int, count: int) -> list[int]:
         """`count` 64-bit words from `address` on."""
@@ -136,6 +137,13 @@ class Emulator:
         """Address of a new guest function that calls `handler`."""
         address = self._add_routine(HLT)
         self._handlers[address] = handler
+        return address
+
+    def add_code(self, code: bytes) -> int:
+        """Address of a new guest function in machine code, whose instructions of avx512_bf16 are substituted."""
+        address = self._add_routine(code)
+        for offset, instruction in bf16.sites(code):
+            self._substitute(address + offset, instruction)
         return address
 
     def close(self) -> None:
