@@ -47,7 +47,7 @@ AVX512_FLAGS = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma")
 X86_FLAGS = {
     "avx512_bf16": (*AVX512_FLAGS, "-mavx512bf16"),
     "avx512": AVX512_FLAGS,
-    "avx2": ("-mavx2", "-mfma", "-mf16c"),
+    "avx2": ("-mavx2", "-mfma"),
     "baseline": (),
 }
 TARGET_FLAGS = ("-DTORCH_TARGET_VERSION=0x020b000000000000",)  # the stable ABI of torch 2.11
@@ -74,7 +74,7 @@ def find_compiler() -> str:
         return shlex.join(command)
     for name in ("c++", "g++", "clang++"):
         if path := shutil.which(name):
-            return path
+            return shlex.quote(path)
     raise CompileError(NO_COMPILER)
 
 

@@ -9,7 +9,7 @@ namespace fused_preact {
 // A workspace that serves one kernel call after the other.
 struct Scratch : Workspace {
   // Everything taken may be handed out again, to work that is queued later.
-  virtual void release() = 0;
+  virtual void release() noexcept = 0;
 
  protected:
   ~Scratch() = default;
@@ -18,7 +18,7 @@ struct Scratch : Workspace {
 // Memory of tensors that outlast a kernel call.
 struct Pool {
   virtual void* take(size_t bytes) = 0;  // 64-byte aligned, uninitialised
-  virtual void give_back(void* data, size_t bytes) = 0;
+  virtual void give_back(void* data, size_t bytes) noexcept = 0;
 
  protected:
   ~Pool() = default;

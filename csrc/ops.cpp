@@ -27,7 +27,7 @@ namespace {
 using Pointers = std::vector<Tensor*>;
 
 constexpr size_t kGeometry = 7;                      // integers a convolution
-constexpr int64_t kMostGeometry = int64_t{1} << 31;  // keeps the arithmetic on sizes from overflowing
+constexpr int64_t kMostGeometry = int64_t{1} << 31;  // keeps the arithmetic on the padded input from overflowing
 
 Device device_of([[maybe_unused]] const Tensor& x) {
 #if defined(FUSED_PREACT_CUDA)
@@ -60,6 +60,8 @@ Memory parse_memory(int64_t code) {
   return static_cast<Memory>(code);
 }
 
+Sizes output_sizes(const Conv& conv) { return {conv.N, conv.K, conv.P, conv.Q}; }
+
 // The convolution of an input of N, C, H, W by `weight`, from its seven integers of geometry.
 Conv convolution(const Item& name, const Sizes& x, const Tensor& weight, const int64_t* geometry) {
   expect(weight.dim() == 4, name, ": expected 4 dimensions, got ", weight.dim());
@@ -75,11 +77,14 @@ Conv convolution(const Item& name, const Sizes& x, const Tensor& weight, const i
   const int64_t P = (x[2] + 2 * pad[0] - w[2]), Q = (x[3] + 2 * pad[1] - w[3]);
   expect(P >= 0 && Q >= 0, name, ": expected a filter within the padded input of ", x[2] + 2 * pad[0], " x ",
          x[3] + 2 * pad[1], ", got ", w[2], " x ", w[3]);
-  return {x[0],      x[2],      x[3],   x[1],  P / stride[0] + 1, Q / stride[1] + 1, w[0], w[2], w[3],
-          stride[0], stride[1], pad[0], pad[1]};
+  const Conv conv{x[0],      x[2],      x[3],   x[1],  P / stride[0] + 1, Q / stride[1] + 1, w[0], w[2], w[3],
+                  stride[0], stride[1], pad[0], pad[1]};
+  int64_t bytes = sizeof(double);
+  for (const int64_t size : {std::max<int64_t>(conv.N, 1), conv.K, conv.P, conv.Q})
+    expect(!__builtin_mul_overflow(bytes, size, &bytes), name, ": expected a result that memory can hold, got ",
+           text(output_sizes(conv)));
+  return conv;
 }
-
-Sizes output_sizes(const Conv& conv) { return {conv.N, conv.K, conv.P, conv.Q}; }
 
 // The stage of an input x from what both operators are told of it.
 class StageParser {
@@ -178,7 +183,7 @@ std::tuple<Tensor, Tensors, Tensors> run_forward(const Tensor& x, const std::opt
                                                  ScalarType dtype, int64_t memory, bool tf32) {
   SameDevice{x}("residual", residual)("weight", weight)("bias", bias)("bn_weight", bn_weight)("bn_bias", bn_bias)(
       "running_mean", running_mean)("running_var", running_var)("shortcut_weight", shortcut_weight);
-  const Launch kernels(device_of(x), dtype, tf32);
+  const Launch kernels(device_of(x), dtype, tf32 && x.is_cuda());
   const Stage stage =
       StageParser(x, weight, bias, shortcut_weight, training, geometry, units, shortcut, dtype, memory).take(kernels);
   const size_t n = stage.units();
@@ -248,7 +253,7 @@ std::tuple<Tensor, Tensors, Tensors, Tensors, Tensors, Tensors> run_backward(
     const std::vector<bool>& needs) {
   SameDevice{x}("dy", dy)("y", y)("kept", kept)("rows", rows)("weight", weight)("bias", bias)("shortcut_weight",
                                                                                               shortcut_weight);
-  const Launch kernels(device_of(x), dtype, tf32);
+  const Launch kernels(device_of(x), dtype, tf32 && x.is_cuda());
   const Stage stage =
       StageParser(x, weight, bias, shortcut_weight, training, geometry, units, shortcut, dtype, memory).take(kernels);
   const size_t n = stage.units(), blocks = stage.blocks.size();

@@ -29,14 +29,15 @@ NAMES = ("auto", *FUSED, "eager")
 class Problem(NamedTuple):
     """What a choice depends on."""
 
-    device: str
+    device: torch.device
     dtype: torch.dtype
     shape: tuple[int, ...]  # of x
     convolutions: tuple[tuple[Conv, tuple[int, ...]], ...]  # geometry, weight shape
     format: str = "channels_last"  # memory format of x, or "contiguous"
     inference: bool = False  # no batch statistics, and no backward
     saves_memory: bool = False  # "lean" or "min" was asked for
-    transformed: bool = False  # within a transform of torch.func, or a forward-mode derivative
+    transformed: bool = False  # within a transform of torch.func, a forward-mode derivative or torch.jit.trace
+    rounded: bool = False  # x has more digits than dtype, and is not kept as it is
 
 
 # What "auto" gives to the CUDA kernels: multiply-adds an image of the heaviest convolution. On an H200, in 16 bits and
@@ -47,7 +48,7 @@ _MOST_CUDA_PRODUCTS = 1 << 23
 def _no_cpu(problem: Problem) -> str | None:
     if _extension.unavailable is not None:
         return _extension.unavailable
-    if problem.device != "cpu":
+    if problem.device.type != "cpu":
         return f"it runs on the CPU, not on {problem.device}"
     if problem.dtype not in (torch.float32, torch.bfloat16, torch.float64):
         return f"it computes in float32, bfloat16 and float64, not in {problem.dtype}"
@@ -55,9 +56,9 @@ def _no_cpu(problem: Problem) -> str | None:
 
 
 def _no_cuda(problem: Problem) -> str | None:
-    if problem.device != "cuda":
+    if problem.device.type != "cuda":
         return f"it runs on CUDA devices, not on {problem.device}"
-    reason = _cuda_unavailable()
+    reason = _cuda_unavailable(problem.device)
     if reason is not None:
         return reason
     if problem.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -77,14 +78,14 @@ def _auto_no_cuda(problem: Problem) -> str | None:
     return None
 
 
-def _cuda_unavailable() -> str | None:
+def _cuda_unavailable(device: torch.device | None = None) -> str | None:
     if _extension.unavailable is not None:
         return _extension.unavailable
     if not _extension.cuda_architectures:
         return "the CUDA kernels were left out: install again where nvcc is, or with FUSED_PREACT_CUDA=1"
     if not torch.cuda.is_available():
         return f"torch {torch.__version__} has no CUDA device on this machine"
-    if torch.cuda.get_device_capability() < (8, 0):
+    if torch.cuda.get_device_capability(device) < (8, 0):
         return "it needs a GPU of compute capability 8.0 or more, as from 2020 on"
     return None
 
@@ -95,10 +96,18 @@ def allows_tf32() -> bool:
     return torch.backends.cudnn.conv.fp32_precision == "tf32"
 
 
-def _no_convolution(problem: Problem) -> str | None:
-    for conv, (_, _, R, S) in problem.convolutions:
+def _no_groups(problem: Problem) -> str | None:
+    for conv, _ in problem.convolutions:
         if conv.groups != 1 or conv.dilation != (1, 1):
             return f"it has no groups and no dilation (groups={conv.groups}, dilation={conv.dilation})"
+    return None
+
+
+def _no_convolution(problem: Problem) -> str | None:
+    reason = _no_groups(problem)
+    if reason is not None:
+        return reason
+    for conv, (_, _, R, S) in problem.convolutions:
         if (R, S) not in ((1, 1), (3, 3)):
             return f"it has filters of 1x1 and 3x3, not {R}x{S}"
         if conv.stride not in ((1, 1), (2, 2)):
@@ -110,16 +119,13 @@ def _no_triton(problem: Problem) -> str | None:
     reason = _triton_unavailable()
     if reason is not None:
         return reason
-    if problem.device != ("cpu" if _INTERPRETED else "cuda"):
+    if problem.device.type != ("cpu" if _INTERPRETED else "cuda"):
         return f"it runs on GPUs, not on {problem.device}"
-    for conv, _ in problem.convolutions:
-        if conv.groups != 1 or conv.dilation != (1, 1):
-            return f"it has no groups and no dilation (groups={conv.groups}, dilation={conv.dilation})"
-    return None
+    return _no_groups(problem)
 
 
 def _auto_no_triton(problem: Problem) -> str | None:
-    if problem.device != "cuda":
+    if problem.device.type != "cuda":
         return "it is meant for GPUs, not for the interpreter; ask for it by name"
     return "it has not been measured to be faster than eager; ask for it by name"
 
@@ -133,7 +139,7 @@ def _triton_unavailable() -> str | None:
 
 
 def _no_library(problem: Problem) -> str | None:
-    if problem.device not in ("cpu", "cuda"):
+    if problem.device.type not in ("cpu", "cuda"):
         return f"it knows the CPU and CUDA, not {problem.device}"
     return None
 
@@ -171,8 +177,10 @@ def status() -> dict[str, str | None]:
 def obstacle(name: str, problem: Problem, by_rule: bool = False) -> str | None:
     """Why a backend cannot serve a problem, or, ``by_rule``, why "auto" passes it over; None where neither is so."""
     if problem.transformed and name != "eager":
-        return "it knows no transforms of torch.func and no forward-mode derivatives"
+        return "it knows no transforms of torch.func, no forward-mode derivatives and no torch.jit.trace"
     reason = _OBSTACLES[name](problem)
+    if reason is None and by_rule and problem.rounded and name != "eager":
+        return f"autocast would have it round x to {problem.dtype} in front of the batch norm; ask for it by name"
     if reason is None and by_rule and problem.saves_memory:
         return (
             "it keeps all that its layers keep, and a mode that keeps less was asked for" if name == "eager" else None
@@ -183,10 +191,12 @@ def obstacle(name: str, problem: Problem, by_rule: bool = False) -> str | None:
 
 
 def is_transforming() -> bool:
-    """Whether derivatives are taken in another way than by autograd's backward, the one way that fused calls know."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    """Whether a call is seen by more than autograd's backward, which alone fused calls know how to serve."""
+    return (
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or (not torch.compiler.is_compiling() and torch.jit.is_tracing())
+    )
 
 
 def check_name(backend: str) -> None:
@@ -196,9 +206,9 @@ def check_name(backend: str) -> None:
 
 
 def _measured(problem: Problem) -> str | None:
-    """The backend that was measured fastest on this device, where it can serve here."""
-    best = tables.best(problem)
-    if best is None or (best == "eager" and problem.saves_memory):
+    """The backend that was measured fastest on this device, where it can serve here and this version knows it."""
+    best = None if problem.rounded or problem.transformed else tables.best(problem)
+    if best not in _OBSTACLES or (best == "eager" and problem.saves_memory):
         return None
     return best if obstacle(best, problem) is None else None
 
@@ -251,7 +261,7 @@ class Explanation(tuple[Choice, ...]):
         return "\n".join(texts)
 
 
-def describe(where: str, backend: str, problem: Problem) -> Choice:
+def describe(where: Any, backend: str, problem: Problem) -> Choice:
     """The choice for a problem, with its reasons."""
     chosen, by_rule, preferred = choose(backend, problem), False, f"backend={backend!r} was asked for"
     if backend == "auto":
@@ -261,29 +271,29 @@ def describe(where: str, backend: str, problem: Problem) -> Choice:
     return Choice(where, chosen, others, problem)
 
 
-_recording: list[Choice] | None = None
+_records: list[list[Choice]] = []
 
 
 @contextlib.contextmanager
 def recording() -> Iterator[list[Choice]]:
     """Collect the choices of the calls made inside, on this thread's behalf or any other's."""
-    global _recording
-    before, _recording = _recording, []
+    record: list[Choice] = []
+    _records.append(record)
     try:
-        yield _recording
+        yield record
     finally:
-        _recording = before
+        _records[:] = (other for other in _records if other is not record)
 
 
 def is_recording() -> bool:
     """Whether choices are being collected."""
-    return _recording is not None
+    return bool(_records)
 
 
 def record(choice: Choice) -> None:
-    """Add a choice to the record, where one is being made."""
-    if _recording is not None:
-        _recording.append(choice)
+    """Add a choice to the records that are being made."""
+    for choices in _records:
+        choices.append(choice)
 
 
 def _place(where: Any, names: dict[Any, str]) -> str:

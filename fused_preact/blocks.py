@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import Layers, Pair, add
+from .layers import Layers, Pair, add, normalize
 from .modules import Fused
 
 
@@ -22,7 +22,7 @@ class Block(Fused):
         stride_on: which convolution has the stride: "3x3", or "first", a bottleneck's first 1x1 (resnet-1k-layers).
         shortcut_input: what the shortcut's convolution reads: "activated", relu(bn1(x)), as in the paper, or "raw", x.
         shortcut_name: name of that convolution's container in the state_dict, "shortcut" or "downsample".
-        backend: one of `backends.NAMES`, or "eager" for the plain layers.
+        backend: one of `backends.NAMES`; "eager" is the plain layers.
     """
 
     expansion = 1
@@ -83,17 +83,22 @@ class Block(Fused):
         """The block by its layers."""
         across = out = x
         for i, (_, bn, _, conv) in enumerate(layers.pairs):
-            out = F.relu(bn(out), inplace)
+            out = F.relu(normalize(bn, out), inplace)
             if i == 0 and layers.container is not None:
                 across = layers.container(out if layers.shortcut == "activated" else x)
             out = conv(out)
         return add(out, across, inplace)
 
 
+def _documented(summary: str | None) -> str | None:
+    """The summary of a block's class with what holds of all blocks; None where Python left docstrings out."""
+    return summary and summary + Block.__doc__.partition("\n")[2]
+
+
 class PreActBlock(Block):
     """Basic block: 3x3, 3x3. ``PreActBlock(in_planes, planes, stride=1, ...)``; the first 3x3 has the stride."""
 
-    __doc__ += Block.__doc__.partition("\n")[2]
+    __doc__ = _documented(__doc__)
 
     @staticmethod
     def _layout(planes: int, stride: int, stride_on: str) -> list[tuple[int, int, int]]:
@@ -103,7 +108,7 @@ class PreActBlock(Block):
 class PreActBottleneck(Block):
     """Bottleneck: 1x1, 3x3, 1x1, four times ``planes`` out. ``PreActBottleneck(in_planes, planes, stride=1, ...)``."""
 
-    __doc__ += Block.__doc__.partition("\n")[2]
+    __doc__ = _documented(__doc__)
     expansion = 4
 
     @staticmethod

@@ -25,6 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"fused-preact: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # a full disk, a file of somebody else's
+        print(f"fused-preact: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return 130
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import backends, checks, ops, running
+from . import backends, checks, ops, running, tables
 from .checks import Block, Unit
 from .schedule import MEMORY, SHORTCUTS, memory_format
 
@@ -40,7 +40,7 @@ def bn_relu_conv2d(
         weight: [K, C/groups, R, S], the dtype of x.
         bn_weight, bn_bias: gamma and beta [C], the dtype of x or float32; None is one and zero.
         running_mean, running_var: [C]. In training they are updated in place, with ``momentum``, where they are given,
-            once, however often a checkpointed forward is repeated; else they are what x is normalised by.
+            once, also where a checkpoint repeats the call; else they are what x is normalised by.
         bias: [K] or None.
         residual: [N, K, P, Q] or None, added to the result.
         stride, padding, dilation, groups: as in `torch.nn.functional.conv2d`; the padding is zeros, after the ReLU.
@@ -59,14 +59,18 @@ def bn_relu_conv2d(
     checks.number("eps", eps)
     conv = checks.geometry(stride, padding, dilation, groups, weight)
     unit = Unit(weight, bias, bn_weight, bn_bias, running_mean, running_var, training, eps, conv)
-    blocks = [Block([unit])]
-    plan = make_plan(x, blocks, residual, backend)
+    plan = _plan_of(unit, x, residual, backend)
     plan.record("bn_relu_conv2d")
     if plan.backend == "eager":
-        z = F.batch_norm(x, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps)
+        statistics = running_mean, running_var
+        if training and running.recomputing():
+            statistics = [t if t is None else t.clone() for t in statistics]
+        z = F.batch_norm(x, *statistics, bn_weight, bn_bias, training, momentum, eps)
         y = F.conv2d(F.relu(z, inplace=True), weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
-        return y if residual is None else y.add_(residual)
-    y, rows = execute(plan, x, Arguments.of(blocks), residual)
+        if residual is None:
+            return y
+        return y + residual if plan.problem.transformed else y.add_(residual)
+    y, rows = execute(plan, x, Arguments.of([Block([unit])]), residual)
     if training and running_mean is not None:
         running.update([running_mean], [running_var], [], rows, [0], momentum)
     return y
@@ -94,9 +98,6 @@ class Plan(NamedTuple):
             backends.record(backends.describe(where, self.asked, self.problem))
 
 
-_plans: dict[tuple[Any, ...], Plan] = {}
-
-
 def call_key(name: str, x: Tensor) -> tuple[Any, ...]:
     """What a plan depends on beside the layers, for an argument: the tensor, and what it is called in.
 
@@ -104,7 +105,8 @@ def call_key(name: str, x: Tensor) -> tuple[Any, ...]:
     """
     checks.tensor(name, x)
     device = x.device.type
-    cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    cast = torch.get_autocast_dtype(device) if casts else None
     order = memory_format(x) if x.dim() == 4 and x.layout == torch.strided else None
     calling = torch.is_grad_enabled(), backends.is_transforming(), cast
     return x.shape, x.dtype, x.device, x.layout, order, *calling
@@ -113,32 +115,12 @@ def call_key(name: str, x: Tensor) -> tuple[Any, ...]:
 def make_plan(
     x: Tensor, blocks: Sequence[Block], residual: Tensor | None = None, backend: str = "auto", memory: str = "fast"
 ) -> Plan:
-    """Check the arguments of a stage and choose its backend, once for calls that differ in the numbers only.
+    """Check the arguments of a stage and choose its backend.
 
     Raises:
         TypeError, ValueError: an argument does not fit.
     """
-    *_, grad, transformed, cast = given = call_key("x", x)
-    if torch.compiler.is_compiling():
-        return _make_plan(x, blocks, residual, backend, memory, grad, transformed, cast)
-    key, tensors = [backend, memory, *given], [residual]
-    for units, shortcut in blocks:
-        key += (len(units), shortcut.kind, shortcut.conv)
-        tensors.append(shortcut.weight)
-        for unit in units:
-            tensors += unit[:6]
-            key.append(unit[6:])
-    key += [(t.shape, t.dtype, t.device, t.layout) if isinstance(t, Tensor) else type(t) for t in tensors]
-    key = tuple(key)
-    plan = _plans.get(key)
-    if plan is None:
-        if len(_plans) >= 4096:
-            _plans.clear()
-        plan = _plans[key] = _make_plan(x, blocks, residual, backend, memory, grad, transformed, cast)
-    return plan
-
-
-def _make_plan(x, blocks, residual, backend, memory, grad, transformed, cast) -> Plan:
+    *_, grad, transformed, cast = call_key("x", x)
     given = x
     if cast is not None:
         with torch.no_grad():
@@ -153,7 +135,8 @@ def _make_plan(x, blocks, residual, backend, memory, grad, transformed, cast) ->
     inference = not grad and not any(training)
     saves = memory != "fast" and not (inference or transformed)
     shape = tuple(x.shape)
-    problem = backends.Problem(x.device.type, x.dtype, shape, convolutions, layout, inference, saves, transformed)
+    rounded = memory == "fast" and given.dtype.itemsize > x.dtype.itemsize
+    problem = backends.Problem(x.device, x.dtype, shape, convolutions, layout, inference, saves, transformed, rounded)
     half = given.dtype in (torch.bfloat16, torch.float16)
     return Plan(
         backend,
@@ -169,6 +152,40 @@ def _make_plan(x, blocks, residual, backend, memory, grad, transformed, cast) ->
         [SHORTCUTS.index(block.shortcut.kind) for block in blocks],
         MEMORY.index(memory),
     )
+
+
+class Plans(dict[Any, Plan]):
+    """Plans by what they were made for: a call is checked once for arguments that differ in the numbers only."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self._most = most
+
+    def find(self, key: tuple[Any, ...], make: Callable[[], Plan]) -> Plan:
+        """The plan of ``key``, made where there is none; made each time where shapes are not numbers."""
+        if torch.compiler.is_compiling():
+            return make()
+        key = (tables.version(), torch.get_num_threads(), *key)
+        try:
+            plan = self.get(key)
+        except TypeError:  # a size that a tracer made a symbol of
+            return make()
+        if plan is None:
+            if len(self) >= self._most:
+                self.clear()
+            plan = self[key] = make()
+        return plan
+
+
+_plans = Plans(4096)
+
+
+def _plan_of(unit: Unit, x: Tensor, residual: Tensor | None, backend: str) -> Plan:
+    """The plan of a call of `bn_relu_conv2d`."""
+    others = (*unit[:6], residual)
+    facts = [(t.shape, t.dtype, t.device, t.layout) if isinstance(t, Tensor) else type(t) for t in others]
+    key = backend, *call_key("x", x), unit[6:], *facts
+    return _plans.find(key, lambda: make_plan(x, [Block([unit])], residual, backend))
 
 
 class Arguments(NamedTuple):

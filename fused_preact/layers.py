@@ -7,8 +7,10 @@ from itertools import chain
 from operator import attrgetter, eq, getitem, is_, itemgetter
 from typing import Any, NamedTuple
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import checks, running
 from .checks import Block, Shortcut, Unit
@@ -73,27 +75,29 @@ class Watch:
     """All that a fused call reads of a module and those inside of it, but the numbers, as it was when this was made.
 
     It is compared in every call, so the modules' dictionaries are read directly, by functions that are written in C. It
-    holds these dictionaries and what is in them, so that nothing else can take its place, but not the module itself.
+    holds these dictionaries and what is in them, so that nothing else can take its place.
     """
 
     def __init__(self, module: nn.Module) -> None:
         states, waiting = [], [module]
         while waiting:
             states.append(waiting.pop().__dict__)
-            waiting += (child for child in states[-1]["_modules"].values() if child is not None)
+            waiting += filter(_is_plain, states[-1]["_modules"].values())
         self._states = states
         self._settings = tuple(zip(*((s, name) for s in states for name in _SETTINGS if name in s), strict=True))
         self._boxes = list(self._find_boxes())
         self._members = [s[name] for s in states for name in _MEMBERS]
+        self._children = [s["_modules"] for s in states]
         self._hooks = [s[name] for s in states for name in _HOOKS]
         self._parameters = [t for s in states for t in s["_parameters"].values() if t is not None]
         self._sizes, self._objects = list(self._find_sizes()), list(self._find_objects())
 
-    def holds(self) -> bool:
-        """Whether nothing has changed."""
+    def holds(self, module: nn.Module) -> bool:
+        """Whether it is of this module, and nothing has changed."""
         try:
             return (
-                all(map(is_, self._find_boxes(), self._boxes))
+                self._states[0] is module.__dict__
+                and all(map(is_, self._find_boxes(), self._boxes))
                 and all(map(eq, self._find_sizes(), self._sizes))
                 and all(map(is_, self._find_objects(), self._objects))
             )
@@ -111,8 +115,14 @@ class Watch:
             (bool(nn_module._has_any_global_hook()),),
             map(getitem, *self._settings),
             chain.from_iterable(map(dict.values, self._members)),
+            map(type, chain.from_iterable(map(dict.values, self._children))),
             map(attrgetter("dtype"), self._parameters),
         )
+
+
+def _is_plain(child: Any) -> bool:
+    """Whether a child's members are in dictionaries; those of scripted modules are not, and they run as they are."""
+    return child is not None and isinstance(child.__dict__.get("_modules"), dict)
 
 
 def hooked(child: nn.Module) -> bool:
@@ -121,16 +131,44 @@ def hooked(child: nn.Module) -> bool:
     return bool(s["_forward_hooks"] or s["_forward_pre_hooks"] or s["_backward_hooks"] or s["_backward_pre_hooks"])
 
 
+_TENSORS = {
+    nn.BatchNorm2d: {"_parameters": ("weight", "bias"), "_buffers": ("running_mean", "running_var")},
+    nn.Conv2d: {"_parameters": ("weight", "bias")},
+    nn.Sequential: {},
+}
+
+
 def _obstacle(name: str, child: nn.Module, kind: type[nn.Module]) -> str | None:
     if type(child) is not kind:
         return f"{name} is of type {type(child).__name__}, not a plain nn.{kind.__name__}"
     if hooked(child):
         return f"{name} has hooks, which run only when the layer itself is called"
+    if has_own_forward(child):
+        return f"{name} has a forward of its own"
+    for members, keys in _TENSORS[kind].items():
+        for key in keys:
+            if key not in child.__dict__[members]:  # as in a replica of nn.DataParallel
+                return f"{name}.{key} is a plain attribute, neither a parameter nor a buffer"
+            if is_traceable_wrapper_subclass(child.__dict__[members][key]):
+                return f"{name}.{key} is a {type(child.__dict__[members][key]).__name__}, not a plain tensor"
     if kind is nn.Conv2d and child.padding_mode != "zeros":
         return f"{name} has padding_mode={child.padding_mode!r}, not 'zeros'"
     if kind is nn.Conv2d and child.padding == "same" and checks.lopsided(child.dilation, child.kernel_size):
         return f"{name} has padding='same' with a filter of {child.kernel_size}, which pads one side more"
     return None
+
+
+def has_own_forward(child: nn.Module) -> bool:
+    """Whether the module's forward is not that of its class."""
+    return "forward" in child.__dict__
+
+
+def normalize(bn: nn.Module, x: Tensor) -> Tensor:
+    """What the layer makes of x; its running statistics stay where a checkpoint repeats the call."""
+    if type(bn) is nn.BatchNorm2d and bn.training and not hooked(bn) and running.recomputing():
+        moved = [t if t is None else t.clone() for t in (bn.running_mean, bn.running_var)]
+        return F.batch_norm(x, *moved, bn.weight, bn.bias, True, 0.1, bn.eps)
+    return bn(x)
 
 
 def overwritable(child: nn.Module) -> bool:

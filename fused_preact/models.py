@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .blocks import PreActBlock, PreActBottleneck
-from .layers import Layers, add, overwritable
+from .layers import Layers, add, normalize, overwritable
 from .stage import PreActStage
 
 
@@ -22,7 +22,18 @@ class FirstPreActBlock(PreActBlock):
     """The basic block behind the stem, as the paper's appendix has it: its first activation comes before the split.
 
     So its shortcut is relu(bn1(x)). A block with a projection has the same from ``shortcut_input="activated"``.
+
+    Raises:
+        ValueError: the shape changes, which takes a projection.
     """
+
+    def __init__(self, in_planes: int, planes: int, stride: int = 1, **options: Any) -> None:
+        if stride != 1 or in_planes != planes:
+            raise ValueError(
+                f"in_planes and planes must be the same and stride 1, got {in_planes}, {planes} and {stride}: "
+                "use PreActBlock, whose shortcut has a convolution"
+            )
+        super().__init__(in_planes, planes, stride, **options)
 
     def forward(self, x: Tensor) -> Tensor:
         """y [N, planes, H, W] of x [N, planes, H, W].
@@ -30,7 +41,7 @@ class FirstPreActBlock(PreActBlock):
         Raises:
             TypeError, ValueError: x does not fit.
         """
-        a = F.relu(self.bn1(x), overwritable(self.bn1))
+        a = F.relu(normalize(self.bn1, x), overwritable(self.bn1))
         h = self.conv1(a)
         return self.dispatch(h, a)
 
@@ -40,7 +51,7 @@ class FirstPreActBlock(PreActBlock):
 
     def plain(self, layers: Layers, x: Tensor, residual: Tensor | None, inplace: bool) -> Tensor:
         """The second unit by its layers, and the addition."""
-        return add(self.conv2(F.relu(self.bn2(x), inplace)), residual, inplace)
+        return add(self.conv2(F.relu(normalize(self.bn2, x), inplace)), residual, inplace)
 
 
 class PreActResNet(nn.Module):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from . import backends
-from .layers import Layers, Pair, add
+from .layers import Layers, Pair, add, normalize
 from .runs import Run, remembered
 
 
@@ -144,5 +144,5 @@ class BNReLUConv2d(Fused):
     def plain(self, layers: Layers, x: Tensor, residual: Tensor | None, inplace: bool) -> Tensor:
         """The unit by its layers."""
         [(_, bn, _, conv)] = layers.pairs
-        y = conv(F.relu(bn(x), inplace))
+        y = conv(F.relu(normalize(bn, x), inplace))
         return y if residual is None else add(y, residual, inplace)

@@ -123,9 +123,9 @@ def _save(ctx, facts: Facts, x, y, kept, rows, weight, bias, shortcut_weight, bn
     ctx.casts = dtypes if {*dtypes[0], *dtypes[1]} != {accumulation_type(facts.dtype)} else None
 
 
-def _call_backward(ctx, dy: Tensor, needs: list[bool]):
+def _call_backward(ctx, saved: Sequence[Tensor], dy: Tensor, needs: list[bool]):
     """Gradients in lists like the arguments that they are of; ``needs`` is the operator's."""
-    x, y, *flat = ctx.saved_tensors
+    x, y, *flat = saved
     lists, begin = [], 0
     for count in ctx.counts:
         lists.append(flat[begin : begin + count])
@@ -159,11 +159,12 @@ class _Stage(torch.autograd.Function):
         weight, gamma, beta, bias = flat[:n], flat[n : 2 * n], flat[2 * n : 3 * n], flat[3 * n + projections :]
         bn = [either or other for either, other in zip(gamma, beta, strict=True)]
         needs = [need_x, *weight, *bias, *bn, *flat[3 * n : 3 * n + projections]]
+        saved = ctx.saved_tensors  # with autograd: a checkpoint's forward, which makes them again, may need it
         if torch.is_grad_enabled():  # create_graph=True: the operator's own autograd refuses a second time
-            grads = _call_backward(ctx, dy, needs)
+            grads = _call_backward(ctx, saved, dy, needs)
         else:
             with torch._C._AutoDispatchBelowAutograd():
-                grads = _call_backward(ctx, dy, needs)
+                grads = _call_backward(ctx, saved, dy, needs)
         dx, dweight, dbias, dgamma, dbeta, dshortcut = grads
         parameters = *dweight, *dgamma, *dbeta, *dshortcut, *dbias
         return (
@@ -187,7 +188,7 @@ def _formula(ctx, dy: Tensor, _kept, _rows):
     residual, running = ctx.given
     _, n, _, biases, projections = ctx.counts
     needs = [True] * (1 + n + biases + n + projections)
-    dx, dweight, dbias, dgamma, dbeta, dshortcut = _call_backward(ctx, dy, needs)
+    dx, dweight, dbias, dgamma, dbeta, dshortcut = _call_backward(ctx, ctx.saved_tensors, dy, needs)
     tensors = dx, dy.clone() if residual else None, dweight, dbias, dgamma, dbeta
     return *tensors, [None] * running, [None] * running, dshortcut, *[None] * 8
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from . import checks
-from .functional import Arguments, Plan, call_key, execute, make_plan
+from .functional import Arguments, Plan, Plans, call_key, execute, make_plan
 from .layers import Layers, RunningUpdate, Watch, running_updates, update
 
 
@@ -21,14 +20,14 @@ class Run(NamedTuple):
     running: list[RunningUpdate]
     blocks: list[checks.Block]
     arguments: Arguments
-    plans: dict[tuple[Any, ...], Plan]
+    plans: Plans
 
     @classmethod
     def of(cls, backend: str, run: Sequence[Layers]) -> Run:
         """That of the layers of consecutive blocks."""
         blocks = [layers.block() for layers in run]
         running = running_updates(pair for layers in run for pair in layers.pairs)
-        return cls(backend, running, blocks, Arguments.of(blocks), {})
+        return cls(backend, running, blocks, Arguments.of(blocks), Plans(32))
 
     def __call__(self, where: Any, x: Tensor, residual: Tensor | None = None, memory: str = "fast") -> Tensor | None:
         """Run as one node and update the running statistics once; None where ``auto`` prefers the plain layers.
@@ -48,23 +47,29 @@ class Run(NamedTuple):
 
     def plan(self, x: Tensor, residual: Tensor | None, memory: str) -> Plan:
         """The plan of a call, checked once for arguments that differ in the numbers only."""
-        key = memory, call_key("x", x), residual if residual is None else call_key("residual", residual)
-        plan = self.plans.get(key)
-        if plan is None:
-            plan = self.plans[key] = make_plan(x, self.blocks, residual, self.backend, memory)
-        return plan
+        key = memory, *call_key("x", x), *(() if residual is None else call_key("residual", residual))
+        return self.plans.find(key, lambda: make_plan(x, self.blocks, residual, self.backend, memory))
 
 
-# What was made of each module, and what it was made from. Not in the module itself, which is copied and pickled; and
-# neither may hold the module, or that would never be freed.
-_known: WeakKeyDictionary[nn.Module, tuple[Watch, Any]] = WeakKeyDictionary()
+class _Memory:
+    """What was made of a module, in the module's own dictionary, so that both are freed together.
+
+    In a copy of the module, or one that was pickled, it is empty.
+    """
+
+    watch: Watch | None = None
+    made: Any = None
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return _Memory, ()
 
 
 def remembered(module: nn.Module, make: Callable[[], Any]) -> Any:
     """What ``make`` gives, made again only when something that a fused call reads of the module changed."""
     if torch.compiler.is_compiling():
         return make()
-    known = _known.get(module)
-    if known is None or not known[0].holds():
-        known = _known[module] = Watch(module), make()
-    return known[1]
+    memory = module.__dict__.get("_remembered")
+    if memory is None or memory.watch is None or not memory.watch.holds(module):
+        memory = module.__dict__["_remembered"] = _Memory()
+        memory.watch, memory.made = Watch(module), make()
+    return memory.made

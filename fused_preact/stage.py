@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from .blocks import Block
-from .layers import Layers, hooked
+from .layers import Layers, has_own_forward, hooked
 from .runs import Run, remembered
 
 MEMORY = ("fast", "lean", "min")
@@ -89,7 +89,8 @@ class PreActStage(nn.Sequential):
         """The blocks in order: runs of those that are one node, and by itself each that cannot be in one."""
         part: list[tuple[Block, Layers]] = []
         for block in self._modules.values():
-            layers = block.layers() if type(block).forward is Block.forward else None
+            plain = isinstance(block, Block) and type(block).forward is Block.forward and not has_own_forward(block)
+            layers = block.layers() if plain else None
             alone = layers is None or hooked(block) or block._compiled_call_impl is not None
             alone = alone or block.obstacle(layers) is not None
             if part and (alone or block.backend != part[-1][0].backend):

@@ -16,16 +16,32 @@ import math
 import os
 import platform
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .errors import UserError
+from .files import replacing
+
 SHIPPED = Path(__file__).with_name("measured")
 
 
+_version = 0
+
+
+def version() -> int:
+    """A number that changes when a table does."""
+    return _version
+
+
 def folder() -> Path:
-    """Where the user's tables are: ``fused_preact`` in the cache folder of the platform (XDG_CACHE_HOME)."""
+    """Where the user's tables are: ``fused_preact`` in the cache folder of the platform (XDG_CACHE_HOME).
+
+    Raises:
+        RuntimeError: the user has no home folder.
+    """
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fused_preact"
 
 
@@ -33,12 +49,14 @@ def device_name(kind: str, index: int | None = None) -> str | None:
     """Name of a device that a table is for, of a CPU with torch's threads; None where there is none of that kind."""
     if kind == "cpu":
         return f"{_processor()}, {torch.get_num_threads()} threads"
-    return _gpu(index) if kind == "cuda" else None
+    if kind != "cuda" or not torch.cuda.is_available():
+        return None
+    return _gpu(torch.cuda.current_device() if index is None else index)
 
 
 @functools.cache
-def _gpu(index: int | None) -> str | None:
-    return torch.cuda.get_device_name(index) if torch.cuda.is_available() else None
+def _gpu(index: int) -> str:
+    return torch.cuda.get_device_name(index)
 
 
 @functools.cache
@@ -62,13 +80,38 @@ def file_name(device: str) -> str:
 
 @functools.cache
 def load(device: str | None) -> dict[str, Any]:
-    """The tables of a device, the user's over the shipped; empty where there are none."""
+    """The tables of a device, the user's over the shipped; empty where there are none, or none that can be read."""
     name = file_name(device or "")
-    return _over(_read(SHIPPED / name), _read(folder() / name))
+    shipped = _read(SHIPPED / name)
+    try:
+        own = folder()
+    except RuntimeError:
+        return shipped
+    return _over(shipped, _read(own / name))
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.exists() else {"calls": {}, "tiles": {}}
+    """The tables in a file: empty where it is missing, and with a warning where it is damaged."""
+    try:
+        document = json.loads(path.read_text())
+        for entry in (entry for call in document["calls"].values() for entry in call.items()):
+            int(entry[0]), entry[1]["best"]
+        if not isinstance(document["tiles"], dict):
+            raise TypeError("tiles")
+    except FileNotFoundError:
+        return _empty()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        warnings.warn(
+            f"fused_preact leaves out the measurements in {path}, which cannot be read ({type(error).__name__}: "
+            f"{error}); remove the file, and `fused-preact tune` measures again",
+            stacklevel=2,
+        )
+        return _empty()
+    return document
+
+
+def _empty() -> dict[str, Any]:
+    return {"calls": {}, "tiles": {}}
 
 
 def _over(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
@@ -80,19 +123,26 @@ def _over(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
 
 
 def save(document: dict[str, Any], path: Path | None = None) -> Path:
-    """Write the table of ``document["device"]``, over what the file has, and let it count from here on."""
-    path = path or folder() / file_name(document["device"])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_suffix(".part")
-    fresh.write_text(json.dumps(_over(_read(path), document), indent=1) + "\n")
-    fresh.replace(path)
+    """Write the table of ``document["device"]``, over what the file has, and let it count from here on.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    global _version
+    try:
+        path = path or folder() / file_name(document["device"])
+    except RuntimeError as error:
+        raise UserError("--output: expected a file for the table, for the user has no home folder") from error
+    with replacing(path, f".{os.getpid()}.tmp") as file:
+        file.write((json.dumps(_over(_read(path), document), indent=1) + "\n").encode())
     load.cache_clear()
+    _version += 1
     return path
 
 
 def call_key(problem: Any) -> str:
     """Key of a call: what for, dtype, memory format, C, H and W of x, and how often each geometry and filter occurs."""
-    shape = "x".join(map(str, problem.shape[1:]))
+    shape = "x".join([f"{size}" for size in problem.shape[1:]])  # in compiled code str knows no size that may change
     counts: dict[str, int] = {}
     for conv, weight in problem.convolutions:
         text = ",".join(map(str, (*conv, *weight)))
@@ -103,17 +153,21 @@ def call_key(problem: Any) -> str:
 
 
 def best(problem: Any) -> str | None:
-    """The backend that was fastest at a call on this device, at the nearest N; None where it was not measured."""
-    return _best(problem.device, call_key(problem), str(problem.shape[0]))
+    """The backend that was fastest at a call on this device; None where it was not measured.
+
+    At the nearest N, or for code that is compiled, which is to serve any N, at the largest.
+    """
+    N = None if torch.compiler.is_compiling() else int(problem.shape[0])
+    return _best(problem.device.type, problem.device.index, call_key(problem), N)
 
 
 @torch.compiler.assume_constant_result  # a file is read here
-def _best(kind: str, key: str, N: str) -> str | None:
-    found = load(device_name(kind))["calls"].get(key)
+def _best(kind: str, index: int | None, key: str, N: int | None) -> str | None:
+    found = load(device_name(kind, index))["calls"].get(key)
     if not found:
         return None
-    nearest = min(found, key=lambda measured: abs(math.log(int(measured) / max(int(N), 1))))
-    return found[nearest]["best"]
+    distance = {text: -int(text) if N is None else abs(math.log(int(text) / max(N, 1))) for text in found}
+    return found[min(distance, key=distance.__getitem__)]["best"]
 
 
 def tile(device: torch.device, key: str) -> list[int] | None:

@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if tables.device_name(device) is None:
         raise UserError(f"--device: torch finds no {device} device")
-    batch = arguments.batch or (16 if device == "cpu" else 128)
+    batch = (16 if device == "cpu" else 128) if arguments.batch is None else arguments.batch
     if min(batch, arguments.size) < 1 or not arguments.budget > 0:
         raise UserError("--batch, --size and --budget must be positive")
     document = _document(device)
@@ -104,7 +104,7 @@ def _document(device: str) -> dict[str, Any]:
 
 def _cast(problem: backends.Problem) -> torch.autocast:
     enabled = problem.dtype != torch.float32
-    return torch.autocast(problem.device, problem.dtype if enabled else None, enabled=enabled)
+    return torch.autocast(problem.device.type, problem.dtype if enabled else None, enabled=enabled)
 
 
 def _calls(
@@ -147,7 +147,7 @@ def _step(problem: backends.Problem, block: nn.Module, backend: str) -> Step:
     layout = torch.channels_last if problem.format == "channels_last" else torch.contiguous_format
     x = torch.randn(problem.shape, device=problem.device, dtype=problem.dtype).to(memory_format=layout)
     x.requires_grad_(not problem.inference)
-    wait: Callable[[], None] = torch.cuda.synchronize if problem.device == "cuda" else lambda: None
+    wait: Callable[[], None] = torch.cuda.synchronize if problem.device.type == "cuda" else lambda: None
 
     def forward() -> Tensor:
         with _cast(problem), torch.set_grad_enabled(not problem.inference):
@@ -196,7 +196,7 @@ def _tiles(problem: backends.Problem, block: nn.Module, budget: float) -> dict[s
     step.backward(step.forward())
     for key in sorted(configurations.asked):
         seconds = {}
-        for tile in configurations.candidates(torch.device(problem.device), problem.dtype):
+        for tile in configurations.candidates(problem.device, problem.dtype):
             configurations.trial[key] = tile
             (times,) = alternate([step], budget / 10, (3, 10))
             seconds[tile] = spread(times.total).median

@@ -22,7 +22,7 @@ from fused_preact.schedule import Activation, Conv, Gradient, accumulation_type
 Results = dict[str, Tensor]
 # For what does not depend on the instruction set; the fixture `backend` adds each of those.
 # triton is among them where its interpreter runs the kernels on CPU tensors (TRITON_INTERPRET=1).
-ON_CPU = backends.Problem("cpu", torch.float32, (1, 1, 1, 1), ())
+ON_CPU = backends.Problem(torch.device("cpu"), torch.float32, (1, 1, 1, 1), ())
 PYTHON_BACKENDS = [name for name in ("reference", "library", "triton") if backends.obstacle(name, ON_CPU) is None]
 BACKENDS = PYTHON_BACKENDS + (["cpu"] if _extension.unavailable is None else [])
 

@@ -52,13 +52,20 @@ def cases() -> list[tuple[str, str, str, Config]]:
         for size, tiles in SHIPPED["hip" if is_amd(architecture) else architecture].items():
             # bf16 and fp16 differ in the name of one instruction; SM 7.5 has fp16 only.
             name = "fp16" if architecture == "sm75" and size == 2 else TYPES[size][0]
-            found += [(architecture, name, kernel, tile) for tile in tiles for kernel in GEMMS]
+            exact = ("fp32-exact",) if name == "fp32" and architecture.startswith("sm") else ()
+            found += [
+                (architecture, kind, kernel, tile) for kind in (name, *exact) for tile in tiles for kernel in GEMMS
+            ]
     return found
 
 
 def compiled(architecture: str, kind: str, kernel: str, tile: Config, taps: int = 3, stride: int = 1) -> Binary:
-    """One of the three products, with prologue and epilogue complete, for channels that divide by 16."""
+    """One of the three products, prologue and epilogue complete, for channels that divide by 16 and offsets of 32 bits.
+
+    ``kind`` is the storage type: "fp32" is multiplied as TF32 where there is that, "fp32-exact" is not.
+    """
     tf32 = kind == "fp32" and architecture != "sm75" and not is_amd(architecture)
+    kind = kind.removesuffix("-exact")
     constants = {"R": taps, "S": taps, "STRIDE_H": stride, "STRIDE_W": stride, "PRECISION": "tf32" if tf32 else "ieee"}
     return build(architecture, kind, GEMMS[kernel], tile, **constants)
 

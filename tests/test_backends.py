@@ -3,7 +3,7 @@ import torch
 
 import fused_preact
 from cases import BACKENDS
-from fused_preact import BNReLUConv2d, PreActBlock, _extension, backends, bn_relu_conv2d, functional, models, tables
+from fused_preact import BNReLUConv2d, PreActBlock, _extension, backends, bn_relu_conv2d, models, tables
 
 needs_cpu = pytest.mark.skipif(_extension.unavailable is not None, reason=str(_extension.unavailable))
 
@@ -21,7 +21,7 @@ def test_status_names_every_fused_backend():
 def test_a_backend_that_is_not_built_says_so(monkeypatch):
     """Without the extension "auto" runs plain layers, and asking for the CPU kernels says how to get them."""
     monkeypatch.setattr(_extension, "unavailable", "_C.abi3.so is not built")
-    problem = backends.Problem("cpu", torch.float32, (1, 1, 1, 1), ())
+    problem = backends.Problem(torch.device("cpu"), torch.float32, (1, 1, 1, 1), ())
     assert backends.choose("auto", problem) == "eager"
     assert backends.status()["cpu"] == "_C.abi3.so is not built"
     with pytest.raises(ValueError, match=r"backend='cpu' cannot serve this call: _C.abi3.so is not built"):
@@ -70,7 +70,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(_extension, "unavailable", None)
     monkeypatch.setattr(_extension, "cuda_architectures", ("9.0",))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(tables, "device_name", lambda *_: "a GPU that nothing was measured on")
     return monkeypatch
 
@@ -78,7 +78,7 @@ def gpu(monkeypatch):
 def on_cuda(C=16, K=16, size=3, stride=1, dtype=torch.bfloat16, format="channels_last", count=2):
     """The problem of a block of ``count`` such convolutions on a CUDA device."""
     conv = fused_preact.schedule.Conv(stride, stride, 1, 1, 1, 1, 1)
-    return backends.Problem("cuda", dtype, (2, C, 8, 8), ((conv, (K, C, size, size)),) * count, format)
+    return backends.Problem(torch.device("cuda"), dtype, (2, C, 8, 8), ((conv, (K, C, size, size)),) * count, format)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -126,7 +126,7 @@ def test_what_the_cuda_kernels_leave_to_eager(gpu, options, reason):
 def test_why_cuda_cannot_be_used(gpu):
     """Each thing that is missing is named: the kernels in the binary, a GPU, a new enough one."""
     asked = on_cuda()
-    gpu.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    gpu.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
     with pytest.raises(ValueError, match=r"compute capability 8\.0 or more"):
         backends.choose("cuda", asked)
     gpu.setattr(torch.cuda, "is_available", lambda: False)
@@ -201,6 +201,26 @@ def test_explain_of_a_call_that_fails_fails_alike():
     assert not backends.is_recording()
 
 
+def test_records_that_overlap():
+    """Two threads that explain at a time need not end in the order in which they began."""
+    first, second = backends.recording(), backends.recording()
+    choices = first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert backends.is_recording()
+    second.__exit__(None, None, None)
+    assert not backends.is_recording()
+    assert choices == []
+
+
+def test_each_gpu_is_asked_for_itself(gpu):
+    """The device of x decides, not the current one."""
+    gpu.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0) if device.index else (7, 5))
+    assert backends.choose("cuda", on_cuda()._replace(device=torch.device("cuda:1"))) == "cuda"
+    with pytest.raises(ValueError, match="compute capability"):
+        backends.choose("cuda", on_cuda()._replace(device=torch.device("cuda:0")))
+
+
 def test_explain_without_a_fused_call():
     """A module that has none says so."""
     assert str(fused_preact.explain(torch.nn.ReLU(), torch.randn(2))) == "no fused call is made here"
@@ -244,8 +264,6 @@ def test_a_memory_mode_goes_before_what_was_measured(folder, memory):
         assert choice.problem.inference is not grad
         calls[tables.call_key(choice.problem)] = {"2": {"best": "eager", "seconds": {}}}
     tables.save({"device": tables.device_name("cpu"), "calls": calls, "tiles": {}})
-    functional._plans.clear()
-    stage = fused_preact.PreActStage(*stage, memory=memory)  # which remembers no plan
     assert fused_preact.explain(stage.train(), x)[0].backend == ("eager" if memory == "fast" else "cpu")
     with torch.no_grad():
         assert fused_preact.explain(stage.eval(), x)[0].backend == "eager"

@@ -105,6 +105,10 @@ BAD_FOR_BOTH = {
     "stride is zero": (dict(geometry=geometry(0, 0)), "geometry: expected strides.*got 0"),
     "padding is negative": (dict(geometry=geometry(2, -1)), "geometry: .*paddings from 0, got -1"),
     "padding overflows": (dict(geometry=geometry(3, 2**62)), "geometry: .*got 4611686018427387904"),
+    "the result overflows": (
+        dict(geometry=[1, 1, 2**30, 2**30, 1, 1, 1, *make().geometry[7:]]),
+        r"weight\[0\]: expected a result that memory can hold",
+    ),
     "dilation": (dict(geometry=geometry(4, 2)), "geometry: expected dilation and groups of 1, got 2, 1 and 1"),
     "groups": (dict(geometry=geometry(6, 5)), "geometry: expected dilation and groups of 1"),
     "bias is short": (dict(bias=[F(K)]), "bias: expected 2 tensors"),
@@ -143,6 +147,15 @@ def test_forward_refuses(change, message):
     """Arguments that do not fit together end in an error that names one of them."""
     with pytest.raises(RuntimeError, match=message):
         forward(SimpleNamespace(**{**vars(make()), **change}))
+
+
+def test_the_cpu_does_not_hear_of_tf32():
+    """It multiplies float32 as it is, whatever it is told."""
+    a = make()
+    tensors = a.x, a.residual, a.weight, a.bias, a.bn_weight, a.bn_bias, a.running_mean, a.running_var
+    facts = a.training, a.eps, a.geometry, a.units, a.shortcut, a.dtype, a.memory
+    y, *_ = torch.ops.fused_preact.forward(*tensors, a.shortcut_weight, *facts, True)
+    assert torch.equal(y, forward(a)[0])
 
 
 @pytest.mark.parametrize(("change", "message"), (BAD_FOR_BOTH | BAD_BACKWARD).values(), ids=BAD_FOR_BOTH | BAD_BACKWARD)

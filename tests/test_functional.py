@@ -1,12 +1,14 @@
+import functools
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
 
 from cases import BACKENDS, OTHER_FILTERS, QUADS, UNITS, assert_as_close_as_eager, fused
-from fused_preact import bn_relu_conv2d
+from fused_preact import bn_relu_conv2d, explain
 
 BY_ID = {case.id: case for case in UNITS + QUADS}
 
@@ -123,6 +125,17 @@ def test_nan_stays_nan(backend):
     assert x.grad.isnan().sum() <= 6
 
 
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize("pixel", [0, -1], ids=["first", "last"])
+def test_statistics_of_what_is_not_finite(value, pixel, backend):
+    """The variance is a NaN, as torch's is, and not zero: a run that has diverged shows it."""
+    x, weight, gamma, beta, mean, var = tensors(size=1)
+    x[pixel, 1, pixel, pixel] = float(value)
+    y = bn_relu_conv2d(x, weight, gamma, beta, mean, var, training=True, backend=backend)
+    assert y.isnan().all()
+    assert var.isnan().tolist() == [channel == 1 for channel in range(len(var))]
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_casts_what_it_casts_for_a_convolution(dtype, backend):
@@ -145,6 +158,28 @@ def test_autocast_casts_what_it_casts_for_a_convolution(dtype, backend):
         cast[0], cast[1], gamma, beta, None, None, bias=cast[2], residual=cast[3], padding=1, training=True
     )
     assert_close(y, expected, rtol=0.02, atol=0.1)
+
+
+def test_autocast_does_not_round_in_front_of_the_batch_norm():
+    """Plain layers normalise a float32 x as it is: `auto` runs those, and says so."""
+    x, weight = 100 + 0.1 * torch.randn(4, 8, 6, 6), torch.randn(8, 8, 3, 3)
+    expected = bn_relu_conv2d(x.double(), weight.double(), training=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = bn_relu_conv2d(x, weight, training=True)
+        (choice,) = explain(bn_relu_conv2d, x, weight, training=True)
+        (of_bfloat16,) = explain(bn_relu_conv2d, x.bfloat16(), weight, training=True)
+    assert (y - expected).norm() < 0.01 * expected.norm()
+    assert "round x to torch.bfloat16 in front of the batch norm" in choice.others["library"]
+    assert not of_bfloat16.problem.rounded
+
+
+def test_a_checkpoint_of_plain_layers_moves_the_statistics_once():
+    """As it is with fused ones: groups are served by plain layers."""
+    mean, var, x = torch.zeros(4), torch.ones(4), torch.randn(2, 4, 5, 5, requires_grad=True)
+    weight = torch.randn(4, 2, 3, 3)
+    call = functools.partial(bn_relu_conv2d, weight=weight, groups=2, training=True, running_mean=mean, running_var=var)
+    checkpoint(call, x, use_reentrant=False).sum().backward()
+    assert_close(mean, 0.1 * x.mean((0, 2, 3)).detach())
 
 
 @pytest.mark.parametrize("of", [torch.float32, torch.float16], ids=["fp32", "fp16"])

@@ -86,6 +86,12 @@ def test_the_first_activation_comes_before_the_split():
     assert len(net.layer1[0].shortcut) == 1
 
 
+def test_the_first_block_has_no_projection():
+    """A net whose stem is of another width could not run: it is not built."""
+    with pytest.raises(ValueError, match="in_planes and planes must be the same and stride 1, got 8, 16 and 1"):
+        models.create("resnet20", stem_width=8)
+
+
 def test_hooks_in_the_first_block_run():
     """Its layers are called or stepped down to like those of any block."""
     block, calls = models.FirstPreActBlock(4, 4), []

@@ -287,3 +287,16 @@ def test_transforms_run_the_plain_layers(transform, grad):
         unit.backend = "library"
         with pytest.raises(ValueError, match=r"'library' cannot serve this call: it knows no transforms"):
             transform(unit, x)
+
+
+@pytest.mark.parametrize(
+    "name", ["vmap", "grad"]
+)  # torch 2.13 refuses to trace the batch norm of plain layers in a jvp
+def test_transforms_in_compiled_code(name):
+    """The same holds where Dynamo traces the transform: no derivative is lost without a word."""
+    torch._dynamo.reset()
+    unit, _ = twins("auto")
+    unit.eval().requires_grad_(False)
+    x = torch.randn(3, 8, 4, 5)
+    transform = TRANSFORMS[name]
+    assert_close(torch.compile(lambda x: transform(unit, x), backend="eager")(x), transform(unit, x))

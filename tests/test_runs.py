@@ -1,13 +1,20 @@
-"""runs.py: what is remembered of a module is what it is now, and does not keep it alive."""
+"""What a fused module remembers from call to call: heard of when it changes, freed with the module, never copied."""
 
+import copy
 import gc
 import weakref
 
 import pytest
 import torch
 from torch import nn
+from torch.testing import assert_close
 
-from fused_preact import BNReLUConv2d, PreActBlock, PreActStage
+import fused_preact
+from fused_preact import BNReLUConv2d, PreActBlock, PreActStage, functional, tables
+
+
+def x_of(N: int = 2, C: int = 8, size: int = 5) -> torch.Tensor:
+    return torch.randn(N, C, size, size)
 
 
 def modules() -> list[nn.Module]:
@@ -23,6 +30,149 @@ def test_a_module_that_ran_is_freed(index):
     del module
     gc.collect()
     assert gone() is None
+
+
+class Owner:
+    """Has a model, and a hook in it that refers back to the owner."""
+
+    def __init__(self, where):
+        self.model = PreActStage(PreActBlock(8, 8), PreActBlock(8, 8))
+        where(self.model).register_forward_hook(self.hook)
+
+    def hook(self, *_args):
+        return None
+
+
+@pytest.mark.parametrize(
+    "where",
+    [lambda model: model, lambda model: model[0], lambda model: model[0].conv1],
+    ids=["stage", "block", "layer"],
+)
+def test_a_module_is_freed_with_what_refers_to_it(where):
+    """What is remembered of a module must not keep it alive, whatever its hooks hold."""
+    owner = Owner(where)
+    owner.model(x_of())
+    model = weakref.ref(owner.model)
+    del owner
+    gc.collect()
+    assert model() is None
+
+
+def test_a_copy_remembers_nothing_of_the_first():
+    """Not one of copy.copy either, which shares the first one's attributes."""
+    block = PreActBlock(8, 8).eval()
+    x = x_of()
+    y = block(x)
+    deep, shallow = copy.deepcopy(block), copy.copy(block)
+    shallow._modules = {**block._modules, "conv1": nn.Conv2d(8, 8, 3, padding=1, bias=False)}
+    assert_close(deep(x), y)
+    assert not torch.allclose(shallow(x), y)
+    assert torch.equal(block(x), y)
+
+
+@pytest.mark.parametrize("member", ["conv1", "bn2"])
+def test_a_forward_of_its_own_runs(member):
+    """A forward that was put on a layer, as libraries that move weights do it, is not passed over; nor on a block."""
+    stage = PreActStage(PreActBlock(8, 8), PreActBlock(8, 8))
+    stage(x_of())
+    seen = []
+
+    def watched(module):
+        before = module.forward
+        module.forward = lambda x: (seen.append(type(module)), before(x))[1]
+
+    watched(stage[0].get_submodule(member))
+    watched(stage[1])
+    stage(x_of())
+    assert seen == [type(stage[0].get_submodule(member)), PreActBlock]
+    assert f"{member} has a forward of its own" in str(fused_preact.explain(stage, x_of()))
+
+
+def test_a_layer_that_becomes_another_is_heard_of():
+    """By its class alone."""
+
+    class Doubled(nn.Conv2d):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    unit = BNReLUConv2d(8, 8, 1).eval()
+    x = x_of()
+    y = unit(x)
+    unit.conv.__class__ = Doubled
+    assert_close(unit(x), 2 * y)
+
+
+def test_a_weight_that_is_a_plain_attribute():
+    """As a hypernetwork sets it, and as the replicas of nn.DataParallel have it: the plain layers run."""
+    block = PreActBlock(8, 8).eval()
+    x = x_of()
+    weight = block.conv1.weight
+    del block.conv1.weight
+    ys = []
+    for scale in 1, 2:
+        block.conv1.weight = scale * weight.detach()
+        ys.append(block(x) - x)
+    assert not torch.allclose(*ys)
+    assert "conv1.weight is a plain attribute" in str(fused_preact.explain(block, x))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_scripted_and_traced():
+    """A scripted layer runs as it is, and torch.jit.trace sees the plain layers."""
+    block = PreActBlock(8, 8).eval()
+    x = x_of()
+    expected = block(x)
+    assert_close(torch.jit.trace(block, x)(x), expected)
+    block.bn1 = torch.jit.script(block.bn1)
+    assert_close(block(x), expected)
+    stage = PreActStage(PreActBlock(8, 8), torch.jit.script(nn.Conv2d(8, 4, 1)))
+    assert stage(x).shape == (2, 4, 5, 5)
+
+
+def test_without_numbers():
+    """On the meta device shapes come out."""
+    assert PreActBlock(8, 8).to("meta")(x_of().to("meta")).shape == (2, 8, 5, 5)
+
+
+def test_a_new_table_is_heard_of(folder):
+    """By modules and functions that have been called before, too."""
+    block = PreActBlock(8, 8)
+    x = x_of()
+    block(x).sum().backward()
+    (choice,) = fused_preact.explain(block, x)
+    calls = {tables.call_key(choice.problem): {"2": {"best": "eager", "seconds": {}}}}
+    tables.save({"device": tables.device_name("cpu"), "calls": calls, "tiles": {}})
+    assert fused_preact.explain(block, x)[0].backend == "eager"
+    assert "Stage" not in block(x).grad_fn.name()
+
+
+def test_plans_do_not_pile_up():
+    """A net that sees images of every size remembers some."""
+    plans = functional.Plans(3)
+    for size in range(10):
+        assert plans.find((size,), lambda size=size: size) == size
+        assert plans.find((size,), lambda: pytest.fail("known already")) == size
+    assert len(plans) <= 3
+
+
+def test_one_compilation_for_batches_of_any_size():
+    """No size of a batch is built into code that is to serve them all, and such code can be exported."""
+    block = PreActBlock(8, 8).eval()
+    compilations = []
+
+    def compiler(graph, _inputs):
+        compilations.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(block, backend=compiler, dynamic=True)
+    for x in map(x_of, (2, 3, 5, 8)):
+        assert_close(compiled(x), block(x))
+    assert len(compilations) == 1
+    batch = torch.export.Dim("batch", min=2)
+    for strict in True, False:
+        program = torch.export.export(block, (x_of(4),), dynamic_shapes=({0: batch},), strict=strict)
+        x = x_of(7)
+        assert_close(program.module()(x), block(x))
 
 
 CHANGES = {
@@ -52,5 +202,5 @@ def test_a_change_between_calls_is_heard(change):
         torch.manual_seed(1)
         module(x)
         CHANGES[change](module.bn, module.conv)
-    torch.testing.assert_close(ours(x), theirs(x))
-    torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
+    assert_close(ours(x), theirs(x))
+    assert_close(ours.state_dict(), theirs.state_dict())

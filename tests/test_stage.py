@@ -273,6 +273,20 @@ def test_checkpoint_updates_the_statistics_once(backend, reentrant):
     assert_same(stage.state_dict(), plain.state_dict(), **CLOSE)
 
 
+@pytest.mark.parametrize("backend", [*BACKENDS, "eager"])
+def test_checkpoint_of_plain_layers_around_a_block(backend):
+    """Backward of the block is where the forward is repeated, of the layers in front of it too."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(8, 8, 1), PreActBlock(8, 8, backend=backend), PreActBlock(8, 8, backend=backend))
+    plain = copy.deepcopy(net)
+    grads = []
+    for model, call in (net, lambda x: checkpoint(net, x, use_reentrant=False)), (plain, plain):
+        x = x_of().float().requires_grad_()
+        call(x).square().sum().backward()
+        grads.append({"dx": x.grad, **{name: p.grad for name, p in model.named_parameters()}, **model.state_dict()})
+    assert_same(*grads, **CLOSE)
+
+
 def test_gradients_accumulate():
     """Two backward passes add up."""
     once, twice = make(bottlenecks, "min", FUSED), make(bottlenecks, "min", FUSED)

@@ -8,6 +8,7 @@ import torch
 
 import fused_preact
 from fused_preact import backends, models, tables
+from fused_preact.errors import UserError
 
 SHIPPED = sorted(Path(fused_preact.__file__).with_name("measured").glob("*.json"))
 
@@ -15,7 +16,7 @@ SHIPPED = sorted(Path(fused_preact.__file__).with_name("measured").glob("*.json"
 def problem(N: int, *convolutions: tuple[int, int]) -> backends.Problem:
     conv = fused_preact.schedule.Conv(1, 1, 0, 0, 1, 1, 1)
     shapes = tuple((conv, (K, C, 1, 1)) for K, C in convolutions)
-    return backends.Problem("cpu", torch.float32, (N, 4, 8, 8), shapes)
+    return backends.Problem(torch.device("cpu"), torch.float32, (N, 4, 8, 8), shapes)
 
 
 def test_saving_adds_to_what_the_file_has(folder):
@@ -63,6 +64,52 @@ def test_the_key_tells_calls_apart():
     assert len({tables.call_key(problem(2, *convolutions)) for convolutions in calls}) == len(calls)
     assert tables.call_key(problem(2, (4, 4))) == tables.call_key(problem(3, (4, 4)))
     assert tables.call_key(problem(2)._replace(inference=True)) != tables.call_key(problem(2))
+
+
+DAMAGED = {
+    "empty": "",
+    "cut": '{"calls": {',
+    "bare": "{}",
+    "a list": "[]",
+    "no tiles": '{"calls": {}, "tiles": []}',
+    "no best": '{"calls": {"a": {"16": {}}}, "tiles": {}}',
+    "no batch": '{"calls": {"a": {"x": {"best": "cpu"}}}, "tiles": {}}',
+}
+
+
+@pytest.mark.parametrize("text", DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_table_is_left_out(text, folder):
+    """It stops no call: a warning names the file, and the rule decides."""
+    path = folder / tables.file_name(tables.device_name("cpu"))
+    path.write_text(text)
+    with pytest.warns(UserWarning, match=f"{path.name}, which cannot be read"):
+        assert tables.best(problem(2, (4, 4))) is None
+    backends.choose("auto", problem(2, (4, 4)))
+
+
+def test_a_table_that_cannot_be_read_or_found(monkeypatch, folder):
+    """A folder in its place, and a user without a home."""
+    path = folder / tables.file_name(tables.device_name("cpu"))
+    path.mkdir()
+    with pytest.warns(UserWarning, match="IsADirectoryError"):
+        assert tables.best(problem(2, (4, 4))) is None
+
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(tables, "folder", homeless)
+    tables.load.cache_clear()
+    assert tables.best(problem(2, (4, 4))) is None
+    with pytest.raises(UserError, match="--output: expected a file for the table"):
+        tables.save({"device": "d", "calls": {}, "tiles": {}})
+
+
+def test_a_backend_of_another_version_is_passed_over(folder):
+    """A table that was written by a newer version may name what this one does not have."""
+    key = tables.call_key(problem(2, (4, 4)))
+    calls = {key: {"2": {"best": "metal", "seconds": {}}}}
+    tables.save({"device": tables.device_name("cpu"), "calls": calls, "tiles": {}})
+    assert backends.choose("auto", problem(2, (4, 4))) in ("cpu", "eager")
 
 
 @pytest.mark.parametrize(

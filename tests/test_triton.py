@@ -131,7 +131,7 @@ def test_groups_and_dilation_are_refused_by_name(changed, shape, said, monkeypat
     monkeypatch.setattr(backends, "_triton_unavailable", lambda: None)
     device = "cpu" if triton.knobs.runtime.interpret else "cuda"
     plain = schedule.Conv(1, 1, 1, 1, 1, 1, 1)
-    problem = backends.Problem(device, torch.float32, (1, 4, 4, 4), ((plain, (4, 4, 3, 3)),))
+    problem = backends.Problem(torch.device(device), torch.float32, (1, 4, 4, 4), ((plain, (4, 4, 3, 3)),))
     assert backends.choose("triton", problem) == "triton"
     problem = problem._replace(convolutions=((plain._replace(**changed), shape),))
     with pytest.raises(ValueError, match=f"backend='triton' cannot serve this call: .*{said}"):
@@ -141,7 +141,7 @@ def test_groups_and_dilation_are_refused_by_name(changed, shape, said, monkeypat
 
 def test_it_says_why_it_cannot_be_used(monkeypatch):
     """Without Triton, without a GPU, and on a device that is none of the two, the reason is a sentence."""
-    problem = backends.Problem("meta", torch.float32, (1, 4, 4, 4), ())
+    problem = backends.Problem(torch.device("meta"), torch.float32, (1, 4, 4, 4), ())
     monkeypatch.setattr(backends, "_INSTALLED", False)
     assert "pip install 'fused_preact[triton]'" in backends.status()["triton"]
     monkeypatch.setattr(backends, "_INSTALLED", True)

@@ -62,7 +62,7 @@ def test_what_is_timed_is_the_backend_itself(backend):
 
 def test_a_measured_backend_that_cannot_serve_is_passed_over(folder):
     """A table from another installation does not make a call fail."""
-    problem = backends.Problem("cpu", torch.float16, (1, 4, 4, 4), ())
+    problem = backends.Problem(torch.device("cpu"), torch.float16, (1, 4, 4, 4), ())
     entry = {tables.call_key(problem): {"1": {"best": "cpu", "seconds": {}}}}
     tables.save({"device": tables.device_name("cpu"), "calls": entry, "tiles": {}})
     assert backends.choose("auto", problem) == "eager"

@@ -1,7 +1,7 @@
 // forward: y = conv(a, weight) + bias + residual, and the batch norm rows that the next unit needs of y.
 //
 // Layout: x, residual, y NHWC; the filter is packed once a call. One job is a group of tiles (for few groups: and a
-// part of the output channels); a tile is at most kMostPixels output pixels or one row of them, whose strip of activations
+// part of the output channels); a tile is at most kMostPixels output pixels or one row of them, by position some more, whose strip of activations
 // stays in the first or second level cache while all panels of output channels pass over it.
 // Bytes: x and residual read once (but for the rows that neighbouring tiles share), y written once.
 #include "moments.h"
@@ -26,7 +26,8 @@ bool is_streamed(int64_t values) {
 template <class S>
 bool streams(const void* y, int64_t pixels, int64_t K) {
   const bool whole_lines = K * int64_t{sizeof(S)} % kCacheLine == 0 && reinterpret_cast<intptr_t>(y) % kCacheLine == 0;
-  return std::is_same_v<S, Accumulate<S>> && whole_lines && is_streamed<S>(pixels * K);
+  constexpr bool kPanelsOfLines = kColumns * kVectorBytes >= kCacheLine;
+  return std::is_same_v<S, Accumulate<S>> && kPanelsOfLines && whole_lines && is_streamed<S>(pixels * K);
 }
 
 // What is the same for all panels and tiles.

@@ -55,15 +55,43 @@ struct Idle {
 struct ActivationPool::State {
   std::mutex mutex;
   std::map<size_t, std::vector<Idle>> idle;  // by size, the longest idle first
+  size_t idle_bytes = 0, used_bytes = 0, most_used_bytes = 0;
   Clock::time_point checked = Clock::now();
 
+  void* take_idle(size_t size) {
+    const auto found = idle.find(size);
+    if (found == idle.end() || found->second.empty()) return nullptr;
+    void* const data = found->second.back().data;
+    found->second.pop_back();
+    idle_bytes -= size;
+    return data;
+  }
+
+  void add_idle(void* data, size_t size, Clock::time_point now) {
+    idle[size].push_back({data, now});
+    idle_bytes += size;
+  }
+
+  void add_used(size_t size) {
+    used_bytes += size;
+    most_used_bytes = std::max(most_used_bytes, used_bytes);
+  }
+
   void drop_before(Clock::time_point time) {
-    for (auto& [bytes, blocks] : idle) {
+    for (auto& [size, blocks] : idle) {
       const auto end =
           std::find_if(blocks.begin(), blocks.end(), [&](const Idle& block) { return block.since > time; });
-      for (auto block = blocks.begin(); block != end; ++block) release(block->data, bytes);
+      for (auto block = blocks.begin(); block != end; ++block) release(block->data, size), idle_bytes -= size;
       blocks.erase(blocks.begin(), end);
     }
+  }
+
+  void drop_longest_idle() {
+    const auto since = [](const auto& sized) {
+      return sized.second.empty() ? Clock::time_point::max() : sized.second.front().since;
+    };
+    drop_before(since(*std::min_element(idle.begin(), idle.end(),
+                                        [&](const auto& a, const auto& b) { return since(a) < since(b); })));
   }
 };
 
@@ -76,24 +104,31 @@ ActivationPool& ActivationPool::instance() {
 
 void* ActivationPool::take(size_t bytes) {
   const size_t size = size_class(bytes);
-  if (kKeep) {
-    const std::lock_guard lock(state_.mutex);
-    const auto found = state_.idle.find(size);
-    if (found != state_.idle.end() && !found->second.empty()) {
-      void* data = found->second.back().data;
-      found->second.pop_back();
-      return data;
+  if (!kKeep) return allocate(size);
+  const std::lock_guard lock(state_.mutex);
+  void* data = state_.take_idle(size);
+  if (data == nullptr) try {
+      data = allocate(size);
+    } catch (const std::bad_alloc&) {
+      state_.drop_before(Clock::time_point::max());
+      data = allocate(size);
     }
-  }
-  return allocate(size);
+  state_.add_used(size);
+  return data;
 }
 
-void ActivationPool::give_back(void* data, size_t bytes) {
+void ActivationPool::give_back(void* data, size_t bytes) noexcept {
   const size_t size = size_class(bytes);
   if (!kKeep) return release(data, size);
   const std::lock_guard lock(state_.mutex);
   const Clock::time_point now = Clock::now();
-  state_.idle[size].push_back({data, now});
+  state_.used_bytes -= size;
+  try {
+    state_.add_idle(data, size, now);
+  } catch (const std::bad_alloc&) {
+    return release(data, size);
+  }
+  while (state_.idle_bytes > state_.most_used_bytes) state_.drop_longest_idle();
   if (now - state_.checked < std::chrono::seconds(1)) return;
   state_.checked = now;
   state_.drop_before(now - std::chrono::seconds(kMostIdleSeconds));

@@ -9,7 +9,8 @@
 namespace fused_preact::cpu {
 
 // One for the process. Any thread may take and give back. A block that has waited longer than kMostIdleSeconds goes back
-// to the system when another is given back, as in jemalloc.
+// to the system when another is given back, as in jemalloc; and so do the longest waiting ones where more bytes wait than
+// were ever in use at a time. Where the system has no more memory, all that wait go back to it first.
 class ActivationPool final : public Pool {
  public:
   static constexpr int kMostIdleSeconds = 10;
@@ -17,7 +18,7 @@ class ActivationPool final : public Pool {
   static ActivationPool& instance();
 
   void* take(size_t bytes) override;
-  void give_back(void* data, size_t bytes) override;
+  void give_back(void* data, size_t bytes) noexcept override;
 
  private:
   ActivationPool();

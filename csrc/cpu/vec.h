@@ -155,7 +155,8 @@ FUSED_PREACT_INLINE Vec<float> load(const BFloat16Pair* from) {
   return (Vec<float>)(bits << 16) + (Vec<float>)(bits & 0xffff0000u);
 }
 
-// Rounds to nearest even; a NaN stays a (quiet) NaN.
+// Rounds to nearest even; a NaN stays a (quiet) NaN. The instruction takes values below the least normal one for zero, as do
+// the products of pairs.
 FUSED_PREACT_INLINE HalfBits rounded(Vec<float> v) {
 #if defined(__AVX512BF16__)
   return (HalfBits)_mm512_cvtneps_pbh((__m512)v);

@@ -1,5 +1,6 @@
 #include "workspace.h"
 
+#include <algorithm>
 #include <new>
 #include <utility>
 
@@ -39,7 +40,7 @@ Block::~Block() { ::operator delete(data_, std::align_val_t(kAlignment)); }
 void* BlockScratch::take(size_t bytes) {
   if (!kPiecesApart) bytes = aligned(bytes);
   if (kPiecesApart || blocks_.empty() || blocks_.back().bytes() - used_ < bytes) {
-    blocks_.emplace_back(bytes);
+    blocks_.emplace_back(std::max(bytes, std::exchange(next_, 0)));
     used_ = 0;
   }
   void* piece = blocks_.back().data() + used_;
@@ -47,14 +48,14 @@ void* BlockScratch::take(size_t bytes) {
   return piece;
 }
 
-void BlockScratch::release() {
+void BlockScratch::release() noexcept {
   used_ = 0;
   size_t total = 0;
   for (const Block& block : blocks_) total += block.bytes();
   if (kPiecesApart) return blocks_.clear();
   if (blocks_.size() > 1 || total > kMostKept) {
     blocks_.clear();
-    if (total <= kMostKept) blocks_.emplace_back(total);
+    if (total <= kMostKept) next_ = total;
   }
 }
 

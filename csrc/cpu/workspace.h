@@ -23,18 +23,20 @@ class Block {
   size_t bytes_ = 0;
 };
 
-// Hands out pieces of its block. Asked for more than that, it takes further blocks, and at release merges them into
-// one, so that the same call finds everything in one place the next time. It keeps at most kMostKept bytes.
+// Hands out pieces of its block. Asked for more than that, it takes further blocks; after release the next block is as
+// large as all of them, so that the same call finds everything in one place. It keeps at most kMostKept bytes: the most
+// that a wgrad takes, and a filter as large.
 class BlockScratch final : public Scratch {
  public:
-  static constexpr size_t kMostKept = size_t{64} << 20;
+  static constexpr size_t kMostKept = size_t{128} << 20;
 
   void* take(size_t bytes) override;
-  void release() override;
+  void release() noexcept override;
 
  private:
   std::vector<Block> blocks_;
   size_t used_ = 0;  // of the last block
+  size_t next_ = 0;  // least bytes of the next block
 };
 
 // The calling thread's own.

@@ -54,7 +54,7 @@ struct Staging {
   static_assert(kBytes >= 3 * kThreads * static_cast<int>(sizeof(double)), "it is also the room of sum_members");
 };
 
-// Windows of one convolution, with a common plan for the shared memory of blocks of `Columns` channels.
+// Shared memory of a block of `Columns` channels.
 template <int Columns, class Epilogue, class Op, class Source>
 size_t shared_bytes(const Correlation<Op, Source>& c) {
   using Rows = Staging<typename Op::Storage, Columns>;

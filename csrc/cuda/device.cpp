@@ -39,7 +39,7 @@ class TensorScratch final : public Scratch {
     return static_cast<char*>(block_->mutable_data_ptr()) + std::exchange(used_, used_ + bytes);
   }
 
-  void release() override {
+  void release() noexcept override {
     full_.clear();
     used_ = 0;
   }

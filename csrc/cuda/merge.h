@@ -108,7 +108,7 @@ __device__ __forceinline__ void sum_members(double* shared, int begin, int end, 
   if (c < end) channel.finish(sum);
 }
 
-// Sums s1, s2 of `Values` channels over the lanes that share them: those whose numbers differ by multiples of `stride`.
+// Sums `Values` values over the lanes that share them: those whose numbers differ by multiples of `stride`.
 template <int Values>
 __device__ __forceinline__ void sum_lanes(float (&v)[Values], int stride) {
 #pragma unroll

@@ -126,7 +126,8 @@ struct MomentSlots {
     }
     __device__ void finish(const double (&sum)[3]) const {
       if (!last) return slots.write(first, c, {sum[0], origin, sum[1], sum[2]});
-      const double mean = sum[1] * slots.part, m2 = maximum(sum[2] - sum[1] * mean, 0.0);
+      const double mean = sum[1] * slots.part, spread = sum[2] - sum[1] * mean,
+                   m2 = spread < 0 ? 0 : spread;  // or a NaN
       write_norm_rows(slots.rows, slots.C, c, origin + mean, m2 * slots.part, m2 * slots.unbiased_part, slots.next.eps,
                       gamma, beta);
     }

@@ -7,12 +7,11 @@
 // - All shared memory is dynamic, cut from shared_memory() by the kernel; there are no __shared__ variables. So the
 //   tests see every overrun, and every value that is read before it is written. 99 KiB is the most that serves
 //   every architecture.
-// - Barriers (__syncthreads, __syncthreads_or/and/count, __syncwarp), __shfl_*_sync, __any/__all/__ballot_sync, atomicAdd,
-//   atomicInc, atomicExch and atomicCAS on integers, __threadfence, __ldg, threadIdx, blockIdx, blockDim and gridDim
-//   keep their CUDA names. A warp is whole: a block has one dimension, a multiple of 32; masks are full.
+// - Barriers (__syncthreads, __syncthreads_or, __syncwarp), __shfl_xor_sync, atomicInc, __threadfence, threadIdx, blockIdx,
+//   blockDim and gridDim keep their CUDA names. A warp is whole: a block has one dimension, a multiple of 32; masks are full.
 // - cuda_fp16.h and cuda_bf16.h work on both sides as far as conversions go; arithmetic is done in float.
 // - A block never waits for another one: blocks run one after the other, in any order. The last block of a launch is
-//   found by write, __threadfence, barrier, atomicAdd, as in the CUDA programming guide.
+//   found by write, barrier, __threadfence, atomicInc, much as in the CUDA programming guide.
 // - A kernel is started by launch(), never by <<<>>>. What it is given are values and pointers.
 #pragma once
 
@@ -42,19 +41,14 @@ __device__ __forceinline__ uint32_t shared_address(const void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
 
-// Copies Bytes (4, 8 or 16) to shared memory, zeros where not valid: then nothing is read. Both addresses are aligned to
-// Bytes. The bytes are there after the wait for their group, for other threads after the barrier behind that.
+// Copies 16 bytes to shared memory, zeros where not valid: then nothing is read. Both addresses are aligned to that. The bytes
+// are there after the wait for their group, for other threads after the barrier behind that.
 template <int Bytes>
 __device__ __forceinline__ void cp_async(void* shared, const void* global, bool valid) {
-  static_assert(Bytes == 4 || Bytes == 8 || Bytes == 16);
+  static_assert(Bytes == 16);
   const int read = valid ? Bytes : 0;
-  if constexpr (Bytes == 16)
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(read)
-                 : "memory");
-  else
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(shared)), "l"(global), "n"(Bytes),
-                 "r"(read)
-                 : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(read)
+               : "memory");
 }
 
 // Makes the copies of this thread since its last commit a group, empty or not.
@@ -66,8 +60,8 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
 }
 
-// ldmatrix.m8n8.b16: lanes 8i .. 8i+7 give the addresses of the eight 16-byte rows of matrix i (aligned to 16); of x2 the
-// addresses of lanes 16 .. 31 are not used. Lane l gets in d[i] the four bytes 4*(l%4) .. of row l/4 of matrix i; with
+// ldmatrix.m8n8.b16: lanes 8i .. 8i+7 give the addresses of the eight 16-byte rows of matrix i (aligned to 16). Lane l gets
+// in d[i] the four bytes 4*(l%4) .. of row l/4 of matrix i; with
 // _trans the elements [2*(l%4)][l/4] and [2*(l%4)+1][l/4], of two bytes each.
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&d)[4], const void* shared) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
@@ -79,20 +73,6 @@ __device__ __forceinline__ void ldmatrix_x4(uint32_t (&d)[4], const void* shared
 __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&d)[4], const void* shared) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
-               : "r"(shared_address(shared))
-               : "memory");
-}
-
-__device__ __forceinline__ void ldmatrix_x2(uint32_t (&d)[2], const void* shared) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];"
-               : "=r"(d[0]), "=r"(d[1])
-               : "r"(shared_address(shared))
-               : "memory");
-}
-
-__device__ __forceinline__ void ldmatrix_x2_trans(uint32_t (&d)[2], const void* shared) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"
-               : "=r"(d[0]), "=r"(d[1])
                : "r"(shared_address(shared))
                : "memory");
 }
@@ -138,21 +118,17 @@ template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, unsigned block, size_t shared_bytes, cudaStream_t stream,
             const Arguments&... arguments) {
   constexpr size_t kWithoutAsking = 48 * 1024;
+  constexpr int kMost = 99 * 1024;  // the same for every launch: host threads may launch a kernel at the same time
   if (shared_bytes > kWithoutAsking)
-    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(shared_bytes)),
-          "shared memory of a kernel");
+    check(
+        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, kMost),
+        "shared memory of a kernel");
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   check(cudaLaunchKernelEx(&config, kernel, arguments...), "launch of a kernel");
-}
-
-// Queues the writing of zeros on the stream.
-inline void zero(void* global, size_t bytes, cudaStream_t stream) {
-  check(cudaMemsetAsync(global, 0, bytes, stream), "zeroing of device memory");
 }
 
 // Streaming multiprocessors of the current device.

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from fused_preact.errors import UserError
+from fused_preact.files import replacing
 
 SCHEMA = 1
 
@@ -24,9 +25,13 @@ QUANTITIES = ("forward", "total", "saved_bytes")
 
 
 def write(document: dict[str, Any], path: Path) -> None:
-    """Writes the document as JSON, creating the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=1) + "\n")
+    """Writes the document as JSON, creating the folder.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    with replacing(path) as file:
+        file.write((json.dumps(document, indent=1) + "\n").encode())
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -39,7 +44,7 @@ def read(path: Path) -> dict[str, Any]:
         document = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read the result file {path}: {error}") from error
-    if not isinstance(document, dict) or document.get("schema") != SCHEMA:
+    if not isinstance(document, dict) or document.get("schema") != SCHEMA or "cases" not in document:
         raise UserError(f"{path} is no result file of fused-preact bench (schema {SCHEMA})")
     return document
 

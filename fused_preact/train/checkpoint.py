@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import UserError
+from ..files import replacing
 
 KEYS = {"settings", "dataset", "iteration", "model", "optimizer", "rng"}
 
@@ -19,16 +19,8 @@ def save(path: Path, state: dict[str, Any]) -> None:
 
     Raises UserError if it cannot be written.
     """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        raise UserError(f"{path}: the checkpoint cannot be written: {error.strerror or error}") from error
+    with replacing(path) as file:
+        torch.save(state, file)
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -40,17 +32,18 @@ def load(path: Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such checkpoint; leave out --resume to start a run") from error
-    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except (
+        EOFError,
+        RuntimeError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        pickle.UnpicklingError,
+    ) as error:
         raise UserError(f"{path}: damaged, or not a checkpoint of fused-preact train") from error
     if not isinstance(state, dict) or set(state) != KEYS:
         raise UserError(f"{path}: not a checkpoint of fused-preact train: expected entries {', '.join(sorted(KEYS))}")
     return state
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename in folder last through a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -126,6 +126,8 @@ def _resumed(args: argparse.Namespace, given: dict[str, Any]) -> tuple[Trainer, 
     resumed = settings.resume(state["settings"], given, str(path))
     trainer = Trainer(resumed, load(resumed.data))
     trainer.load_state_dict(state, path)
+    if trainer.iteration > resumed.iterations:
+        raise UserError(f"--iterations: expected {trainer.iteration} or more, which are done, got {resumed.iterations}")
     return trainer, folder
 
 

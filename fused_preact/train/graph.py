@@ -23,25 +23,35 @@ class Recorder(Protocol):
 
 
 class CudaGraph:
-    """Records into a `torch.cuda.CUDAGraph`, on a stream beside the current one, as torch's documentation asks for."""
+    """Records into a `torch.cuda.CUDAGraph`, on a stream beside the current one, as torch's documentation asks for.
+
+    On the device of the inputs, where there are any, else on the current one.
+    """
 
     def warm_up(self, function: Function, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
         """Call the function on that stream."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            outputs = function(*inputs)
-        torch.cuda.current_stream().wait_stream(side)
-        for tensor in outputs:
-            tensor.record_stream(torch.cuda.current_stream())
-        return outputs
+        with _device(inputs):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                outputs = function(*inputs)
+            torch.cuda.current_stream().wait_stream(side)
+            for tensor in outputs:
+                tensor.record_stream(torch.cuda.current_stream())
+            return outputs
 
     def record(self, function: Function, inputs: Sequence[Tensor]) -> tuple[Sequence[Tensor], Callable[[], None]]:
         """The outputs, in the memory of the graph, and its replay."""
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            outputs = function(*inputs)
-        return outputs, graph.replay
+        with _device(inputs):
+            graph = torch.cuda.CUDAGraph()
+            # A stream of this device: torch's own for captures is one for all devices.
+            with torch.cuda.graph(graph, stream=torch.cuda.Stream()):
+                outputs = function(*inputs)
+            return outputs, graph.replay
+
+
+def _device(inputs: Sequence[Tensor]) -> torch.cuda.device:
+    return torch.cuda.device(inputs[0].device if inputs else None)
 
 
 class Recorded:
@@ -60,7 +70,11 @@ class Recorded:
         self._calls = 0
 
     def __call__(self, *inputs: Tensor) -> list[Tensor]:
-        """The function's outputs, in memory of their own."""
+        """The function's outputs, in memory of their own.
+
+        Raises:
+            ValueError: an input has not the shape that it was recorded with.
+        """
         self._calls += 1
         if self._calls <= WARM_UP:
             return list(self._recorder.warm_up(self._function, inputs))
@@ -68,6 +82,8 @@ class Recorded:
             self._inputs = [torch.empty_like(tensor) for tensor in inputs]
             self._outputs, self._replay = self._recorder.record(self._function, self._inputs)
         for static, given in zip(self._inputs, inputs, strict=True):
+            if static.shape != given.shape:
+                raise ValueError(f"inputs must keep the shape {tuple(static.shape)}, got {tuple(given.shape)}")
             static.copy_(given)
         self._replay()
         return [output.clone() for output in self._outputs]

@@ -86,9 +86,11 @@ class Settings:
             self._expect(name, getattr(self, name) >= 1, "at least 1")
         for name in ("momentum", "weight_decay", "warmup", "padding", "seed"):
             self._expect(name, getattr(self, name) >= 0, "at least 0")
+        self._expect("seed", self.seed < 2**63, "less than 2^63")
         for name in ("lr", "warmup_lr"):
             self._expect(name, getattr(self, name) > 0, "more than 0")
-        self._expect("milestones", self.milestones == sorted(set(self.milestones)), "increasing iterations")
+        increasing = self.milestones == sorted(set(self.milestones)) and min(self.milestones, default=0) >= 0
+        self._expect("milestones", increasing, "increasing iterations")
         self._expect("nesterov", not self.nesterov or self.momentum > 0, "a --momentum of more than 0 with it")
         self._expect("recipe", self.recipe in RECIPES, f"one of {', '.join(RECIPES)}")
         self._expect("amp", self.amp in ("none", "bf16"), "none or bf16")

@@ -120,8 +120,6 @@ T shuffle(uint32_t mask, T value, int lane, const Where& where) {
   return slot.result;
 }
 
-uint32_t ballot(uint32_t mask, bool predicate, const Where&);
-
 inline int lane() { return static_cast<int>(indices->thread.x % 32); }
 
 }  // namespace fused_preact::emulation
@@ -142,69 +140,20 @@ using EmulationWhere = ::fused_preact::emulation::Where;
 inline void __syncthreads(EmulationWhere where = EmulationWhere::current()) {
   ::fused_preact::emulation::block_barrier(false, where);
 }
-inline int __syncthreads_count(bool predicate, EmulationWhere where = EmulationWhere::current()) {
-  return ::fused_preact::emulation::block_barrier(predicate, where);
-}
 inline int __syncthreads_or(bool predicate, EmulationWhere where = EmulationWhere::current()) {
   return ::fused_preact::emulation::block_barrier(predicate, where) > 0;
-}
-inline int __syncthreads_and(bool predicate, EmulationWhere where = EmulationWhere::current()) {
-  return ::fused_preact::emulation::block_barrier(!predicate, where) == 0;
 }
 inline void __syncwarp(uint32_t mask = ~0u, EmulationWhere where = EmulationWhere::current()) {
   ::fused_preact::emulation::warp_barrier(mask, where);
 }
 
 template <class T>
-T __shfl_sync(uint32_t mask, T value, int lane, int width = 32, EmulationWhere where = EmulationWhere::current()) {
-  const int mine = ::fused_preact::emulation::lane();
-  return ::fused_preact::emulation::shuffle(mask, value, (mine & -width) | (lane & (width - 1)), where);
-}
-template <class T>
 T __shfl_xor_sync(uint32_t mask, T value, int bits, int width = 32, EmulationWhere where = EmulationWhere::current()) {
   const int mine = ::fused_preact::emulation::lane(), other = mine ^ bits;
   return ::fused_preact::emulation::shuffle(mask, value, other < (mine & -width) + width ? other : mine, where);
 }
-template <class T>
-T __shfl_down_sync(uint32_t mask, T value, int by, int width = 32, EmulationWhere where = EmulationWhere::current()) {
-  const int mine = ::fused_preact::emulation::lane(), other = mine + by;
-  return ::fused_preact::emulation::shuffle(mask, value, other < (mine & -width) + width ? other : mine, where);
-}
-template <class T>
-T __shfl_up_sync(uint32_t mask, T value, int by, int width = 32, EmulationWhere where = EmulationWhere::current()) {
-  const int mine = ::fused_preact::emulation::lane(), other = mine - by;
-  return ::fused_preact::emulation::shuffle(mask, value, other >= (mine & -width) ? other : mine, where);
-}
-
-inline uint32_t __ballot_sync(uint32_t mask, bool predicate, EmulationWhere where = EmulationWhere::current()) {
-  return ::fused_preact::emulation::ballot(mask, predicate, where);
-}
-inline int __any_sync(uint32_t mask, bool predicate, EmulationWhere where = EmulationWhere::current()) {
-  return ::fused_preact::emulation::ballot(mask, predicate, where) != 0;
-}
-inline int __all_sync(uint32_t mask, bool predicate, EmulationWhere where = EmulationWhere::current()) {
-  return ::fused_preact::emulation::ballot(mask, predicate, where) == ~0u;
-}
-
 inline void __threadfence() { ::fused_preact::emulation::thread_fence(); }
 
-// Integers alone: the order in which atomics on floats happen would show in the result.
-template <class T>
-T atomicAdd(T* address, std::type_identity_t<T> value) {
-  static_assert(std::is_integral_v<T>);
-  return __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
-}
-template <class T>
-T atomicExch(T* address, std::type_identity_t<T> value) {
-  static_assert(std::is_integral_v<T>);
-  return __atomic_exchange_n(address, value, __ATOMIC_RELAXED);
-}
-template <class T>
-T atomicCAS(T* address, std::type_identity_t<T> compare, std::type_identity_t<T> value) {
-  static_assert(std::is_integral_v<T>);
-  __atomic_compare_exchange_n(address, &compare, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
-  return compare;
-}
 inline unsigned atomicInc(unsigned* address, unsigned last) {
   unsigned old = __atomic_load_n(address, __ATOMIC_RELAXED);
   while (!__atomic_compare_exchange_n(address, &old, old >= last ? 0 : old + 1, false, __ATOMIC_RELAXED,
@@ -213,13 +162,8 @@ inline unsigned atomicInc(unsigned* address, unsigned last) {
   return old;
 }
 
-template <class T>
-T __ldg(const T* address) {
-  return *address;
-}
 inline float __uint_as_float(uint32_t bits) { return std::bit_cast<float>(bits); }
 inline uint32_t __float_as_uint(float value) { return std::bit_cast<uint32_t>(value); }
-inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 inline double rsqrt(double x) { return 1 / std::sqrt(x); }
 template <class T>
 constexpr T min(T a, T b) {
@@ -239,7 +183,7 @@ inline std::byte* shared_memory() { return emulation::shared_memory(); }
 
 template <int Bytes>
 void cp_async(void* shared, const void* global, bool valid, Where where = Where::current()) {
-  static_assert(Bytes == 4 || Bytes == 8 || Bytes == 16);
+  static_assert(Bytes == 16);
   emulation::cp_async(shared, global, Bytes, valid, where);
 }
 inline void cp_async_commit() { emulation::cp_async_commit(); }
@@ -254,13 +198,6 @@ inline void ldmatrix_x4(uint32_t (&d)[4], const void* shared, Where where = Wher
 inline void ldmatrix_x4_trans(uint32_t (&d)[4], const void* shared, Where where = Where::current()) {
   emulation::ldmatrix(d, 4, shared, true, where);
 }
-inline void ldmatrix_x2(uint32_t (&d)[2], const void* shared, Where where = Where::current()) {
-  emulation::ldmatrix(d, 2, shared, false, where);
-}
-inline void ldmatrix_x2_trans(uint32_t (&d)[2], const void* shared, Where where = Where::current()) {
-  emulation::ldmatrix(d, 2, shared, true, where);
-}
-
 template <class T>
 void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Where where = Where::current()) {
   static_assert(std::is_same_v<T, __half> || std::is_same_v<T, __nv_bfloat16>);
@@ -283,7 +220,6 @@ void launch(void (*kernel)(Parameters...), dim3 grid, unsigned block, size_t sha
             const Arguments&... arguments) {
   emulation::run([&] { kernel(arguments...); }, grid, block, shared_bytes);
 }
-inline void zero(void* global, size_t bytes, cudaStream_t) { std::memset(global, 0, bytes); }
 inline int multiprocessors() { return emulation::multiprocessors(); }
 
 }  // namespace fused_preact::cuda

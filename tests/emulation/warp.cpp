@@ -5,23 +5,6 @@
 
 namespace fused_preact::emulation {
 
-uint32_t ballot(uint32_t mask, bool predicate, const Where& where) {
-  if (mask != ~0u) fail("a mask that is not full", where);
-  struct Slot {
-    bool predicate;
-    uint32_t result;
-  } slot{predicate, 0};
-  collective(
-      &slot,
-      [](void* const* posted) {
-        uint32_t result = 0;
-        for (int i = 0; i < 32; ++i) result |= uint32_t{static_cast<Slot*>(posted[i])->predicate} << i;
-        for (int i = 0; i < 32; ++i) static_cast<Slot*>(posted[i])->result = result;
-      },
-      where);
-  return slot.result;
-}
-
 void ldmatrix(uint32_t* d, int matrices, const void* shared, bool transposed, const Where& where) {
   constexpr size_t kRow = 16;
   struct Slot {

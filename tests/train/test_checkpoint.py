@@ -1,9 +1,11 @@
 """Checkpoints: whole or not at all, and never run."""
 
 import pickle
+import resource
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -108,5 +110,30 @@ def test_code_in_a_checkpoint_does_not_run(write, tmp_path):
 
 def test_a_folder_that_cannot_be_written(tmp_path):
     """No traceback where the disk says no."""
-    with pytest.raises(UserError, match="the checkpoint cannot be written: No such file or directory"):
-        checkpoint.save(tmp_path / "gone" / "checkpoint.pt", STATE)
+    Path(tmp_path, "file").touch()
+    with pytest.raises(UserError, match=r"checkpoint.pt: cannot be written: (File exists|Not a directory)"):
+        checkpoint.save(tmp_path / "file" / "checkpoint.pt", STATE)
+
+
+def test_a_disk_that_is_full(tmp_path):
+    """The checkpoint before stays, the half of the new one does not, and the message is what the system said."""
+    path = tmp_path / "checkpoint.pt"
+    checkpoint.save(path, STATE)
+    before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"checkpoint.pt: cannot be written: File too large"):
+            checkpoint.save(path, {**STATE, "model": {"weight": torch.zeros(1 << 16)}})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_checkpoint_that_cannot_be_read(tmp_path):
+    """A folder is not a damaged checkpoint."""
+    Path(tmp_path, "checkpoint.pt").mkdir()
+    with pytest.raises(UserError, match=r"checkpoint.pt: cannot be read: Is a directory"):
+        checkpoint.load(tmp_path / "checkpoint.pt")

@@ -52,6 +52,15 @@ def test_the_first_calls_and_the_replays_each_happen_once():
     assert [result.item() for _, result in results] == [sum(range(i + 1)) for i in range(STEPS)]
 
 
+def test_an_input_of_another_shape_is_refused():
+    """A batch of one image would else be taken for as many as were recorded."""
+    replay = Recorded(lambda x: (x.sum(), x.mean()), Tape())
+    for _ in range(STEPS):
+        replay(torch.zeros(4))
+    with pytest.raises(ValueError, match=r"inputs must keep the shape \(4,\), got \(1,\)"):
+        replay(torch.zeros(1))
+
+
 @pytest.mark.parametrize(
     "given",
     [{}, {"amp": "bf16", "nesterov": True, "memory": "lean"}, {"backend": "eager"}],
