@@ -106,7 +106,7 @@ FUSED_PREACT_INLINE void finish_block(const T* totals, int64_t p, Sink& sink, st
 // Whether the sums that an epilogue keeps over the blocks of a tile are to settle after the block of M pixels from p on.
 template <int M>
 FUSED_PREACT_INLINE bool settles_after(int64_t p) {
-  return uint32_t(p) % (2 * kRows) >= 2 * kRows - M;
+  return uint32_t(p) % (4 * kRows) >= 4 * kRows - M;
 }
 
 // Lanes of accumulator i of a panel of V columns whose last column has `last`.

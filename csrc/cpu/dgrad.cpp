@@ -46,7 +46,7 @@ template <class S>
 struct Epilogue {
   using T = Accumulate<S>;
   const Output<S>& out;
-  const int64_t* outputs;  // the index of each output pixel
+  const int64_t* outputs;  // the element at which each output pixel begins
   int64_t c0;
   NormVector<T> norm[kColumns];
   LongSum<T> dbeta[kColumns], dgamma[kColumns];
@@ -61,7 +61,7 @@ struct Epilogue {
   FUSED_PREACT_INLINE void block(int64_t p, Vec<T> (&acc)[M * V], std::integer_sequence<int, I...> each) {
     with_lanes<T>(lanes(V - 1), [&](auto last) __attribute__((always_inline)) {
       int64_t at[M];
-      for (int m = 0; m < M; ++m) at[m] = outputs[p + m] * out.C + c0;
+      for (int m = 0; m < M; ++m) at[m] = outputs[p + m] + c0;
       if (out.norm == nullptr)
         plain<M, V>(at, acc, last, each);
       else
@@ -113,7 +113,6 @@ struct Epilogue {
     (mask(at[I / V] + I % V * kStep, I % V, block_lanes<T, V>(I, last), acc[I]), ...);
     for (int m = 0; m < M; ++m) prefetch_far(x + at[m], V * kStep);
     const int64_t ahead = kAhead * out.C;
-    ((I % V == 0 ? __builtin_prefetch(x + at[I / V] + ahead) : void()), ...);
     ((I % V == 0 ? __builtin_prefetch(dz + at[I / V] + ahead, 1) : void()), ...);
     ((I < V ? dbeta[I % V].add(sums[I % V]) : void()), ...);
     ((I < V ? dgamma[I % V].add(centered[I % V]) : void()), ...);
@@ -166,9 +165,9 @@ struct Pass {
       const Tile tile = product_.tiling[t];
       const typename Product<E>::Strip strip(product_, tile, pass_.source);
       if (pass_.is_whole())
-        list_outputs(strip.outputs(), tile, w.P, w.Q, 0, 0, 1, 1);
+        list_outputs(strip.outputs(), tile, conv.C, w.P, w.Q, 0, 0, 1, 1);
       else
-        list_outputs(strip.outputs(), tile, conv.H, conv.W, class_.phase_h, class_.phase_w, conv.stride_h,
+        list_outputs(strip.outputs(), tile, conv.C, conv.H, conv.W, class_.phase_h, class_.phase_w, conv.stride_h,
                      conv.stride_w);
       const int64_t end = cut(panels.count(), splits(), part + 1);
       for (int64_t p = cut(panels.count(), splits(), part); p < end; ++p) {
@@ -202,13 +201,14 @@ struct Pass {
   };
 
  private:
-  static void list_outputs(int64_t* outputs, const Tile& tile, int64_t H, int64_t W, int64_t phase_h, int64_t phase_w,
-                           int64_t stride_h, int64_t stride_w) {
+  static void list_outputs(int64_t* outputs, const Tile& tile, int64_t C, int64_t H, int64_t W, int64_t phase_h,
+                           int64_t phase_w, int64_t stride_h, int64_t stride_w) {
     for (int64_t n = 0; n < tile.images; ++n) {
       int64_t* output = outputs + n * tile.image_step();
       for (int64_t i = 0; i < tile.rows; ++i) {
         const int64_t row = ((tile.n + n) * H + (tile.i0 + i) * stride_h + phase_h) * W + phase_w;
-        for (int64_t j = 0; j < tile.cols; ++j, output += tile.pixel_step()) *output = row + (tile.j0 + j) * stride_w;
+        for (int64_t j = 0; j < tile.cols; ++j, output += tile.pixel_step())
+          *output = (row + (tile.j0 + j) * stride_w) * C;
       }
     }
   }

@@ -17,11 +17,7 @@ namespace fused_preact::cpu::FUSED_PREACT_ISA {
 // Register block: kRows x kColumns accumulators. Sixteen registers hold twelve, two columns and a broadcast. Of thirty-two
 // sixteen are as many as hide the latency of four multiply-adds a cycle; more rows than eight run out of address registers.
 constexpr int kColumns = 2;
-#if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kRows = 8;
-#else
-constexpr int kRows = 6;
-#endif
+constexpr int kRows = kRegisters == 32 ? 8 : 6;
 
 template <class T>
 FUSED_PREACT_INLINE Vec<T> broadcast(const T* a) {

@@ -7,8 +7,8 @@
 
 namespace fused_preact::cpu::FUSED_PREACT_ISA {
 
-// Vectors of channels that are filled side by side: as many as a cache line or two hold, their rows in registers.
-constexpr int kFillColumns = 2;
+// Vectors of channels that are filled side by side, their rows in registers: narrow tensors are so read in one stream.
+constexpr int kFillColumns = kRegisters == 32 ? 4 : 2;
 
 template <class S, class E, class MakeForm, int... V>
 FUSED_PREACT_INLINE void fill_columns(E* to, int64_t ld, int64_t at, int64_t step, int64_t count, int64_t c,

@@ -26,6 +26,13 @@ constexpr int kVectorBytes = 32;
 constexpr int kVectorBytes = 16;
 #endif
 
+// Vector registers.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kRegisters = 32;
+#else
+constexpr int kRegisters = 16;
+#endif
+
 template <class T>
 struct VecOf {
   typedef T type __attribute__((vector_size(kVectorBytes)));
