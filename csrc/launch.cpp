@@ -166,7 +166,7 @@ void Launch::permute(const Tensor& from, int64_t rows, int64_t columns, const Te
 
 Launch::Gradient Launch::empty_dgrad(const Conv& conv, const Activation& x, bool batch) const {
   const Tensor dz = empty_nhwc(x.x, type_, conv.N, conv.C, conv.H, conv.W, device_.pool);
-  if (!x.norm) return {dz, std::nullopt, std::nullopt, std::nullopt, std::nullopt, std::nullopt};
+  if (!x.norm) return {dz};
   const ScalarType type = accumulation_type(type_);
   Gradient result{dz, x.x, x.norm, std::nullopt, empty(x.x, type, {conv.C}), empty(x.x, type, {conv.C})};
   if (batch) result.grad = empty_rows(x.x, kGradRows, conv.C);

@@ -19,8 +19,8 @@ class Launch {
   };
   struct Gradient {
     Tensor g;
-    std::optional<Tensor> x, norm, grad;
-    std::optional<Tensor> dgamma, dbeta;  // of the batch norm, in the accumulation type
+    std::optional<Tensor> x{}, norm{}, grad{};
+    std::optional<Tensor> dgamma{}, dbeta{};  // of the batch norm, in the accumulation type
   };
   struct Affine {
     Tensor gamma, beta;

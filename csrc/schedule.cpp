@@ -22,10 +22,6 @@ std::vector<Tensor> filled(const Gradients& made, const Tensor& like, ScalarType
   return result;
 }
 
-Launch::Gradient plain(const Tensor& dy) {
-  return {dy, std::nullopt, std::nullopt, std::nullopt, std::nullopt, std::nullopt};
-}
-
 class Forward {
  public:
   Forward(const Launch& kernels, const Stage& stage, const Norms& norms)
@@ -57,7 +53,7 @@ class Forward {
       const size_t unit = chain.first + i;
       std::optional<Launch::Affine> next;
       if (unit + 1 < stage_.units() && stage_.training[unit + 1] && !(last && apart)) next = affine(unit + 1);
-      auto [y, next_rows] = kernels_.forward(chain.conv[i], {h, rows_[unit]}, chain.weight[i], bias(unit),
+      auto [y, next_rows] = kernels_.forward(chain.conv[i], {h, rows_[unit]}, chain.weight[i], stage_.bias_of(unit),
                                              last && !apart ? across : std::nullopt, next);
       h = y;
       if (next)
@@ -87,10 +83,6 @@ class Forward {
     const ScalarType type = accumulation_type(stage_.type);
     return kernels_.running(contiguous(norms_.running_mean[unit], type), contiguous(norms_.running_var[unit], type),
                             affine(unit));
-  }
-
-  std::optional<Tensor> bias(size_t unit) const {
-    return stage_.bias.empty() ? std::nullopt : std::optional(stage_.bias[unit]);
   }
 
   const Launch& kernels_;
@@ -149,16 +141,16 @@ class Backward {
     const Tensor stream = k == 0 ? x : kept ? kept_[next++] : rebuild(chain, *y, kept_[end - 1]);
     inputs_ = {convert(stream, stage_.type)};
     for (size_t i = 0; i + 1 < chain.units; ++i)
-      inputs_.push_back(stage_.keeps_hidden(chain, i)
-                            ? kept_[next++]
-                            : convolve(chain, i, inputs_[i], chain.weight[i], bias(chain.first + i), std::nullopt));
+      inputs_.push_back(stage_.keeps_hidden(chain, i) ? kept_[next++]
+                                                      : convolve(chain, i, inputs_[i], chain.weight[i],
+                                                                 stage_.bias_of(chain.first + i), std::nullopt));
     return stream;
   }
 
   // x = y - conv(a, W) - bias for the last convolution of a block whose shortcut is the identity.
   Tensor rebuild(const Chain& chain, const Tensor& y, const Tensor& h) const {
     const size_t i = chain.units - 1;
-    std::optional<Tensor> b = bias(chain.first + i);
+    std::optional<Tensor> b = stage_.bias_of(chain.first + i);
     if (y.scalar_type() != stage_.type) return difference(y, convolve(chain, i, h, chain.weight[i], b, std::nullopt));
     if (b) b = negative(*b);
     return convolve(chain, i, h, negative(chain.weight[i]), b, y);
@@ -169,25 +161,20 @@ class Backward {
     return kernels_.forward(chain.conv[i], {h, rows_[chain.first + i]}, weight, bias, residual, std::nullopt).first;
   }
 
-  std::optional<Tensor> bias(size_t unit) const {
-    return stage_.bias.empty() ? std::nullopt : std::optional(stage_.bias[unit]);
-  }
-
   // The gradient of the stream in front of block k from the one behind it, where it is needed.
   Tensor block(size_t k, const Tensor& dstream, bool need_x) {
     const Chain& chain = stage_.blocks[k];
     const Tensor dy = convert(dstream, stage_.type), &x = inputs_[0];
     const auto shortcut_dgrad = [&] {
-      return kernels_.dgrad(chain.conv.back(), plain(dy), chain.weight.back(), {x, std::nullopt}, std::nullopt, false)
-          .g;
+      return kernels_.dgrad(chain.conv.back(), {dy}, chain.weight.back(), {x, std::nullopt}, std::nullopt, false).g;
     };
     const auto shortcut_wgrad = [&](const std::optional<Tensor>& norm) {
       if (needs_.shortcut_weight[k])
         dshortcut_weight_[projection_] =
-            kernels_.wgrad(chain.conv.back(), plain(dy), {x, norm}, chain.weight.back(), false).dweight;
+            kernels_.wgrad(chain.conv.back(), {dy}, {x, norm}, chain.weight.back(), false).dweight;
     };
 
-    Launch::Gradient g = plain(dy);
+    Launch::Gradient g{dy};
     for (size_t i = chain.units; i-- > 0;) {
       const size_t unit = chain.first + i;
       const Launch::Activation a{inputs_[i], rows_[unit]};
@@ -247,6 +234,10 @@ bool Stage::keeps_input(size_t block) const {
 bool Stage::keeps_hidden(const Chain& chain, size_t unit) const {
   const bool last = unit + 2 == chain.units;
   return memory == Memory::fast || memory == Memory::lean || (memory == Memory::min && last);
+}
+
+std::optional<Tensor> Stage::bias_of(size_t unit) const {
+  return bias.empty() ? std::nullopt : std::optional(bias[unit]);
 }
 
 ForwardResult forward(const Launch& kernels, const Stage& stage, const Norms& norms, const Tensor& x,

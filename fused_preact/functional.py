@@ -105,7 +105,7 @@ def call_key(name: str, x: Tensor) -> tuple[Any, ...]:
     """
     checks.tensor(name, x)
     device = x.device.type
-    casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    casts = device != "meta" and torch.is_autocast_enabled(device)  # meta is asked about in vain
     cast = torch.get_autocast_dtype(device) if casts else None
     order = memory_format(x) if x.dim() == 4 and x.layout == torch.strided else None
     calling = torch.is_grad_enabled(), backends.is_transforming(), cast

@@ -203,10 +203,11 @@ class _Forward:
             across, _ = self.kernels.forward(chain.conv[-1], source, chain.weight[-1], None, None, None)
         # A stream of another type than the convolutions' is added apart.
         apart = across is not None and across.dtype != dtype
+        h = x
         for i in range(chain.units):
             last, unit = i == chain.units - 1, chain.first + i
             if i > 0:
-                a = Activation(h, self.rows[unit])  # noqa: F821  (the h of the turn before)
+                a = Activation(h, self.rows[unit])
             following = None
             if unit + 1 < len(self.affine) and stage.training[unit + 1] and not (last and apart):
                 following = self.affine[unit + 1]

@@ -133,7 +133,6 @@ struct OuterOperands<BFloat16Pair> {
   }
 
   void take(const Sizes& sizes, BFloat16Pair*& strip, BFloat16Pair*& columns, BFloat16*& values, BFloat16*& block) {
-    const auto aligned = [](int64_t bytes) { return (bytes + 63) / 64 * 64; };
     const int64_t parts[] = {
         aligned(steps * sizeof(void*)), aligned(sizes.rows * sizes.pair_row * sizeof(BFloat16Pair)),
         aligned(steps * ld * sizeof(BFloat16Pair)), aligned(sizes.rows * sizes.row * sizeof(BFloat16)),

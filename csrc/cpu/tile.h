@@ -254,7 +254,6 @@ struct TileScratch {
   Accumulate<E>* block;
 
   TileScratch(const Tiling& tiling, int64_t block_values) {
-    const auto aligned = [](int64_t bytes) { return (bytes + 63) / 64 * 64; };
     const int64_t pixels = aligned(tiling.most_pixels() * sizeof(int64_t));
     const int64_t strip_bytes = aligned(tiling.most_strip<E>() * sizeof(E));
     char* base = static_cast<char*>(thread_scratch(2 * pixels + strip_bytes + block_values * sizeof(Accumulate<E>)));

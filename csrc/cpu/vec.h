@@ -366,4 +366,7 @@ void with_storage(Dtype dtype, const Body& body) {
 
 FUSED_PREACT_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Up to whole cache lines.
+FUSED_PREACT_INLINE int64_t aligned(int64_t bytes) { return ceil_div(bytes, kCacheLine) * kCacheLine; }
+
 }  // namespace fused_preact::cpu::FUSED_PREACT_ISA
