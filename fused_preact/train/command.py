@@ -22,7 +22,7 @@ from ..stage import MEMORY
 from . import checkpoint, settings
 from .data import load
 from .loop import Run, Summary, Trainer
-from .record import Recorder, draw
+from .record import Recorder, check_tensorboard, draw
 
 # What a run writes into its folder.
 PRODUCTS = ("checkpoint.pt", "checkpoint.pt.tmp", "metrics.jsonl", "curve.png", "tensorboard")
@@ -79,6 +79,7 @@ def run(args: argparse.Namespace) -> int:
         name: value for name, value in vars(args).items() if name in settings.Settings.names() and value is not None
     }
     console = Console(highlight=False)
+    check_tensorboard(args.tensorboard)  # before --overwrite removes anything
     trainer, folder = _resumed(args, given) if args.resume else _new(args, given)
     recorder = Recorder(folder, trainer.iteration, args.tensorboard)
     console.print(_heading(trainer, folder))

@@ -51,7 +51,10 @@ def _keep(path: Path, start: int) -> list[dict[str, Any]]:
     rows, size = [], 0
     with path.open("rb") as file:
         for line in file:
-            row = json.loads(line) if line.endswith(b"\n") else None
+            try:
+                row = json.loads(line) if line.endswith(b"\n") else None
+            except ValueError as error:
+                raise UserError(f"{path}: line {len(rows) + 1} is none that fused-preact train wrote") from error
             if row is None or row["iteration"] > start:
                 break
             rows.append(row)
@@ -60,12 +63,17 @@ def _keep(path: Path, start: int) -> list[dict[str, Any]]:
     return rows
 
 
-def _events(folder: Path, start: int, wanted: bool | None) -> Any | None:
-    """A TensorBoard writer, or None where it is not wanted or not there."""
+def check_tensorboard(wanted: bool | None) -> bool:
+    """Whether events are to be written. Raises UserError if they are asked for and TensorBoard is not installed."""
     there = importlib.util.find_spec("tensorboard") is not None
     if wanted and not there:
         raise UserError("--tensorboard: TensorBoard is not installed: pip install 'fused_preact[train]'")
-    if wanted is False or not there:
+    return there and wanted is not False
+
+
+def _events(folder: Path, start: int, wanted: bool | None) -> Any | None:
+    """A TensorBoard writer, or None where it is not wanted or not there."""
+    if not check_tensorboard(wanted):
         return None
     from torch.utils.tensorboard import SummaryWriter
 

@@ -108,6 +108,15 @@ def test_a_run_is_not_overwritten_by_accident(tmp_path, capsys):
     assert (folder / "notes.txt").read_text() == "mine"
 
 
+def test_nothing_is_overwritten_for_a_run_that_cannot_start(tmp_path, monkeypatch, capsys):
+    """What is missing is said before what was there is gone."""
+    (tmp_path / "checkpoint.pt").write_text("of a long run")
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    assert train("--model", "resnet20", "--out", tmp_path, "--overwrite", "--tensorboard") == 2
+    assert "TensorBoard is not installed" in capsys.readouterr().err
+    assert (tmp_path / "checkpoint.pt").read_text() == "of a long run"
+
+
 def test_a_finished_run_can_be_lengthened(tmp_path):
     """--resume --iterations N goes on to N."""
     folder = tmp_path / "run"
