@@ -89,6 +89,9 @@ class Watch:
         self._members = [s[name] for s in states for name in _MEMBERS]
         self._children = [s["_modules"] for s in states]
         self._hooks = [s[name] for s in states for name in _HOOKS]
+        # Of a filter whose padding has a name the size says what that is.
+        named = (s["_parameters"].get("weight") for s in states if isinstance(s.get("padding"), str))
+        self._named = [weight for weight in named if weight is not None]
         self._parameters = [t for s in states for t in s["_parameters"].values() if t is not None]
         self._sizes, self._objects = list(self._find_sizes()), list(self._find_objects())
 
@@ -107,8 +110,9 @@ class Watch:
     def _find_boxes(self) -> Iterator[Any]:
         return chain.from_iterable(map(itemgetter(*_MEMBERS, *_HOOKS), self._states))
 
-    def _find_sizes(self) -> Iterator[int]:
-        return map(len, chain(self._states, self._members, self._hooks))
+    def _find_sizes(self) -> Iterator[Any]:
+        sizes = map(len, chain(self._states, self._members, self._hooks))
+        return chain(sizes, map(attrgetter("shape"), self._named))
 
     def _find_objects(self) -> Iterator[Any]:
         return chain(

@@ -102,6 +102,15 @@ def test_a_layer_that_becomes_another_is_heard_of():
     assert_close(unit(x), 2 * y)
 
 
+def test_a_filter_of_another_size_has_other_padding():
+    """Where the padding is "same", also if the new filter came in as data of the old parameter."""
+    unit = BNReLUConv2d(8, 8, 3, padding="same").eval()
+    x = x_of()
+    unit(x)
+    unit.conv.weight.data = torch.randn(8, 8, 5, 5)
+    assert_close(unit(x), unit.conv(torch.relu(unit.bn(x))), rtol=1e-4, atol=1e-4)
+
+
 def test_a_weight_that_is_a_plain_attribute():
     """As a hypernetwork sets it, and as the replicas of nn.DataParallel have it: the plain layers run."""
     block = PreActBlock(8, 8).eval()
