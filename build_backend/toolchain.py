@@ -4,6 +4,7 @@ Only changed sources are compiled again (ninja reads the headers each one includ
 compiler's user knows it: CXX, CXXFLAGS, LDFLAGS, and MAX_JOBS as torch's own extensions do.
 """
 
+import fcntl
 import os
 import platform
 import shlex
@@ -109,10 +110,12 @@ class Toolchain:
         """Compiles what changed and links it to `binary`; CompileError where the compiler or the linker fails."""
         self.objects.mkdir(parents=True, exist_ok=True)
         binary.parent.mkdir(parents=True, exist_ok=True)
-        (self.objects / "build.ninja").write_text(self.ninja_file(binary.resolve()))
         jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
-        if subprocess.run([_find_ninja(), "-C", self.objects, *jobs], check=False).returncode != 0:
-            raise CompileError("fused_preact did not compile: the compiler's own message stands above")
+        with (self.objects / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # builds of one checkout for two environments share this folder
+            (self.objects / "build.ninja").write_text(self.ninja_file(binary.resolve()))
+            if subprocess.run([_find_ninja(), "-C", self.objects, *jobs], check=False).returncode != 0:
+                raise CompileError("fused_preact did not compile: the compiler's own message stands above")
 
     def ninja_file(self, binary: Path) -> str:
         """The text of build.ninja: one edge an object, one for the binary."""
@@ -166,8 +169,9 @@ class Toolchain:
     def _nvcc_rule(self) -> list[str]:
         if self.cuda is None:
             return []
-        # The compiler of the host part is named: nvcc's own choice may be another one.
-        nvcc = shlex.join([str(self.cuda.home / "bin/nvcc"), "-ccbin", shlex.split(self.compiler)[0]])
+        # The compiler of the host part is named, for nvcc's own choice may be another one: without a cache in front of it.
+        compiler = next(word for word in reversed(shlex.split(self.compiler)) if not word.startswith("-"))
+        nvcc = shlex.join([str(self.cuda.home / "bin/nvcc"), "-ccbin", compiler])
         return [
             f"nvcc = {_escape(nvcc)}",
             "rule cuda",

@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -118,6 +119,25 @@ def test_cxx_that_is_not_there_is_named(toolchain, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler -v")
     with pytest.raises(CompileError, match="no-such-compiler -v"):
         toolchain.find_compiler()
+
+
+def test_a_compiler_in_a_folder_with_a_blank(toolchain, monkeypatch, tmp_path):
+    """It is one word of a command still."""
+    folder = tmp_path / "my tools"
+    folder.mkdir()
+    (folder / "c++").symlink_to(shutil.which("c++"))
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(folder))
+    assert shlex.split(toolchain.find_compiler()) == [str(folder / "c++")]
+
+
+def test_nvcc_is_told_of_the_compiler_behind_a_cache(toolchain, nvcc, tmp_path):
+    """And not of its options."""
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib/libcudart_static.a").touch()
+    cuda, torch = nvcc.Cuda(tmp_path, "13.0", ("9.0",)), toolchain.Torch(tmp_path, "2.13.0")
+    tools = toolchain.Toolchain(torch, "ccache g++ -m64", ROOT / "csrc", tmp_path, ["baseline"], cuda)
+    assert "-ccbin g++\n" in tools.ninja_file(tmp_path / "C.so")
 
 
 def test_flags_of_the_environment_reach_the_compiler(toolchain, torch_location, monkeypatch, tmp_path):

@@ -61,20 +61,19 @@ def run(arguments: argparse.Namespace) -> int:
     """Measures, prints, writes. Returns 1 if a contender is wrong: nothing is reported then, with --table of its case.
 
     Raises:
-        UserError: no case is chosen, or the file to show is no result file.
+        UserError: no case is chosen, an option does not go with the device, or the file to show is no result file.
     """
     console = Console()
     if arguments.show is not None:
         _present(report.read(arguments.show), arguments.output or arguments.show.with_suffix(""), console)
         return 0
+    if arguments.device == "cuda":
+        return _on_gpu(arguments, console)
     cases = _choose(arguments)
     if arguments.list:
         console.print("\n".join(case.name for case in cases), markup=False, highlight=False)
         return 0
     output = arguments.output or Path("bench")
-    if arguments.device == "cuda":
-        cuda.run(console, lambda document: report.write(document, _suffixed(output, ".json")))
-        return 0
     malloc = arguments.malloc or ("both" if arguments.full else None)
     if malloc == "both":
         return _child(arguments, "default", output) or _child(arguments, "tuned", _suffixed(output, "-tuned"))
@@ -90,6 +89,16 @@ def run(arguments: argparse.Namespace) -> int:
     _present(document, output, console)
     console.print(f"Results in {_suffixed(output, '.json')}", markup=False, highlight=False)
     return int(len(document["cases"]) < len(cases))
+
+
+def _on_gpu(arguments: argparse.Namespace, console: Console) -> int:
+    """The same of blocks, nets and kernels on a GPU, which are always measured all."""
+    for name in ("list", "full", "table", "only", "threads", "budget", "memory", "malloc"):
+        if getattr(arguments, name):
+            raise UserError(f"--{name}: is for the CPU; --device cuda goes with --output alone")
+    output = _suffixed(arguments.output or Path("bench"), ".json")
+    cuda.run(console, lambda document: report.write(document, output))
+    return 0
 
 
 def _choose(arguments: argparse.Namespace) -> list[Case]:

@@ -88,6 +88,13 @@ def test_options_are_checked(option, value, capsys):
     assert f"argument {option}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["--full", "--only=block", "--threads=2", "--malloc=tuned"])
+def test_options_that_a_gpu_does_not_hear_are_refused(option):
+    """Rather than left out without a word."""
+    with pytest.raises(UserError, match=f"{option.partition('=')[0]}: is for the CPU; --device cuda goes with"):
+        command.run(parse("--device=cuda", option))
+
+
 def test_list_names_the_cases(capsys):
     """--list --only says what would be measured, and measures nothing."""
     assert command.run(parse("--list", "--only=training step")) == 0
