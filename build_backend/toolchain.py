@@ -169,7 +169,7 @@ class Toolchain:
     def _nvcc_rule(self) -> list[str]:
         if self.cuda is None:
             return []
-        # The compiler of the host part is named, for nvcc's own choice may be another one: without a cache in front of it.
+        # The compiler of the host part is named: nvcc would choose by itself, and knows no cache in front of it.
         compiler = next(word for word in reversed(shlex.split(self.compiler)) if not word.startswith("-"))
         nvcc = shlex.join([str(self.cuda.home / "bin/nvcc"), "-ccbin", compiler])
         return [
