@@ -55,6 +55,7 @@ TARGET_FLAGS = ("-DTORCH_TARGET_VERSION=0x020b000000000000",)  # the stable ABI 
 # Of the shared libraries named on the command line a linker drops those that it thinks unused.
 LINK_FLAGS = ("-shared", "-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed")
 
+COMPILER_CACHES = ("ccache", "sccache", "distcc", "icecc")
 NO_COMPILER = (
     "fused_preact needs a C++17 compiler to install and found none: install g++ or clang++ "
     "(Debian, Ubuntu: apt-get install g++), or set CXX to the one to use."
@@ -170,7 +171,7 @@ class Toolchain:
         if self.cuda is None:
             return []
         # The compiler of the host part is named: nvcc would choose by itself, and knows no cache in front of it.
-        compiler = next(word for word in reversed(shlex.split(self.compiler)) if not word.startswith("-"))
+        compiler = next(word for word in shlex.split(self.compiler) if Path(word).name not in COMPILER_CACHES)
         nvcc = shlex.join([str(self.cuda.home / "bin/nvcc"), "-ccbin", compiler])
         return [
             f"nvcc = {_escape(nvcc)}",

@@ -37,7 +37,7 @@ class Problem(NamedTuple):
     inference: bool = False  # no batch statistics, and no backward
     saves_memory: bool = False  # "lean" or "min" was asked for
     transformed: bool = False  # within a transform of torch.func, a forward-mode derivative or torch.jit.trace
-    rounded: bool = False  # x has more digits than dtype, and is not kept as it is
+    rounded: bool = False  # x is of another type than dtype, and is not kept as it is
 
 
 # What "auto" gives to the CUDA kernels: multiply-adds an image of the heaviest convolution. On an H200, in 16 bits and

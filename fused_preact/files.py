@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -12,16 +13,17 @@ from .errors import UserError
 
 
 @contextlib.contextmanager
-def replacing(path: Path, suffix: str = ".tmp") -> Iterator[IO[bytes]]:
+def replacing(path: Path, suffix: str | None = None) -> Iterator[IO[bytes]]:
     """A file to write, which takes the place of path, through a power cut too, when the block is left without an error.
 
     Whatever interrupts it, path holds either what it held before or all that was written. ``suffix`` makes the name
-    that the file has until then; writers that run at the same time need one each.
+    that the file has until then; by default it is this process's own, for others may write at the same time.
 
     Raises:
         UserError: it cannot be written.
     """
-    temporary = path.with_name(path.name + suffix)
+    path = path.resolve()  # of a link, what it points at
+    temporary = path.with_name(path.name + (suffix or f".{os.getpid()}.tmp"))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -29,15 +31,20 @@ def replacing(path: Path, suffix: str = ".tmp") -> Iterator[IO[bytes]]:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
+            if path.exists():
+                shutil.copymode(path, temporary)
             temporary.replace(path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
         # torch's writer, where it cannot finish a file, puts a RuntimeError in place of what the system said.
-        said = error.__context__ if isinstance(error.__context__, OSError) else error
-        raise UserError(f"{path}: cannot be written: {getattr(said, 'strerror', None) or said}") from error
+        said = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(said, OSError):
+            raise
+        raise UserError(f"{path}: cannot be written: {said.strerror or said}") from error
+    with contextlib.suppress(OSError):  # the file is in its place, though some systems sync no folder
+        _sync_folder(path.parent)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -135,7 +135,7 @@ def make_plan(
     inference = not grad and not any(training)
     saves = memory != "fast" and not (inference or transformed)
     shape = tuple(x.shape)
-    rounded = memory == "fast" and given.dtype.itemsize > x.dtype.itemsize
+    rounded = memory == "fast" and given.dtype != x.dtype
     problem = backends.Problem(x.device, x.dtype, shape, convolutions, layout, inference, saves, transformed, rounded)
     half = given.dtype in (torch.bfloat16, torch.float16)
     return Plan(

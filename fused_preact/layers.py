@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain
-from operator import attrgetter, eq, getitem, is_, itemgetter
+from itertools import chain, repeat
+from operator import attrgetter, contains, eq, getitem, is_, itemgetter
 from typing import Any, NamedTuple
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -75,7 +75,7 @@ class Watch:
     """All that a fused call reads of a module and those inside of it, but the numbers, as it was when this was made.
 
     It is compared in every call, so the modules' dictionaries are read directly, by functions that are written in C. It
-    holds these dictionaries and what is in them, so that nothing else can take its place.
+    holds those of the children and what is in all of them, so that nothing else can take its place.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -83,9 +83,12 @@ class Watch:
         while waiting:
             states.append(waiting.pop().__dict__)
             waiting += filter(_is_plain, states[-1]["_modules"].values())
-        self._states = states
-        self._settings = tuple(zip(*((s, name) for s in states for name in _SETTINGS if name in s), strict=True))
-        self._boxes = list(self._find_boxes())
+        # The module has this in its own dictionary: to hold either would leave them to the collector of cycles.
+        self._module = weakref.ref(module)
+        self._own = [name for name in _SETTINGS if name in states[0]]
+        self._states = states[1:]
+        self._settings = tuple(zip(*((s, name) for s in self._states for name in _SETTINGS if name in s), strict=True))
+        self._boxes = list(self._find_boxes(module))
         self._members = [s[name] for s in states for name in _MEMBERS]
         self._children = [s["_modules"] for s in states]
         self._hooks = [s[name] for s in states for name in _HOOKS]
@@ -93,31 +96,32 @@ class Watch:
         named = (s["_parameters"].get("weight") for s in states if isinstance(s.get("padding"), str))
         self._named = [weight for weight in named if weight is not None]
         self._parameters = [t for s in states for t in s["_parameters"].values() if t is not None]
-        self._sizes, self._objects = list(self._find_sizes()), list(self._find_objects())
+        self._sizes, self._objects = list(self._find_sizes(module)), list(self._find_objects(module))
 
     def holds(self, module: nn.Module) -> bool:
         """Whether it is of this module, and nothing has changed."""
         try:
             return (
-                self._states[0] is module.__dict__
-                and all(map(is_, self._find_boxes(), self._boxes))
-                and all(map(eq, self._find_sizes(), self._sizes))
-                and all(map(is_, self._find_objects(), self._objects))
+                self._module() is module
+                and all(map(is_, self._find_boxes(module), self._boxes))
+                and all(map(eq, self._find_sizes(module), self._sizes))
+                and all(map(is_, self._find_objects(module), self._objects))
             )
         except KeyError:  # an attribute was deleted
             return False
 
-    def _find_boxes(self) -> Iterator[Any]:
-        return chain.from_iterable(map(itemgetter(*_MEMBERS, *_HOOKS), self._states))
+    def _find_boxes(self, module: nn.Module) -> Iterator[Any]:
+        return chain.from_iterable(map(itemgetter(*_MEMBERS, *_HOOKS), chain((module.__dict__,), self._states)))
 
-    def _find_sizes(self) -> Iterator[Any]:
-        sizes = map(len, chain(self._states, self._members, self._hooks))
-        return chain(sizes, map(attrgetter("shape"), self._named))
+    def _find_sizes(self, module: nn.Module) -> Iterator[Any]:
+        sizes = map(len, chain((module.__dict__,), self._states, self._members, self._hooks))
+        return chain(sizes, map(contains, self._states, repeat("forward")), map(attrgetter("shape"), self._named))
 
-    def _find_objects(self) -> Iterator[Any]:
+    def _find_objects(self, module: nn.Module) -> Iterator[Any]:
         return chain(
             (bool(nn_module._has_any_global_hook()),),
-            map(getitem, *self._settings),
+            map(module.__dict__.__getitem__, self._own),
+            map(getitem, *(self._settings or ((), ()))),
             chain.from_iterable(map(dict.values, self._members)),
             map(type, chain.from_iterable(map(dict.values, self._children))),
             map(attrgetter("dtype"), self._parameters),
@@ -168,16 +172,22 @@ def has_own_forward(child: nn.Module) -> bool:
 
 
 def normalize(bn: nn.Module, x: Tensor) -> Tensor:
-    """What the layer makes of x; its running statistics stay where a checkpoint repeats the call."""
-    if type(bn) is nn.BatchNorm2d and bn.training and not hooked(bn) and running.recomputing():
-        moved = [t if t is None else t.clone() for t in (bn.running_mean, bn.running_var)]
-        return F.batch_norm(x, *moved, bn.weight, bn.bias, True, 0.1, bn.eps)
-    return bn(x)
+    """What the layer makes of x; its running statistics stay as they are where a checkpoint repeats the call."""
+    if not (isinstance(bn, nn.modules.batchnorm._BatchNorm) and running.recomputing()):
+        return bn(x)
+    before = dict(bn._buffers)
+    bn._buffers.update({name: t if t is None else t.clone() for name, t in before.items()})
+    try:
+        return bn(x)
+    finally:
+        bn._buffers.update(before)
 
 
 def overwritable(child: nn.Module) -> bool:
     """Whether what a layer returns may be overwritten: it makes a new tensor, and no hook has kept it."""
-    return type(child) in (nn.BatchNorm2d, nn.Conv2d) and not hooked(child) and not nn_module._has_any_global_hook()
+    if type(child) not in (nn.BatchNorm2d, nn.Conv2d) or has_own_forward(child):
+        return False
+    return not hooked(child) and not nn_module._has_any_global_hook()
 
 
 def add(y: Tensor, residual: Tensor, inplace: bool) -> Tensor:

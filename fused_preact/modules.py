@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from torch.nn.modules import module as nn_module
 
 from . import backends
 from .layers import Layers, Pair, add, normalize
-from .runs import Run, remembered
+from .runs import Run, lasting_state, remembered
 
 
 class _Parts(NamedTuple):
@@ -33,6 +33,9 @@ class Fused(nn.Module):
         super().__init__()
         backends.check_name(backend)
         self.backend = backend
+
+    def __getstate__(self) -> dict[str, Any]:
+        return lasting_state(self)
 
     def layers(self) -> Layers:
         """The children that are fused, in order."""

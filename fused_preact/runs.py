@@ -51,25 +51,22 @@ class Run(NamedTuple):
         return self.plans.find(key, lambda: make_plan(x, self.blocks, residual, self.backend, memory))
 
 
-class _Memory:
-    """What was made of a module, in the module's own dictionary, so that both are freed together.
-
-    In a copy of the module, or one that was pickled, it is empty.
-    """
-
-    watch: Watch | None = None
-    made: Any = None
-
-    def __reduce__(self) -> tuple[type, tuple[()]]:
-        return _Memory, ()
+# Where a module's own dictionary has what was made of it, with which it is so freed, and what it was made from.
+_REMEMBERED = "_remembered"
 
 
 def remembered(module: nn.Module, make: Callable[[], Any]) -> Any:
     """What ``make`` gives, made again only when something that a fused call reads of the module changed."""
     if torch.compiler.is_compiling():
         return make()
-    memory = module.__dict__.get("_remembered")
-    if memory is None or memory.watch is None or not memory.watch.holds(module):
-        memory = module.__dict__["_remembered"] = _Memory()
-        memory.watch, memory.made = Watch(module), make()
-    return memory.made
+    watch, made = module.__dict__.get(_REMEMBERED) or (None, None)
+    if watch is None or not watch.holds(module):
+        module.__dict__.setdefault(_REMEMBERED, None)  # counted among the attributes from here on
+        made = make()
+        module.__dict__[_REMEMBERED] = Watch(module), made
+    return made
+
+
+def lasting_state(module: nn.Module) -> dict[str, Any]:
+    """The module's dictionary as it is copied and pickled: without what is remembered."""
+    return {name: value for name, value in module.__dict__.items() if name != _REMEMBERED}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .blocks import Block
 from .layers import Layers, has_own_forward, hooked
-from .runs import Run, remembered
+from .runs import Run, lasting_state, remembered
 
 MEMORY = ("fast", "lean", "min")
 
@@ -43,6 +43,9 @@ class PreActStage(nn.Sequential):
         super().__init__(*blocks)
         self.memory = memory
         self._check_memory()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return lasting_state(self)
 
     def __getitem__(self, index: int | slice) -> Any:
         """A block, or for a slice a stage of those blocks with the same ``memory``."""

@@ -90,28 +90,34 @@ def load(device: str | None) -> dict[str, Any]:
     return _over(shipped, _read(own / name))
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """The tables in a file: empty where it is missing, and with a warning where it is damaged."""
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    """The tables in a file, empty where there is none; one of _UNREADABLE is raised where it holds something else."""
     try:
         document = json.loads(path.read_text())
-        for entry in (entry for call in document["calls"].values() for entry in call.items()):
-            int(entry[0]), entry[1]["best"]
-        if not isinstance(document["tiles"], dict):
-            raise TypeError("tiles")
     except FileNotFoundError:
-        return _empty()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return {"calls": {}, "tiles": {}}
+    for N, entry in (item for call in document["calls"].values() for item in call.items()):
+        if int(N) < 1 or not isinstance(entry["best"], str):
+            raise ValueError(f"{N}: {entry}")
+    if not isinstance(document["tiles"], dict):
+        raise TypeError("tiles")
+    return document
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The same, and empty, with a warning, where it holds something else."""
+    try:
+        return _parse(path)
+    except _UNREADABLE as error:
         warnings.warn(
             f"fused_preact leaves out the measurements in {path}, which cannot be read ({type(error).__name__}: "
             f"{error}); remove the file, and `fused-preact tune` measures again",
             stacklevel=2,
         )
-        return _empty()
-    return document
-
-
-def _empty() -> dict[str, Any]:
-    return {"calls": {}, "tiles": {}}
+        return {"calls": {}, "tiles": {}}
 
 
 def _over(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
@@ -126,15 +132,19 @@ def save(document: dict[str, Any], path: Path | None = None) -> Path:
     """Write the table of ``document["device"]``, over what the file has, and let it count from here on.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: it cannot be written, or there is another file in its place.
     """
     global _version
     try:
         path = path or folder() / file_name(document["device"])
     except RuntimeError as error:
         raise UserError("--output: expected a file for the table, for the user has no home folder") from error
-    with replacing(path, f".{os.getpid()}.tmp") as file:
-        file.write((json.dumps(_over(_read(path), document), indent=1) + "\n").encode())
+    try:
+        whole = _over(_parse(path), document)
+    except _UNREADABLE as error:
+        raise UserError(f"{path}: holds no table of fused-preact tune, and is not overwritten: remove it") from error
+    with replacing(path) as file:
+        file.write((json.dumps(whole, indent=1) + "\n").encode())
     load.cache_clear()
     _version += 1
     return path

@@ -136,7 +136,7 @@ def test_nvcc_is_told_of_the_compiler_behind_a_cache(toolchain, nvcc, tmp_path):
     (tmp_path / "lib").mkdir()
     (tmp_path / "lib/libcudart_static.a").touch()
     cuda, torch = nvcc.Cuda(tmp_path, "13.0", ("9.0",)), toolchain.Torch(tmp_path, "2.13.0")
-    tools = toolchain.Toolchain(torch, "ccache g++ -m64", ROOT / "csrc", tmp_path, ["baseline"], cuda)
+    tools = toolchain.Toolchain(torch, "ccache g++ -isystem /opt/include", ROOT / "csrc", tmp_path, ["baseline"], cuda)
     assert "-ccbin g++\n" in tools.ninja_file(tmp_path / "C.so")
 
 

@@ -168,9 +168,11 @@ def test_autocast_does_not_round_in_front_of_the_batch_norm():
         y = bn_relu_conv2d(x, weight, training=True)
         (choice,) = explain(bn_relu_conv2d, x, weight, training=True)
         (of_bfloat16,) = explain(bn_relu_conv2d, x.bfloat16(), weight, training=True)
+        (of_half,) = explain(bn_relu_conv2d, x.half(), weight.half(), training=True)
     assert (y - expected).norm() < 0.01 * expected.norm()
     assert "round x to torch.bfloat16 in front of the batch norm" in choice.others["library"]
     assert not of_bfloat16.problem.rounded
+    assert of_half.problem.rounded  # to eight bits of eleven
 
 
 def test_a_checkpoint_of_plain_layers_moves_the_statistics_once():

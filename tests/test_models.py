@@ -1,6 +1,9 @@
+import copy
+
 import pytest
 import torch
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
 
 import fused_preact
 from cases import BACKENDS
@@ -84,6 +87,16 @@ def test_the_first_activation_comes_before_the_split():
     net = models.create("resnet164")
     assert net.layer1[0].shortcut_input == "activated"
     assert len(net.layer1[0].shortcut) == 1
+
+
+def test_a_checkpoint_of_a_whole_net_moves_every_statistic_once():
+    """Those of the stem's block and of the head, which are plain layers, too."""
+    net = models.create("resnet20")
+    plain = copy.deepcopy(net)
+    x = torch.randn(2, 3, 16, 16)
+    checkpoint(net, x, use_reentrant=False).sum().backward()
+    plain(x)
+    assert_close(net.state_dict(), plain.state_dict())
 
 
 def test_the_first_block_has_no_projection():

@@ -1,6 +1,7 @@
 """csrc/cpu/pool.cpp: memory that waits for the next step is bounded, and there when the system has no more."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -42,13 +43,16 @@ print(json.dumps([len(run(x)) for x in batches]))
 
 
 def run(script: str):
-    found = subprocess.run([sys.executable, "-c", BEGINNING + script], capture_output=True, text=True, check=False)
+    # glibc then gives back what is freed, where it would keep some of it for itself.
+    variables = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
+    command = [sys.executable, "-c", BEGINNING + script]
+    found = subprocess.run(command, capture_output=True, text=True, check=False, env=variables)
     assert found.returncode == 0, found.stderr[-2000:]
     return json.loads(found.stdout)
 
 
 def test_images_of_many_sizes_leave_little_behind():
-    """No more waits than was ever in use at a time: here a result of 15 MB, where those of all sizes are 130."""
+    """No more waits than twice what was ever in use at a time: here a result of 15 MB; those of all sizes are 130."""
     assert run(GROWING) < 40
 
 

@@ -2,12 +2,14 @@
 
 import copy
 import gc
+import pickle
 import weakref
 
 import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
 
 import fused_preact
 from fused_preact import BNReLUConv2d, PreActBlock, PreActStage, functional, tables
@@ -58,6 +60,29 @@ def test_a_module_is_freed_with_what_refers_to_it(where):
     assert model() is None
 
 
+@pytest.mark.parametrize("index", range(3))
+def test_parameters_are_freed_without_a_collection(index):
+    """Those of a net on a GPU are to be gone when its last name is."""
+    module = modules()[index]
+    module(torch.randn(2, 4, 5, 5))
+    parameters = [weakref.ref(parameter) for parameter in module.parameters()]
+    gc.disable()
+    try:
+        del module
+        assert not any(parameter() is not None for parameter in parameters)
+    finally:
+        gc.enable()
+
+
+def test_what_is_pickled_does_not_tell_what_was_called():
+    """No private class of the package is in a file."""
+    for module in modules():
+        fresh = pickle.dumps(module)
+        module(torch.randn(2, 4, 5, 5))
+        module.load_state_dict(pickle.loads(fresh).state_dict())
+        assert len(pickle.dumps(module)) == len(fresh)
+
+
 def test_a_copy_remembers_nothing_of_the_first():
     """Not one of copy.copy either, which shares the first one's attributes."""
     block = PreActBlock(8, 8).eval()
@@ -86,6 +111,35 @@ def test_a_forward_of_its_own_runs(member):
     stage(x_of())
     assert seen == [type(stage[0].get_submodule(member)), PreActBlock]
     assert f"{member} has a forward of its own" in str(fused_preact.explain(stage, x_of()))
+
+
+def test_what_a_forward_of_its_own_returns_is_not_overwritten():
+    """It may be x itself, which is the caller's."""
+    block = PreActBlock(8, 8).eval()
+    block.bn1.forward = lambda x: x
+    x = x_of()
+    before = x.clone()
+    with torch.no_grad():
+        block(x)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpoint_repeats_what_a_layer_does(reentrant):
+    """Its own forward, and statistics that are not tracked any more: all but the update of the running ones."""
+    gradients = []
+    for repeat in False, True:
+        torch.manual_seed(0)
+        block = PreActBlock(8, 8)
+        forward = block.bn1.forward
+        block.bn1.forward = lambda x, forward=forward: 3 * forward(x) + 1
+        block.bn2.track_running_stats = False
+        x = x_of().requires_grad_()
+        y = checkpoint(block, x, use_reentrant=reentrant) if repeat else block(x)
+        y.square().sum().backward()
+        assert block.bn1.num_batches_tracked == 1
+        gradients.append(x.grad)
+    assert_close(*gradients)
 
 
 def test_a_layer_that_becomes_another_is_heard_of():

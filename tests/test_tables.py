@@ -72,8 +72,10 @@ DAMAGED = {
     "bare": "{}",
     "a list": "[]",
     "no tiles": '{"calls": {}, "tiles": []}',
+    "no images": '{"calls": {"a": {"0": {"best": "cpu"}}}, "tiles": {}}',
+    "best of two": '{"calls": {"a": {"16": {"best": ["cpu"]}}}, "tiles": {}}',
     "no best": '{"calls": {"a": {"16": {}}}, "tiles": {}}',
-    "no batch": '{"calls": {"a": {"x": {"best": "cpu"}}}, "tiles": {}}',
+    "no number": '{"calls": {"a": {"x": {"best": "cpu"}}}, "tiles": {}}',
 }
 
 
@@ -85,6 +87,16 @@ def test_a_damaged_table_is_left_out(text, folder):
     with pytest.warns(UserWarning, match=f"{path.name}, which cannot be read"):
         assert tables.best(problem(2, (4, 4))) is None
     backends.choose("auto", problem(2, (4, 4)))
+
+
+@pytest.mark.parametrize("text", ['{"name": "mine"}', "words"])
+def test_another_file_is_not_overwritten(text, tmp_path):
+    """Who names the wrong file after --output keeps it."""
+    path = tmp_path / "package.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"package\.json: holds no table of fused-preact tune, and is not overwritten"):
+        tables.save({"device": "d", "calls": {}, "tiles": {}}, path)
+    assert path.read_text() == text
 
 
 def test_a_table_that_cannot_be_read_or_found(monkeypatch, folder):

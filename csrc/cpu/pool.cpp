@@ -105,14 +105,20 @@ ActivationPool& ActivationPool::instance() {
 void* ActivationPool::take(size_t bytes) {
   const size_t size = size_class(bytes);
   if (!kKeep) return allocate(size);
+  {
+    const std::lock_guard lock(state_.mutex);
+    state_.add_used(size);
+    if (void* const data = state_.take_idle(size)) return data;
+  }
+  try {
+    return allocate(size);
+  } catch (const std::bad_alloc&) {
+    const std::lock_guard lock(state_.mutex);
+    state_.drop_before(Clock::time_point::max());
+    state_.used_bytes -= size;
+  }
+  void* const data = allocate(size);
   const std::lock_guard lock(state_.mutex);
-  void* data = state_.take_idle(size);
-  if (data == nullptr) try {
-      data = allocate(size);
-    } catch (const std::bad_alloc&) {
-      state_.drop_before(Clock::time_point::max());
-      data = allocate(size);
-    }
   state_.add_used(size);
   return data;
 }
@@ -128,7 +134,7 @@ void ActivationPool::give_back(void* data, size_t bytes) noexcept {
   } catch (const std::bad_alloc&) {
     return release(data, size);
   }
-  while (state_.idle_bytes > state_.most_used_bytes) state_.drop_longest_idle();
+  while (state_.idle_bytes > kMostIdle * state_.most_used_bytes) state_.drop_longest_idle();
   if (now - state_.checked < std::chrono::seconds(1)) return;
   state_.checked = now;
   state_.drop_before(now - std::chrono::seconds(kMostIdleSeconds));

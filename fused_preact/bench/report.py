@@ -44,6 +44,8 @@ def read(path: Path) -> dict[str, Any]:
         document = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read the result file {path}: {error}") from error
+    if isinstance(document, dict) and "nets" in document:
+        raise UserError(f"{path} is of a GPU: its figures are to be read as they are; --show draws those of a CPU")
     if not isinstance(document, dict) or document.get("schema") != SCHEMA or "cases" not in document:
         raise UserError(f"{path} is no result file of fused-preact bench (schema {SCHEMA})")
     return document

@@ -19,7 +19,7 @@ def save(path: Path, state: dict[str, Any]) -> None:
 
     Raises UserError if it cannot be written.
     """
-    with replacing(path) as file:
+    with replacing(path, ".tmp") as file:  # one name, so that a kill leaves one half of a file at most
         torch.save(state, file)
 
 
