@@ -139,6 +139,7 @@ def hooked(child: nn.Module) -> bool:
     return bool(s["_forward_hooks"] or s["_forward_pre_hooks"] or s["_backward_hooks"] or s["_backward_pre_hooks"])
 
 
+# What a fused call reads of a layer, by the dictionary that has it.
 _TENSORS = {
     nn.BatchNorm2d: {"_parameters": ("weight", "bias"), "_buffers": ("running_mean", "running_var")},
     nn.Conv2d: {"_parameters": ("weight", "bias")},
@@ -154,11 +155,12 @@ def _obstacle(name: str, child: nn.Module, kind: type[nn.Module]) -> str | None:
     if has_own_forward(child):
         return f"{name} has a forward of its own"
     for members, keys in _TENSORS[kind].items():
+        tensors = child.__dict__[members]
         for key in keys:
-            if key not in child.__dict__[members]:  # as in a replica of nn.DataParallel
+            if key not in tensors:  # as in a replica of nn.DataParallel
                 return f"{name}.{key} is a plain attribute, neither a parameter nor a buffer"
-            if is_traceable_wrapper_subclass(child.__dict__[members][key]):
-                return f"{name}.{key} is a {type(child.__dict__[members][key]).__name__}, not a plain tensor"
+            if is_traceable_wrapper_subclass(tensors[key]):
+                return f"{name}.{key} is a {type(tensors[key]).__name__}, not a plain tensor"
     if kind is nn.Conv2d and child.padding_mode != "zeros":
         return f"{name} has padding_mode={child.padding_mode!r}, not 'zeros'"
     if kind is nn.Conv2d and child.padding == "same" and checks.lopsided(child.dilation, child.kernel_size):

@@ -35,7 +35,9 @@ from cases import (
 from fused_preact import reference
 from fused_preact.schedule import Activation, Affine, Gradient
 from raw_table import stand_in
-from test_functional import test_statistics_of_what_is_not_finite  # noqa: F401
+from test_functional import (  # noqa: F401  (with the fixture `backend` of this file)
+    test_statistics_of_what_is_not_finite,
+)
 from test_ops import (  # noqa: F401  (with the fixture `backend` of this file)
     poisoned,
     test_integers_are_exact,

@@ -5,12 +5,6 @@ import os
 import subprocess
 import sys
 
-import pytest
-
-from fused_preact import _extension
-
-pytestmark = pytest.mark.skipif(_extension.unavailable is not None, reason=str(_extension.unavailable))
-
 BEGINNING = """
 import json, resource, torch
 from fused_preact import bn_relu_conv2d

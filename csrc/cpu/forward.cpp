@@ -1,8 +1,8 @@
 // forward: y = conv(a, weight) + bias + residual, and the batch norm rows that the next unit needs of y.
 //
 // Layout: x, residual, y NHWC; the filter is packed once a call. One job is a group of tiles (for few groups: and a
-// part of the output channels); a tile is at most kMostPixels output pixels or one row of them, by position some more, whose strip of activations
-// stays in the first or second level cache while all panels of output channels pass over it.
+// part of the output channels); a tile is at most kMostPixels output pixels or one row of them, by position some more, whose
+// strip of activations stays in the first or second level cache while all panels of output channels pass over it.
 // Bytes: x and residual read once (but for the rows that neighbouring tiles share), y written once.
 #include "moments.h"
 #include "product.h"

@@ -63,7 +63,7 @@ def test_show_draws_a_result_file_again(tmp_path):
     assert (tmp_path / "a.png").exists()
 
 
-@pytest.mark.parametrize("content", [None, "{", "[]", '{"schema": 99}'])
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"schema": 99}', '{"schema": 1}', '{"schema": 1, "nets": []}'])
 def test_show_of_another_file_is_one_clear_error(tmp_path, content):
     """A missing, broken or foreign file is named in one line."""
     path = tmp_path / "x.json"
