@@ -59,15 +59,18 @@ def cases() -> list[tuple[str, str, str, Config]]:
     return found
 
 
-def compiled(architecture: str, kind: str, kernel: str, tile: Config, taps: int = 3, stride: int = 1) -> Binary:
-    """One of the three products, prologue and epilogue complete, for channels that divide by 16 and offsets of 32 bits.
+def compiled(
+    architecture: str, kind: str, kernel: str, tile: Config, taps: int = 3, stride: int = 1, index=triton.language.int32
+) -> Binary:
+    """One of the three products, prologue and epilogue complete, for channels that divide by 16.
 
     ``kind`` is the storage type: "fp32" is multiplied as TF32 where there is that, "fp32-exact" is not.
+    ``index`` is the type of offsets.
     """
     tf32 = kind == "fp32" and architecture != "sm75" and not is_amd(architecture)
     kind = kind.removesuffix("-exact")
     constants = {"R": taps, "S": taps, "STRIDE_H": stride, "STRIDE_W": stride, "PRECISION": "tf32" if tf32 else "ieee"}
-    return build(architecture, kind, GEMMS[kernel], tile, **constants)
+    return build(architecture, kind, GEMMS[kernel], tile, INDEX=index, **constants)
 
 
 def small_kernels() -> list[tuple[str, object, Config, dict]]:
@@ -85,7 +88,7 @@ def build(architecture: str, kind: str, kernel, tile: Config, **constants) -> Bi
     """Compile a kernel with every optional argument present."""
     accumulation = "fp64" if kind == "fp64" else "fp32"
     dtypes = {"fp32": triton.language.float32, "fp64": triton.language.float64}
-    constants |= {"ACC": dtypes[accumulation], "INDEX": triton.language.int32}
+    constants = {"INDEX": triton.language.int32, "ACC": dtypes[accumulation], **constants}
     constants |= {"ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth}
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     signature, attributes = {}, {}

@@ -114,6 +114,16 @@ def test_every_architecture_ships_every_type():
             assert all(min(tile[:3]) >= 16 for tile in tiles)
 
 
+@interpreted
+@pytest.mark.parametrize("name", ["odd", "stride-2", "bottleneck-stride-2"])
+def test_wide_offsets_reach_the_same_values(name, monkeypatch):
+    """What a tensor of 2**30 elements takes, 64-bit offsets, changes no bit."""
+    expected = fused(BY_ID[name].draw(0), "triton")
+    monkeypatch.setattr(launch, "index_type", lambda *tensors: triton.language.int64)
+    results = fused(BY_ID[name].draw(0), "triton")
+    torch.testing.assert_close(results, expected, rtol=0, atol=0)
+
+
 def test_offsets_are_wide_where_a_tensor_is_large():
     """Tensors of 2**30 elements and more are addressed in 64 bits."""
     large = torch.empty(2**30, device="meta")

@@ -25,6 +25,16 @@ def test_a_shipped_tile_fits(architecture, kind, kernel, tile):
         assert instruction in binary.assembly
 
 
+@pytest.mark.parametrize(
+    ("architecture", "kernel", "tile"), [(case[0], *case[2:]) for case in cases() if case[1] == "bf16"], ids=str
+)
+def test_a_shipped_tile_fits_with_wide_offsets(architecture, kernel, tile):
+    """Offsets of 64 bits, those of 2^30 elements and more, may cost a thread a few registers more than it has."""
+    binary = compiled(architecture, "bf16", kernel, tile, index=triton.language.int64)
+    assert binary.spilled <= 16
+    assert binary.shared <= SHARED[architecture]
+
+
 @pytest.mark.parametrize("architecture", SHARED)
 @pytest.mark.parametrize(
     ("kernel", "tile", "constants"), [k[1:] for k in small_kernels()], ids=[k[0] for k in small_kernels()]
