@@ -3,8 +3,8 @@
 import argparse
 import importlib
 import sys
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 from .errors import UserError
 
@@ -14,13 +14,16 @@ COMMANDS = {
     "tune": ("tune", "measure the backends on this device, for backend='auto'"),
     "bench": ("bench.command", "time fused against eager on this machine"),
 }
+MOST_THREADS = 1024
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0 for success, 2 for what the user can put right, 130 for Ctrl-C."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        parsed = _parser(arguments).parse_args(arguments)
+        parsed, unknown = _parser(arguments).parse_known_args(arguments)
+        if unknown:
+            parsed.command.error(f"unrecognized arguments: {' '.join(unknown)}")
         return parsed.run(parsed)
     except UserError as error:
         print(f"fused-preact: {error}", file=sys.stderr)
@@ -44,8 +47,31 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         if name in arguments[:1]:
             implementation = importlib.import_module(f"fused_preact.{module}")
             implementation.add_arguments(command)
-            command.set_defaults(run=implementation.run)
+            command.set_defaults(run=implementation.run, command=command)
     return parser
+
+
+def positive(kind: type) -> Callable[[str], Any]:
+    """A converter for options whose value is a number above zero."""
+
+    def convert(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = 0
+        if not value > 0:
+            raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
+        return value
+
+    return convert
+
+
+def thread_count(text: str) -> int:
+    """A converter for options whose value is torch's number of threads: one that cannot be started ends the process."""
+    count = positive(int)(text)
+    if count > MOST_THREADS:
+        raise argparse.ArgumentTypeError(f"expected at most {MOST_THREADS}, got {count}")
+    return count
 
 
 class _Version(argparse.Action):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,14 @@ import fused_preact
 from . import backends, models, tables
 from .bench.measure import Step, Times, alternate, ratio, spread
 from .bench.report import progress_bar
+from .cli import thread_count
 from .errors import UserError
 from .modules import Fused
 from .stage import PreActStage
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MODELS = ("resnet110", "resnet1001", "preactresnet18", "preactresnet50", "wrn28_10")
+USUAL = ("fp32", "bf16")
 ROUNDS = (5, 30)
 
 
@@ -36,14 +38,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "its tiles."
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU, where torch finds one")
-    parser.add_argument("--models", nargs="+", choices=models.names(), default=MODELS, metavar="NAME")
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=("fp32", "bf16"), metavar="DTYPE")
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        choices=models.names(),
+        default=MODELS,
+        metavar="NAME",
+        help=_listed(models.names(), MODELS),
+    )
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=DTYPES, default=USUAL, metavar="DTYPE", help=_listed(DTYPES, USUAL)
+    )
     parser.add_argument("--batch", type=int, metavar="N", help="images (default: 16 on a CPU, else 128)")
-    parser.add_argument("--size", type=int, default=32, metavar="PIXELS", help="height and width of the images")
+    parser.add_argument(
+        "--size", type=int, default=32, metavar="PIXELS", help="height and width of images (default: 32)"
+    )
+    parser.add_argument(
+        "--threads",
+        type=thread_count,
+        metavar="COUNT",
+        help="torch's threads, for which a CPU's table is (default: its own choice)",
+    )
     parser.add_argument("--budget", type=float, default=1.0, metavar="SECONDS", help="for each call (default: 1)")
     parser.add_argument(
         "--output", type=Path, metavar="JSON", help="file to write (default: in the user's cache folder)"
     )
+
+
+def _listed(names: Iterable[str], chosen: Iterable[str]) -> str:
+    return f"of {', '.join(names)} (default: {', '.join(chosen)})"
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -58,7 +81,10 @@ def run(arguments: argparse.Namespace) -> int:
     batch = (16 if device == "cpu" else 128) if arguments.batch is None else arguments.batch
     if min(batch, arguments.size) < 1 or not arguments.budget > 0:
         raise UserError("--batch, --size and --budget must be positive")
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
     document = _document(device)
+    path = tables.save(document, arguments.output)  # fails before the work if it is going to
     console = Console()
     with progress_bar(console) as progress:
         for dtype in arguments.dtypes:
@@ -172,7 +198,8 @@ def _step(problem: backends.Problem, block: nn.Module, backend: str) -> Step:
 def measure(problem: backends.Problem, block: nn.Module, budget: float) -> dict[str, Any]:
     """The entry of one call: the median seconds of each backend that serves it, and the best.
 
-    Another than eager is best only if it was faster in four of five rounds: "auto" promises not to be slower.
+    Another than eager is best only if it was faster in four of five rounds, and by its median: "auto" promises not to
+    be slower.
     """
     served = [name for name in backends.FUSED if name != "reference" and backends.obstacle(name, problem) is None]
     names = ["eager", *served]
@@ -182,7 +209,9 @@ def measure(problem: backends.Problem, block: nn.Module, budget: float) -> dict[
 
 
 def _best(times: dict[str, Times]) -> str:
-    gains = {name: ratio(times["eager"].total, found.total) for name, found in times.items() if name != "eager"}
+    eager = times["eager"].total
+    shorter = {name: t.total for name, t in times.items() if spread(t.total).median < spread(eager).median}
+    gains = {name: ratio(eager, total) for name, total in shorter.items()}
     faster = {name: gain.median for name, gain in gains.items() if gain.low > 1}
     return max(faster, key=faster.__getitem__) if faster else "eager"
 

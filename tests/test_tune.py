@@ -5,7 +5,7 @@ import torch
 
 import fused_preact
 from fused_preact import PreActBlock, PreActStage, backends, cli, functional, tables, tune
-from fused_preact.bench.measure import Times
+from fused_preact.bench.measure import Times, ratio
 
 
 def test_auto_follows_what_was_measured(folder):
@@ -74,6 +74,14 @@ def test_another_backend_wins_only_if_it_is_faster_nearly_always():
     noisy, faster = Times((1.0,) * 5, (0.5, 0.5, 0.9, 1.1, 1.2)), Times((1.0,) * 5, (0.8,) * 5)
     assert tune._best({"eager": eager, "cpu": noisy}) == "eager"
     assert tune._best({"eager": eager, "cpu": noisy, "library": faster}) == "library"
+
+
+def test_another_backend_wins_only_if_its_median_is_lower():
+    """The line that is printed shows medians: what it calls best is not to be the slower one there."""
+    eager = Times((1.0,) * 10, (1.0,) * 6 + (3.0,) * 4)
+    slower = Times((1.0,) * 10, (0.9,) * 5 + (1.5,) + (2.9,) * 4)
+    assert ratio(eager.total, slower.total).low > 1
+    assert tune._best({"eager": eager, "cpu": slower}) == "eager"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

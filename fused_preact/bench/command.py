@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,9 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
+from fused_preact.cli import positive, thread_count
 from fused_preact.errors import UserError
+from fused_preact.files import check_writable
 
 from . import cuda, environment, picture, report, suite
 from .cases import Case, default_cases, full_cases, table_cases
@@ -31,30 +32,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--list", action="store_true", help="name the cases and stop")
     parser.add_argument("--output", type=Path, metavar="STEM", help="write STEM.json and STEM.png (default: bench)")
     parser.add_argument(
-        "--threads", type=_positive(int), metavar="COUNT", help="torch's threads (default: its own choice)"
+        "--threads", type=thread_count, metavar="COUNT", help="torch's threads (default: its own choice)"
     )
-    parser.add_argument("--budget", type=_positive(float), metavar="SECONDS", help="for a case (default: 1, full: 5)")
+    parser.add_argument("--budget", type=positive(float), metavar="SECONDS", help="for a case (default: 1, full: 5)")
     parser.add_argument("--memory", action="store_true", help="also the peak resident memory of each net")
     parser.add_argument(
         "--malloc",
         choices=("default", "tuned", "both"),
         help="setting of glibc's malloc: as it comes, told to keep freed memory, or one after the other (full: both)",
     )
-
-
-def _positive(kind: type) -> Callable[[str], Any]:
-    """A converter for argparse, of numbers above zero."""
-
-    def convert(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = 0
-        if not value > 0:
-            raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
-        return value
-
-    return convert
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -65,6 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
     """
     console = Console()
     if arguments.show is not None:
+        _refuse(arguments, "--show goes with --output alone", "list", "only", "threads", "budget", "memory", "malloc")
         _present(report.read(arguments.show), arguments.output or arguments.show.with_suffix(""), console)
         return 0
     if arguments.device == "cuda":
@@ -79,6 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
         return _child(arguments, "default", output) or _child(arguments, "tuned", _suffixed(output, "-tuned"))
     if malloc not in (None, environment.malloc()["setting"]):
         return _child(arguments, malloc, output)
+    check_writable(_suffixed(output, ".json"))
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     try:
@@ -93,12 +81,18 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _on_gpu(arguments: argparse.Namespace, console: Console) -> int:
     """The same of blocks, nets and kernels on a GPU, which are always measured all."""
-    for name in ("list", "full", "table", "only", "threads", "budget", "memory", "malloc"):
-        if getattr(arguments, name):
-            raise UserError(f"--{name}: is for the CPU; --device cuda goes with --output alone")
+    cpu_only = "list", "full", "table", "only", "threads", "budget", "memory", "malloc"
+    _refuse(arguments, "is for the CPU; --device cuda goes with --output alone", *cpu_only)
     output = _suffixed(arguments.output or Path("bench"), ".json")
+    check_writable(output)
     cuda.run(console, lambda document: report.write(document, output))
     return 0
+
+
+def _refuse(arguments: argparse.Namespace, why: str, *names: str) -> None:
+    for name in names:
+        if getattr(arguments, name):
+            raise UserError(f"--{name}: {why}")
 
 
 def _choose(arguments: argparse.Namespace) -> list[Case]:
