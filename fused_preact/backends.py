@@ -132,7 +132,7 @@ def _auto_no_triton(problem: Problem) -> str | None:
 
 def _triton_unavailable() -> str | None:
     if not _INSTALLED:
-        return "Triton is not installed: run `pip install 'fused_preact[triton]'`"
+        return "Triton is not installed: run `pip install triton`"
     if not (torch.cuda.is_available() or _INTERPRETED):
         return "it needs a GPU, and torch finds none"
     return None

@@ -92,7 +92,7 @@ class Block(Fused):
 
 def _documented(summary: str | None) -> str | None:
     """The summary of a block's class with what holds of all blocks; None where Python left docstrings out."""
-    return summary and summary + Block.__doc__.partition("\n")[2]
+    return summary and summary + "\n" + Block.__doc__.partition("\n")[2]
 
 
 class PreActBlock(Block):

@@ -230,6 +230,18 @@ def _block(x: Tensor, shape: Sequence[int], block: Block, prefix: str) -> Sequen
     return shape
 
 
+def _channels(x: Tensor, first: Unit) -> None:
+    """Raise ValueError where all that reads x agrees that x is what does not fit."""
+    affine = first.bn_weight, first.bn_bias, first.running_mean, first.running_var
+    wanted = {t.numel() for t in affine if isinstance(t, Tensor)}
+    if isinstance(first.weight, Tensor) and first.weight.dim() == 4:
+        wanted.add(first.weight.size(1) * first.conv.groups)
+    if len(wanted) == 1 and x.size(1) not in wanted:
+        raise ValueError(
+            f"x must have {wanted.pop()} channels, as its batch norm and convolution have; got {x.size(1)}"
+        )
+
+
 def call(x: Any, blocks: Sequence[Block], residual: Any = None) -> None:
     """Check the arguments of a stage.
 
@@ -238,6 +250,7 @@ def call(x: Any, blocks: Sequence[Block], residual: Any = None) -> None:
         ValueError: a shape, a device or a number does not fit.
     """
     input_tensor(x)
+    _channels(x, blocks[0].units[0])
     shape: Sequence[int] = x.shape
     for k, block in enumerate(blocks):
         shape = _block(x, shape, block, f"{k}." if len(blocks) > 1 else "")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -45,6 +46,21 @@ def replacing(path: Path, suffix: str | None = None) -> Iterator[IO[bytes]]:
         raise UserError(f"{path}: cannot be written: {said.strerror or said}") from error
     with contextlib.suppress(OSError):  # the file is in its place, though some systems sync no folder
         _sync_folder(path.parent)
+
+
+def check_writable(path: Path) -> None:
+    """Find out before the work whose result is to go to path whether its folder can be written.
+
+    Raises:
+        UserError: it cannot.
+    """
+    path = path.resolve()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            return
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from error
 
 
 def _sync_folder(folder: Path) -> None:

@@ -171,8 +171,12 @@ def test_a_good_call_does_not_excuse_a_bad_one():
 def test_a_block_names_its_own_attributes():
     """In a block the message says which layer it is."""
     block = PreActBlock(4, 4)
-    with pytest.raises(ValueError, match=r"bn1.weight must have shape \(3,\)"):
+    with pytest.raises(ValueError, match=r"x must have 4 channels, as its batch norm and convolution have; got 3"):
         block(torch.randn(2, 3, 5, 5))
+    block.bn1 = torch.nn.BatchNorm2d(3)
+    with pytest.raises(ValueError, match=r"bn1.weight must have shape \(4,\)"):
+        block(torch.randn(2, 4, 5, 5))
+    block.bn1 = torch.nn.BatchNorm2d(4)
     block.conv2 = torch.nn.Conv2d(6, 4, 3, padding=1)
     block.bn2 = torch.nn.BatchNorm2d(6)
     with pytest.raises(ValueError, match=r"bn2.weight must have shape \(4,\), one value per input channel; got \(6,\)"):

@@ -54,6 +54,24 @@ def test_an_error_for_the_user_is_one_line(monkeypatch, capsys):
     assert capsys.readouterr().err == "fused-preact: --data: expected a folder, got a file\n"
 
 
+def test_an_unknown_option_is_told_by_its_command(capsys):
+    """The usage that is printed is that of the command, whose options the user wants to know."""
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["tune", "--nope"])
+    error = capsys.readouterr().err
+    assert error.startswith("usage: fused-preact tune")
+    assert "fused-preact tune: error: unrecognized arguments: --nope" in error
+
+
+@pytest.mark.parametrize("command", ["bench", "train", "tune"])
+@pytest.mark.parametrize(("count", "said"), [("0", "a positive number"), ("10000000", "at most 1024"), ("x", "a pos")])
+def test_threads_that_cannot_be_started(command, count, said, capsys):
+    """A number beyond what the system can start would end the process without a word."""
+    with pytest.raises(SystemExit, match="2"):
+        cli.main([command, "--threads", count])
+    assert f"argument --threads: expected {said}" in capsys.readouterr().err
+
+
 def test_interrupt_ends_quietly(monkeypatch):
     """Ctrl-C gives the shell's code for it, 130."""
 

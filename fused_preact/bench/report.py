@@ -18,8 +18,7 @@ SCHEMA = 1
 
 LEGEND = (
     "Times are medians; a ratio is the median of the rounds' own, with the quantiles 0.2 and 0.8. Baseline: the "
-    "fastest eager contender, ReLU in place. Saved for backward: the storages that autograd keeps, without parameters. "
-    "Goals are meant for two threads."
+    "fastest eager contender, ReLU in place. Saved for backward: the storages that autograd keeps, without parameters."
 )
 QUANTITIES = ("forward", "total", "saved_bytes")
 
@@ -83,6 +82,8 @@ def headline(document: dict[str, Any]) -> str:
 def notes(document: dict[str, Any]) -> Iterator[str]:
     """What a reader should know before trusting a ratio."""
     device = document["device"]
+    if any(row["goal"] is not None for case in document["cases"] for row in case["rows"]):
+        yield "Goals are meant for two threads."
     if any(case["dtype"] == "bf16" for case in document["cases"]) and not device["bf16_instructions"]:
         yield (
             "This CPU has no bf16 instructions (avx512_bf16, amx_bf16): eager bf16 emulates them and is slow, "
@@ -99,9 +100,10 @@ def goals(document: dict[str, Any]) -> tuple[int, int]:
 
 def _table(group: str, cases: list[dict[str, Any]]) -> Table:
     total = "forward, backward, update" if cases[0]["net"] else "forward + backward"
-    table = Table("case", title=group, title_justify="left", show_lines=True)
+    table = Table(title=group, title_justify="left", show_lines=True)
+    table.add_column("case", overflow="fold")
     for heading in ("forward", total, "saved for backward"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", overflow="fold")
     for case in cases:
         for name in dict.fromkeys(row["contender"] for row in case["rows"]):
             rows = {row["quantity"]: row for row in case["rows"] if row["contender"] == name}
@@ -116,9 +118,9 @@ def _cell(case: dict[str, Any], row: dict[str, Any]) -> str:
     before, after = (case["contenders"][row[who]][row["quantity"]] for who in ("baseline", "contender"))
     ratio = f"[bold]{row['ratio']['median']:.2f}x[/]"
     if row["quantity"] == "saved_bytes":
-        amounts = f"{before / 2**20:.4g} > {after / 2**20:.4g} MiB"
+        amounts = f"{before / 2**20:.4g} to {after / 2**20:.4g} MiB"
     else:
-        amounts = f"{before['median'] * 1e3:.4g} > {after['median'] * 1e3:.4g} ms"
+        amounts = f"{before['median'] * 1e3:.4g} to {after['median'] * 1e3:.4g} ms"
         ratio += f" ({row['ratio']['low']:.2f}-{row['ratio']['high']:.2f})"
     return "\n".join([ratio, f"[dim]{amounts}[/]", *_goal(row)])
 

@@ -16,7 +16,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from .. import backends
+from .. import backends, models
+from ..cli import thread_count
 from ..errors import UserError
 from ..stage import MEMORY
 from . import checkpoint, settings
@@ -31,30 +32,34 @@ PRODUCTS = ("checkpoint.pt", "checkpoint.pt.tmp", "metrics.jsonl", "curve.png", 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags. A default of None means: the recipe's, or, with --resume, the run's."""
     parser.description = "Train a pre-activation ResNet. Defaults are those of the recipe; any flag replaces one."
-    parser.add_argument("--model", help="network, such as resnet1001 (required unless --resume)")
+    parser.add_argument("--model", metavar="NAME", help=f"of {', '.join(models.names())} (required unless --resume)")
     parser.add_argument("--data", help="`digits` (no download), or a CIFAR-10/100 archive or folder; default: digits")
-    parser.add_argument("--out", type=Path, help="folder of the run; default: runs/MODEL-DATA")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="folder of the run; default: runs/MODEL-DATA")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
     parser.add_argument("--overwrite", action="store_true", help="discard the run in --out and start anew")
 
     what = parser.add_argument_group("recipe")
     what.add_argument("--recipe", choices=list(settings.RECIPES), help="default: digits for digits, paper otherwise")
-    what.add_argument("--iterations", type=int)
-    what.add_argument("--batch-size", type=int)
-    what.add_argument("--lr", type=float)
-    what.add_argument("--milestones", type=int, nargs="*", help="iterations after which the rate is divided by 10")
-    what.add_argument("--momentum", type=float)
-    what.add_argument("--nesterov", action=argparse.BooleanOptionalAction, default=None)
-    what.add_argument("--weight-decay", type=float)
-    what.add_argument("--warmup", type=int, help="iterations at --warmup-lr first; the paper's warm-up: 400")
-    what.add_argument("--warmup-lr", type=float)
-    what.add_argument("--padding", type=int, help="pixels of the random crop's border")
+    what.add_argument("--iterations", type=int, metavar="N", help="steps of the whole run")
+    what.add_argument("--batch-size", type=int, metavar="N", help="images of a step")
+    what.add_argument("--lr", type=float, metavar="RATE", help="learning rate; default: 0.1")
+    what.add_argument(
+        "--milestones", type=int, nargs="*", metavar="N", help="iterations after which the rate is divided by 10"
+    )
+    what.add_argument("--momentum", type=float, metavar="SHARE", help="of SGD; default: 0.9")
+    what.add_argument("--nesterov", action=argparse.BooleanOptionalAction, default=None, help="Nesterov's momentum")
+    what.add_argument("--weight-decay", type=float, metavar="RATE", help="default: 1e-4")
+    what.add_argument(
+        "--warmup", type=int, metavar="N", help="iterations at --warmup-lr first; default: 0, the paper's warm-up: 400"
+    )
+    what.add_argument("--warmup-lr", type=float, metavar="RATE", help="default: 0.01")
+    what.add_argument("--padding", type=int, metavar="PIXELS", help="border of the random crop; default: 4")
     what.add_argument("--flip", action=argparse.BooleanOptionalAction, default=None, help="mirror images at random")
-    what.add_argument("--seed", type=int)
+    what.add_argument("--seed", type=int, metavar="N", help="of weights and of the order of images; default: 0")
 
     how = parser.add_argument_group("machine")
-    how.add_argument("--amp", choices=["none", "bf16"], help="automatic mixed precision")
-    how.add_argument("--backend", choices=backends.NAMES)
+    how.add_argument("--amp", choices=["none", "bf16"], help="automatic mixed precision; default: none")
+    how.add_argument("--backend", choices=backends.NAMES, help="default: auto; eager: plain layers")
     how.add_argument("--memory", choices=MEMORY, help="what is kept for backward: the less, the slower; default: fast")
     how.add_argument(
         "--cuda-graph",
@@ -63,11 +68,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="record the step in a CUDA graph and replay it: the host launches once a step",
     )
     how.add_argument("--device", help="default: cuda where there is one, else cpu")
-    how.add_argument("--threads", type=int, help="default: as torch chooses")
+    how.add_argument("--threads", type=thread_count, metavar="COUNT", help="default: as torch chooses")
 
     output = parser.add_argument_group("output")
-    output.add_argument("--eval-every", type=int, help="iterations between evaluations; default: an epoch")
-    output.add_argument("--save-every", type=int, help="iterations between checkpoints; default: 100")
+    output.add_argument("--eval-every", type=int, metavar="N", help="iterations between evaluations; default: an epoch")
+    output.add_argument("--save-every", type=int, metavar="N", help="iterations between checkpoints; default: 100")
     output.add_argument(
         "--tensorboard", action=argparse.BooleanOptionalAction, default=None, help="default: where it is installed"
     )
@@ -199,6 +204,8 @@ def _heading(trainer: Trainer, folder: Path) -> str:
 
 def _conclusion(summary: Summary) -> str:
     speed = f"{summary.seconds:.1f} s, {summary.images_per_second:.1f} images/s in training"
+    if not summary.images_per_second:
+        speed = "nothing was left to do, a higher --iterations goes on"
     if summary.error is None:
         return f"No evaluation yet; {speed}"
     return (

@@ -56,6 +56,8 @@ def load(data: str) -> Dataset:
     """The data set that `data` names: `digits`, or the path of a CIFAR archive or folder. Raises UserError."""
     if data == "digits":
         return digits()
+    if not data:
+        raise UserError("--data: expected digits, or the path of a CIFAR archive or folder, got nothing")
     from . import cifar
 
     return cifar.read(data)
@@ -72,7 +74,7 @@ def digits() -> Dataset:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
     except ImportError as error:
-        raise UserError("--data digits: needs scikit-learn: pip install 'fused_preact[train]'") from error
+        raise UserError("--data digits: needs scikit-learn: pip install scikit-learn") from error
     source = load_digits()
     small = torch.from_numpy(source.images).float().unsqueeze(1) * (255 / 16)
     large = interpolate(small, size=(32, 32), mode="bilinear", align_corners=False)

@@ -225,7 +225,7 @@ class Run:
         for iteration, (loss, accuracy) in enumerate(figures, first):
             if not math.isfinite(loss):
                 raise UserError(
-                    f"the loss is {loss} at iteration {iteration}: start anew with a lower --lr (now "
+                    f"the loss is {loss} at iteration {iteration}: start anew, with --overwrite and a lower --lr (now "
                     f"{self.trainer.settings.lr}) or a --warmup; the last checkpoint is from before"
                 )
             lr = self.trainer.settings.lr_at(iteration - 1)

@@ -67,7 +67,7 @@ def check_tensorboard(wanted: bool | None) -> bool:
     """Whether events are to be written. Raises UserError if they are asked for and TensorBoard is not installed."""
     there = importlib.util.find_spec("tensorboard") is not None
     if wanted and not there:
-        raise UserError("--tensorboard: TensorBoard is not installed: pip install 'fused_preact[train]'")
+        raise UserError("--tensorboard: TensorBoard is not installed: pip install tensorboard")
     return there and wanted is not False
 
 

@@ -73,6 +73,23 @@ def test_show_of_another_file_is_one_clear_error(tmp_path, content):
         command.run(parse(f"--show={path}"))
 
 
+@pytest.mark.parametrize(
+    "option", ["--only=block", "--list", "--threads=2", "--budget=1", "--memory", "--malloc=tuned"]
+)
+def test_show_refuses_what_it_would_not_hear(option, tmp_path):
+    """--show measures nothing, so what changes a measurement is a mistake."""
+    with pytest.raises(UserError, match="--show goes with --output alone"):
+        command.run(parse(f"--show={tmp_path}", option))
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_anything_is_measured(tmp_path, monkeypatch):
+    """A minute of measurements is not lost for a wrong --output."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(suite, "run", None)
+    with pytest.raises(UserError, match=r"result\.json: cannot be written"):
+        command.run(parse(f"--output={tmp_path / 'file' / 'result'}"))
+
+
 def test_unknown_case_is_one_clear_error():
     """A filter that matches nothing says how to see the names."""
     with pytest.raises(UserError, match=r"no case contains 'nothing'; --list"):
@@ -166,7 +183,7 @@ def test_each_case_is_on_disk_when_it_is_done(monkeypatch, tmp_path):
 def test_slow_bf16_is_explained():
     """Where the processor has no bf16 instructions, the report says what that does to the ratios."""
     document = {
-        "cases": [{"dtype": "bf16"}],
+        "cases": [{"dtype": "bf16", "rows": []}],
         "device": {"bf16_instructions": []},
         "left_out": [],
     }

@@ -117,12 +117,15 @@ def test_nothing_is_overwritten_for_a_run_that_cannot_start(tmp_path, monkeypatc
     assert (tmp_path / "checkpoint.pt").read_text() == "of a long run"
 
 
-def test_a_finished_run_can_be_lengthened(tmp_path):
+def test_a_finished_run_can_be_lengthened(tmp_path, capsys):
     """--resume --iterations N goes on to N."""
     folder = tmp_path / "run"
     assert train(*QUICK, "--iterations", 2, "--out", folder) == 0
     assert train("--resume", "--out", folder, "--iterations", 4, "--no-tensorboard") == 0
     assert [row["iteration"] for row in metrics(folder) if row["split"] == "train"] == [1, 2, 3, 4]
+    capsys.readouterr()
+    assert train("--resume", "--out", folder, "--no-tensorboard") == 0
+    assert "nothing was left to do, a higher --iterations goes on" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(
@@ -130,6 +133,7 @@ def test_a_finished_run_can_be_lengthened(tmp_path):
     [
         ([], "--model: expected the name of a network"),
         (["--model", "resnet21"], "--model: expected one of resnet20, resnet56"),
+        (["--model", "resnet20", "--data", ""], "--data: expected digits, or the path of a CIFAR archive"),
         (["--model", "resnet20", "--data", "nowhere"], "--data nowhere: no such file or folder"),
         (["--model", "resnet20", "--batch-size", "2000"], "--batch-size: expected from 1 to 1437"),
         (["--model", "resnet20", "--lr", "-1"], "--lr: expected more than 0, got -1.0"),
