@@ -113,8 +113,7 @@ struct Kernels {
   // dx = dy + add, dy as above over [pixels][C]; add may be null; dx may be dy.g.
   void (*dx)(Dtype, int64_t pixels, int64_t C, const Gradient& dy, const void* add, void* dx, Workspace&);
 
-  // dgrad and wgrad in one call; null where a device has the two alone. On the CPU to the same bits; on a GPU sums over pixels
-  // may be cut into other parts.
+  // dgrad and wgrad in one call. On the CPU to the same bits; on a GPU sums over pixels may be cut into other parts.
   void (*gradients)(const Conv&, Dtype, const Gradient& dy, const Weight&, const Activation& x, const void* add,
                     void* dz, const NormGrad& grad, const WeightGrad& dweight, void* dbias, Workspace&);
 

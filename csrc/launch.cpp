@@ -86,7 +86,7 @@ std::pair<Launch::Gradient, Launch::WeightGradient> Launch::gradients(const Conv
                                                                       const Tensor& weight, const Activation& x,
                                                                       const std::optional<Tensor>& add, bool batch,
                                                                       bool need_bias) const {
-  if (device_.kernels.gradients == nullptr || conv.N == 0) {
+  if (conv.N == 0) {
     const WeightGradient of_weight = wgrad(conv, dy, x, weight, need_bias);
     return {dgrad(conv, dy, weight, x, add, batch), of_weight};
   }
