@@ -165,24 +165,7 @@ struct Fma {
   }
 };
 
-template <class Body>
-void with_product(Dtype dtype, const Body& body) {
-  switch (dtype) {
-    case Dtype::f32:
-      return body(Fma{});
-    case Dtype::tf32:
-      return body(MmaTf32{});
-    case Dtype::bf16:
-      return body(MmaHalf<__nv_bfloat16>{});
-    case Dtype::f16:
-      return body(MmaHalf<__half>{});
-    case Dtype::f64:
-      break;
-  }
-  throw std::runtime_error("the CUDA kernels compute in float32, bfloat16 and float16");
-}
-
-// The storage type alone, for what multiplies nothing.
+// body(S{}) with the storage type of a dtype.
 template <class Body>
 void with_storage(Dtype dtype, const Body& body) {
   switch (dtype) {
@@ -197,6 +180,16 @@ void with_storage(Dtype dtype, const Body& body) {
       break;
   }
   throw std::runtime_error("the CUDA kernels compute in float32, bfloat16 and float16");
+}
+
+// body(Op{}) with the product of a dtype.
+template <class Body>
+void with_product(Dtype dtype, const Body& body) {
+  if (dtype == Dtype::tf32) return body(MmaTf32{});
+  with_storage(dtype, [&](auto s) {
+    using S = decltype(s);
+    body(std::conditional_t<std::is_same_v<S, float>, Fma, MmaHalf<S>>{});
+  });
 }
 
 }  // namespace fused_preact::cuda
