@@ -82,7 +82,7 @@ void cp_async_wait(int pending);
 // A plain read of shared memory, checked.
 void read_shared(void* to, const void* shared, size_t bytes, const Where&);
 
-void ldmatrix(uint32_t* d, int matrices, const void* shared, bool transposed, const Where&);
+void ldmatrix_x4(uint32_t* d, const void* shared, bool transposed, const Where&);
 
 enum class Operand { half, bfloat16, tf32 };
 
@@ -162,18 +162,6 @@ inline unsigned atomicInc(unsigned* address, unsigned last) {
   return old;
 }
 
-inline float __uint_as_float(uint32_t bits) { return std::bit_cast<float>(bits); }
-inline uint32_t __float_as_uint(float value) { return std::bit_cast<uint32_t>(value); }
-inline double rsqrt(double x) { return 1 / std::sqrt(x); }
-template <class T>
-constexpr T min(T a, T b) {
-  return b < a ? b : a;
-}
-template <class T>
-constexpr T max(T a, T b) {
-  return a < b ? b : a;
-}
-
 // The wrappers of csrc/cuda/ptx.h, where they are described.
 namespace fused_preact::cuda {
 
@@ -193,10 +181,10 @@ void cp_async_wait() {
 }
 
 inline void ldmatrix_x4(uint32_t (&d)[4], const void* shared, Where where = Where::current()) {
-  emulation::ldmatrix(d, 4, shared, false, where);
+  emulation::ldmatrix_x4(d, shared, false, where);
 }
 inline void ldmatrix_x4_trans(uint32_t (&d)[4], const void* shared, Where where = Where::current()) {
-  emulation::ldmatrix(d, 4, shared, true, where);
+  emulation::ldmatrix_x4(d, shared, true, where);
 }
 template <class T>
 void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Where where = Where::current()) {

@@ -5,24 +5,21 @@
 
 namespace fused_preact::emulation {
 
-void ldmatrix(uint32_t* d, int matrices, const void* shared, bool transposed, const Where& where) {
+void ldmatrix_x4(uint32_t* d, const void* shared, bool transposed, const Where& where) {
   constexpr size_t kRow = 16;
   struct Slot {
     uint16_t row[kRow / 2];
     uint32_t* d;
-    int matrices;
     bool transposed;
-  } slot{{}, d, matrices, transposed};
-  if (lane() < 8 * matrices) {
-    read_shared(slot.row, shared, kRow, where);
-  }
+  } slot{{}, d, transposed};
+  read_shared(slot.row, shared, kRow, where);
   collective(
       &slot,
       [](void* const* posted) {
         const auto slot = [&](int i) { return static_cast<Slot*>(posted[i]); };
         for (int lane = 0; lane < 32; ++lane) {
           const int group = lane / 4, pair = 2 * (lane % 4);
-          for (int i = 0; i < slot(lane)->matrices; ++i) {
+          for (int i = 0; i < 4; ++i) {
             const bool transposed = slot(lane)->transposed;
             const auto element = [&](int row, int column) -> uint32_t { return slot(8 * i + row)->row[column]; };
             slot(lane)->d[i] = transposed ? element(pair, group) | element(pair + 1, group) << 16
