@@ -8,7 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .reference import norm_rows, running
 from .schedule import MEAN, RSTD, SCALE, SHIFT, Activation, Affine, Conv, Gradient
+
+__all__ = ["dgrad", "dx", "forward", "running", "statistics", "wgrad"]
 
 aten = torch.ops.aten
 
@@ -24,22 +27,12 @@ def _a(a: Activation) -> Tensor:
     return a.value
 
 
-def _rows(mean: Tensor, variance: Tensor, unbiased: Tensor, affine: Affine) -> Tensor:
-    rstd = (variance + affine.eps).rsqrt_()
-    return torch.stack([mean, rstd, unbiased, affine.gamma * rstd, affine.beta])
-
-
 def statistics(x: Tensor, affine: Affine) -> Tensor:
     """Rows [5, C] of the batch norm that reads x [N, C, H, W], from the batch statistics of x."""
     # With a momentum of one the second buffer becomes the unbiased variance.
     unused, unbiased = torch.zeros_like(affine.gamma), torch.zeros_like(affine.gamma)
     mean, variance = aten.batch_norm_update_stats(x, unused, unbiased, 1.0)
-    return _rows(mean, variance, unbiased, affine)
-
-
-def running(mean: Tensor, variance: Tensor, affine: Affine) -> Tensor:
-    """Rows [5, C] of a batch norm that uses the given statistics [C]."""
-    return _rows(mean, variance, variance, affine)
+    return norm_rows(mean, variance, unbiased, affine)
 
 
 def forward(

@@ -33,7 +33,8 @@ def _dy(dy: Gradient) -> Tensor:
     return (_column(dy.norm[SCALE]) * dy.g + slope * centred + offset).to(dy.g.dtype)
 
 
-def _rows(mean: Tensor, variance: Tensor, unbiased: Tensor, affine: Affine) -> Tensor:
+def norm_rows(mean: Tensor, variance: Tensor, unbiased: Tensor, affine: Affine) -> Tensor:
+    """Rows [5, C] of a batch norm with these statistics [C]."""
     rstd = (variance + affine.eps).rsqrt()
     return torch.stack([mean, rstd, unbiased, affine.gamma * rstd, affine.beta])
 
@@ -42,12 +43,12 @@ def statistics(x: Tensor, affine: Affine) -> Tensor:
     """Rows [5, C] of the batch norm that reads x [N, C, H, W], from the batch statistics of x."""
     m = x.numel() // x.size(1)
     variance, mean = torch.var_mean(x.to(accumulation_type(x.dtype)), (0, 2, 3), correction=0)
-    return _rows(mean, variance, variance * (m / (m - 1)), affine)
+    return norm_rows(mean, variance, variance * (m / (m - 1)), affine)
 
 
 def running(mean: Tensor, variance: Tensor, affine: Affine) -> Tensor:
     """Rows [5, C] of a batch norm that uses the given statistics [C]."""
-    return _rows(mean, variance, variance, affine)
+    return norm_rows(mean, variance, variance, affine)
 
 
 def forward(
