@@ -17,7 +17,6 @@ from torch import Tensor
 
 MEAN, RSTD, VARIANCE, SCALE, SHIFT = range(5)
 DGAMMA, DBETA, SLOPE, OFFSET = range(4)
-GEOMETRY = 7  # integers a convolution
 SHORTCUTS = ("none", "identity", "activated", "raw")  # in the order of their codes
 MEMORY = ("fast", "lean", "min", "none")  # likewise; "none" where there is no backward
 
@@ -97,7 +96,8 @@ def accumulation_type(dtype: torch.dtype) -> torch.dtype:
 
 def convolutions(geometry: Sequence[int]) -> list[Conv]:
     """The operators' ``geometry`` by convolution."""
-    return [Conv(*geometry[i : i + GEOMETRY]) for i in range(0, len(geometry), GEOMETRY)]
+    size = len(Conv._fields)
+    return [Conv(*geometry[i : i + size]) for i in range(0, len(geometry), size)]
 
 
 @dataclass(slots=True)

@@ -14,7 +14,7 @@ from cases import (
     forward_arguments,
     fused,
 )
-from fused_preact import functional, ops, schedule
+from fused_preact import functional, ops
 
 BY_ID = {case.id: case for case in UNITS + QUADS + CHAINS}
 SAMPLES = ["odd", "one-channel", "odd-eval", "basic-residual", "bottleneck-stride-2", "bottleneck-first"]
@@ -255,4 +255,3 @@ def test_a_table_has_the_kernels_of_the_schedule(backend):
     """A table is a module with these six functions."""
     for name in ("forward", "dgrad", "wgrad", "statistics", "running", "dx"):
         assert callable(getattr(ops.table(backend), name))
-    assert len(schedule.Conv._fields) == schedule.GEOMETRY
