@@ -50,6 +50,10 @@ class Case:
         """Unique among the cases."""
         return f"{self.group}, {self.label}"
 
+    def at(self, batch: int) -> "Case":
+        """The same with another number of images."""
+        return replace(self, shape=(batch, *self.shape[1:]))
+
 
 def make_block(kind: str, in_planes: int, planes: int, stride: int, backend: str) -> nn.Module:
     """PreActBlock ("basic") or PreActBottleneck ("bottleneck")."""

@@ -11,7 +11,7 @@ kernel: {case, kernel, bytes, seconds, of_copy}: bytes are those it must read an
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -68,7 +68,7 @@ def run(console: Console, save: Callable[[dict[str, Any]], None]) -> None:
 
 
 def _only(case: Case) -> Case:
-    return Case(case.group, case.label, case.make, case.shape, case.dtype, False, ("cuda", "eager"), ("channels_last",))
+    return replace(case, backends=("cuda", "eager"), layouts=("channels_last",))
 
 
 def units() -> list[Case]:

@@ -64,7 +64,7 @@ def run() -> Iterator[tuple[str, dict[str, Any]]]:
     """
     eager, fused, *_ = entrants()
     deep = [replace(resnet1001(batch, "bf16"), backends=(fused.backend, eager.backend)) for batch in BATCHES]
-    small = pose(replace(deep[0], shape=(NET_BATCH, *deep[0].shape[1:])), device=eager.device)
+    small = pose(deep[0].at(NET_BATCH), device=eager.device)
     errors = verify(small, eager.device)
     problems = [widen(small, case) for case in deep]
     peaks = []
@@ -73,7 +73,7 @@ def run() -> Iterator[tuple[str, dict[str, Any]]]:
         yield "nets", {**_times(problem, entrants()), "errors": errors, "peak_bytes": peaks[-1]}
         device.release()
     for case in others():
-        few = pose(replace(case, shape=(NET_BATCH, *case.shape[1:])), device=eager.device)
+        few = pose(case.at(NET_BATCH), device=eager.device)
         pair = [eager, replace(eager, backend="auto")]
         found, problem = {"errors": verify(few, eager.device)}, widen(few, case)
         found["peak_bytes"] = {name(contender): _peak_bytes(contender, problem) for contender in pair}
@@ -128,7 +128,7 @@ def _capacity(problem: Problem, peaks: Sequence[dict[str, int]], limit: int) -> 
 
         def fits(batch: int, contender: Contender = contender, module: torch.nn.Module = module) -> bool:
             module.zero_grad(set_to_none=True)
-            larger = widen(problem, replace(problem.case, shape=(batch, *problem.case.shape[1:])))
+            larger = widen(problem, problem.case.at(batch))
             return device.fits(device.call_of(contender, larger, module), limit)
 
         found[name(contender)] = largest_batch([peak[name(contender)] for peak in peaks], limit, fits)

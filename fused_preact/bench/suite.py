@@ -94,7 +94,7 @@ def line_up(case: Case, compiled: bool = False) -> LineUp:
     Raises:
         CheckError: a contender is wrong.
     """
-    problem = pose(replace(case, shape=(NET_BATCH, *case.shape[1:])) if case.net else case)
+    problem = pose(case.at(NET_BATCH) if case.net else case)
     errors = verify(problem)
     if case.net:
         problem = widen(problem, case)
