@@ -6,6 +6,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from .report import by_contender, emulates_bf16
+
 FUSED = re.compile(r"fused (?:(\w+) )?channels_last")  # the contenders that are drawn, and their memory mode
 FORWARD, TOTAL, SAVED = "#5a93cf", "#1f62ab", "#23865f"
 TEXT, GRID, GOAL = "#7a838f", "#9aa4b03c", "#d9822b"
@@ -72,11 +74,10 @@ def draw(document: dict[str, Any], path: Path) -> None:
 
 
 def _entries(case: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    for name in dict.fromkeys(row["contender"] for row in case["rows"]):
+    for name, rows in by_contender(case).items():
         fused = FUSED.fullmatch(name)
         if fused is None:
             continue
-        rows = {row["quantity"]: row for row in case["rows"] if row["contender"] == name}
         saved = rows["saved_bytes"]
         before, after = (case["contenders"][saved[who]]["saved_bytes"] / 2**20 for who in ("baseline", "contender"))
         amounts = f"{before:.{_digits(before)}f} to {after:.{_digits(after)}f} MiB"
@@ -118,5 +119,4 @@ def _title(document: dict[str, Any]) -> str:
     device, versions = document["device"], document["versions"]
     malloc = document["malloc"]["setting"]
     title = f"{device['model']}, {device['threads']} threads, torch {versions['torch']}, malloc {malloc}"
-    emulated = not device["bf16_instructions"] and any(case["dtype"] == "bf16" for case in document["cases"])
-    return title + ("; eager emulates bf16 on this processor" if emulated else "")
+    return title + ("; eager emulates bf16 on this processor" if emulates_bf16(document) else "")

@@ -81,10 +81,9 @@ def headline(document: dict[str, Any]) -> str:
 
 def notes(document: dict[str, Any]) -> Iterator[str]:
     """What a reader should know before trusting a ratio."""
-    device = document["device"]
     if any(row["goal"] is not None for case in document["cases"] for row in case["rows"]):
         yield "Goals are meant for two threads."
-    if any(case["dtype"] == "bf16" for case in document["cases"]) and not device["bf16_instructions"]:
+    if emulates_bf16(document):
         yield (
             "This CPU has no bf16 instructions (avx512_bf16, amx_bf16): eager bf16 emulates them and is slow, "
             "so the bf16 ratios say little about CPUs that have them."
@@ -92,10 +91,17 @@ def notes(document: dict[str, Any]) -> Iterator[str]:
     yield from (f"Left out: {line}" for line in document["left_out"])
 
 
-def goals(document: dict[str, Any]) -> tuple[int, int]:
-    """How many goals were reached, of how many."""
-    reached = [row["reached"] for case in document["cases"] for row in case["rows"] if row["goal"] is not None]
-    return sum(reached), len(reached)
+def emulates_bf16(document: dict[str, Any]) -> bool:
+    """Whether bf16 was measured on a processor that has no instructions for it."""
+    return not document["device"]["bf16_instructions"] and any(case["dtype"] == "bf16" for case in document["cases"])
+
+
+def by_contender(case: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
+    """The rows of a case: contender -> quantity -> row."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in case["rows"]:
+        found.setdefault(row["contender"], {})[row["quantity"]] = row
+    return found
 
 
 def _table(group: str, cases: list[dict[str, Any]]) -> Table:
@@ -105,8 +111,7 @@ def _table(group: str, cases: list[dict[str, Any]]) -> Table:
     for heading in ("forward", total, "saved for backward"):
         table.add_column(heading, justify="right", overflow="fold")
     for case in cases:
-        for name in dict.fromkeys(row["contender"] for row in case["rows"]):
-            rows = {row["quantity"]: row for row in case["rows"] if row["contender"] == name}
+        for name, rows in by_contender(case).items():
             cells = [_cell(case, rows[quantity]) for quantity in QUANTITIES]
             if "against_fast" in rows:
                 cells[1] += f"\n{_of_fast(rows['against_fast'])}"
