@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from .errors import UserError
 
@@ -61,6 +62,16 @@ def check_writable(path: Path) -> None:
             return
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def write_json(document: dict[str, Any], path: Path) -> None:
+    """Write a document as JSON, creating the folder.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    with replacing(path) as file:
+        file.write((json.dumps(document, indent=1) + "\n").encode())
 
 
 def _sync_folder(folder: Path) -> None:

@@ -23,10 +23,9 @@ from typing import Any
 import torch
 
 from .errors import UserError
-from .files import replacing
+from .files import write_json
 
 SHIPPED = Path(__file__).with_name("measured")
-
 
 _version = 0
 
@@ -143,8 +142,7 @@ def save(document: dict[str, Any], path: Path | None = None) -> Path:
         whole = _over(_parse(path), document)
     except _UNREADABLE as error:
         raise UserError(f"{path}: holds no table of fused-preact tune, and is not overwritten: remove it") from error
-    with replacing(path) as file:
-        file.write((json.dumps(whole, indent=1) + "\n").encode())
+    write_json(whole, path)
     load.cache_clear()
     _version += 1
     return path

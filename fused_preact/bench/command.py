@@ -14,7 +14,7 @@ from rich.markup import escape
 
 from fused_preact.cli import positive, thread_count
 from fused_preact.errors import UserError
-from fused_preact.files import check_writable
+from fused_preact.files import check_writable, write_json
 
 from . import cuda, environment, picture, report, suite
 from .cases import Case, default_cases, full_cases, table_cases
@@ -85,7 +85,7 @@ def _on_gpu(arguments: argparse.Namespace, console: Console) -> int:
     _refuse(arguments, "is for the CPU; --device cuda goes with --output alone", *cpu_only)
     output = _suffixed(arguments.output or Path("bench"), ".json")
     check_writable(output)
-    cuda.run(console, lambda document: report.write(document, output))
+    cuda.run(console, lambda document: write_json(document, output))
     return 0
 
 
@@ -118,7 +118,7 @@ def _measure(cases: list[Case], settings: suite.Settings, console: Console, path
         def announce(case: Case) -> None:
             progress.update(task, description=case.name, completed=cases.index(case))
 
-        return suite.run(cases, settings, announce, lambda document: report.write(document, path))
+        return suite.run(cases, settings, announce, lambda document: write_json(document, path))
 
 
 def _child(arguments: argparse.Namespace, malloc: str, output: Path) -> int:

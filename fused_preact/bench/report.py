@@ -1,4 +1,4 @@
-"""The result document as tables for people, and on disk."""
+"""The result document as tables for people, and from disk."""
 
 import json
 from collections.abc import Iterator
@@ -12,7 +12,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from fused_preact.errors import UserError
-from fused_preact.files import replacing
 
 SCHEMA = 1
 
@@ -23,18 +22,8 @@ LEGEND = (
 QUANTITIES = ("forward", "total", "saved_bytes")
 
 
-def write(document: dict[str, Any], path: Path) -> None:
-    """Writes the document as JSON, creating the folder.
-
-    Raises:
-        UserError: it cannot be written.
-    """
-    with replacing(path) as file:
-        file.write((json.dumps(document, indent=1) + "\n").encode())
-
-
 def read(path: Path) -> dict[str, Any]:
-    """Reads what `write` wrote.
+    """Reads a result document.
 
     Raises:
         UserError: there is no such file, or it holds something else.
