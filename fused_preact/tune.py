@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-import platform
 from collections.abc import Callable, Iterable, Iterator
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +12,8 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-import fused_preact
-
 from . import backends, models, tables
+from .bench import environment
 from .bench.measure import Step, Times, alternate, ratio, spread
 from .bench.report import progress_bar
 from .cli import thread_count
@@ -114,23 +111,19 @@ def _line(problem: backends.Problem, found: dict[str, Any]) -> str:
 
 
 def _document(device: str) -> dict[str, Any]:
-    versions = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "fused_preact": fused_preact.__version__,
-    }
+    versions = environment.versions()
     if backends.status()["triton"] is None:
         import triton
 
         versions["triton"] = triton.__version__
-    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    facts = {"device": tables.device_name(device), "date": now, "versions": versions}
+    facts = {"device": tables.device_name(device), "date": environment.date(), "versions": versions}
     return facts | {"threads": torch.get_num_threads(), "calls": {}, "tiles": {}}
 
 
-def _cast(problem: backends.Problem) -> torch.autocast:
-    enabled = problem.dtype != torch.float32
-    return torch.autocast(problem.device.type, problem.dtype if enabled else None, enabled=enabled)
+def _autocast(device: str, dtype: torch.dtype) -> torch.autocast:
+    """To a type other than float32."""
+    enabled = dtype != torch.float32
+    return torch.autocast(device, dtype if enabled else None, enabled=enabled)
 
 
 def _calls(
@@ -141,7 +134,7 @@ def _calls(
         net = models.create(name, stem="cifar" if size <= 64 else "imagenet").to(device).train()
         images = torch.empty(batch, 3, size, size, device=device)
         for form in (_taken_apart(net, PreActStage.runs), _taken_apart(net, list)):
-            with torch.autocast(device, dtype if dtype != torch.float32 else None, enabled=dtype != torch.float32):
+            with _autocast(device, dtype):
                 # By a backend that serves every call: plain layers would not be one.
                 choices = backends.explain(_served_by("reference", form), images)
             for choice in choices:
@@ -176,7 +169,7 @@ def _step(problem: backends.Problem, block: nn.Module, backend: str) -> Step:
     wait: Callable[[], None] = torch.cuda.synchronize if problem.device.type == "cuda" else lambda: None
 
     def forward() -> Tensor:
-        with _cast(problem), torch.set_grad_enabled(not problem.inference):
+        with _autocast(problem.device.type, problem.dtype), torch.set_grad_enabled(not problem.inference):
             y = module(x)
         wait()
         return y

@@ -66,16 +66,26 @@ def commit() -> dict[str, Any] | None:
         return {"hash": None, "dirty": None, "error": str(error)}
 
 
+def date() -> str:
+    """The time, to the second."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def versions() -> dict[str, str]:
+    """Of Python, torch and this package."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "fused_preact": fused_preact.__version__,
+    }
+
+
 def describe() -> dict[str, Any]:
     """All of it, as one JSON object."""
     return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": date(),
         "device": cpu(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "fused_preact": fused_preact.__version__,
-        },
+        "versions": versions(),
         "platform": platform.platform(),
         "commit": commit(),
         "malloc": malloc(),
