@@ -47,7 +47,7 @@ def folder() -> Path:
 def device_name(kind: str, index: int | None = None) -> str | None:
     """Name of a device that a table is for, of a CPU with torch's threads; None where there is none of that kind."""
     if kind == "cpu":
-        return f"{_processor()}, {torch.get_num_threads()} threads"
+        return f"{_processor(cpuinfo())}, {torch.get_num_threads()} threads"
     if kind != "cuda" or not torch.cuda.is_available():
         return None
     return _gpu(torch.cuda.current_device() if index is None else index)
@@ -59,17 +59,26 @@ def _gpu(index: int) -> str:
 
 
 @functools.cache
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    return _name_in(info.read_text() if info.exists() else "")
+def cpuinfo() -> dict[str, str]:
+    """What Linux says of the processor, by field; empty elsewhere."""
+    path = Path("/proc/cpuinfo")
+    return _fields(path.read_text() if path.exists() else "")
 
 
-def _name_in(cpuinfo: str) -> str:
-    keys = "model name|cpu family|model|CPU implementer|CPU part"
-    found = dict(re.findall(rf"^({keys})\s*:\s*(.+)$", cpuinfo, re.MULTILINE))
-    name = found.pop("model name", None) or platform.processor() or platform.machine()
+def _fields(text: str) -> dict[str, str]:
+    lines = (line.partition(":") for line in text.splitlines())
+    return {key.strip(): value.strip() for key, _, value in lines}
+
+
+def model(fields: dict[str, str]) -> str:
+    """Name of the processor that `cpuinfo` is of."""
+    return fields.get("model name") or platform.processor() or platform.machine()
+
+
+def _processor(fields: dict[str, str]) -> str:
     # Virtual machines often give processors of many generations one name, and an Arm processor has none.
-    return ", ".join([name, *(f"{key} {value}" for key, value in found.items())])
+    keys = ("cpu family", "model", "CPU implementer", "CPU part")
+    return ", ".join([model(fields), *(f"{key} {fields[key]}" for key in keys if fields.get(key))])
 
 
 def file_name(device: str) -> str:

@@ -137,7 +137,7 @@ def test_a_processor_is_told_from_others_of_its_name(monkeypatch, cpuinfo, name)
     """A table must not be read on another processor than it was measured on; Arm processors have no name to go by."""
     monkeypatch.setattr(tables.platform, "processor", lambda: "")
     monkeypatch.setattr(tables.platform, "machine", lambda: "aarch64")
-    assert tables._name_in(cpuinfo) == name
+    assert tables._processor(tables._fields(cpuinfo)) == name
 
 
 def test_a_table_of_a_processor_is_for_its_threads():

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import fused_preact
-from fused_preact import _extension
+from fused_preact import _extension, tables
 
 TUNED_MALLOC = {
     "MALLOC_MMAP_MAX_": "0",
@@ -32,15 +32,10 @@ def malloc() -> dict[str, Any]:
 
 def cpu() -> dict[str, Any]:
     """Processor, cores this process may use, threads, vector ISAs, and its bf16 instructions (from /proc/cpuinfo)."""
-    fields: dict[str, str] = {}
-    path = Path("/proc/cpuinfo")
-    if path.exists():
-        for line in path.read_text().splitlines():
-            key, _, value = line.partition(":")
-            fields.setdefault(key.strip(), value.strip())
+    fields = tables.cpuinfo()
     flags = (fields.get("flags") or fields.get("Features") or "").split()
     return {
-        "model": fields.get("model name") or platform.processor() or platform.machine(),
+        "model": tables.model(fields),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "torch_isa": torch.backends.cpu.get_cpu_capability(),
