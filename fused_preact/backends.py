@@ -16,6 +16,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_map_only
 
 from . import _extension, tables
+from .checks import one_of
 from .schedule import Conv
 
 # Read here, for torch.compile traces the choice of a backend; the variable is Triton's own.
@@ -199,12 +200,6 @@ def is_transforming() -> bool:
     )
 
 
-def check_name(backend: str) -> None:
-    """Raise ValueError unless ``backend`` is one of NAMES."""
-    if backend not in NAMES:
-        raise ValueError(f"backend must be one of {', '.join(NAMES)}; got {backend!r}")
-
-
 def _measured(problem: Problem) -> str | None:
     """The backend that was measured fastest on this device, where it can serve here and this version knows it."""
     best = None if problem.rounded or problem.transformed else tables.best(problem)
@@ -219,7 +214,7 @@ def choose(backend: str, problem: Problem) -> str:
     Raises:
         ValueError: there is no backend of that name, or it cannot serve this problem.
     """
-    check_name(backend)
+    one_of("backend", backend, NAMES)
     if backend == "auto":
         by_rule = (name for name in _OBSTACLES if obstacle(name, problem, by_rule=True) is None)
         return _measured(problem) or next(by_rule)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .checks import one_of
 from .layers import Layers, Pair, add, normalize
 from .modules import Fused
 
@@ -39,9 +40,9 @@ class Block(Fused):
         backend: str = "auto",
     ) -> None:
         super().__init__(backend)
-        _one_of("stride_on", stride_on, ("3x3", "first"))
-        _one_of("shortcut_input", shortcut_input, ("activated", "raw"))
-        _one_of("shortcut_name", shortcut_name, ("shortcut", "downsample"))
+        one_of("stride_on", stride_on, ("3x3", "first"))
+        one_of("shortcut_input", shortcut_input, ("activated", "raw"))
+        one_of("shortcut_name", shortcut_name, ("shortcut", "downsample"))
         self.shortcut_input, self.shortcut_name = shortcut_input, shortcut_name
         channels = in_planes
         layout = self._layout(planes, stride, stride_on)
@@ -115,8 +116,3 @@ class PreActBottleneck(Block):
     def _layout(planes: int, stride: int, stride_on: str) -> list[tuple[int, int, int]]:
         first, second = (stride, 1) if stride_on == "first" else (1, stride)
         return [(planes, 1, first), (planes, 3, second), (4 * planes, 1, 1)]
-
-
-def _one_of(name: str, value: str, options: tuple[str, ...]) -> None:
-    if value not in options:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}; got {value!r}")

@@ -113,6 +113,12 @@ def number(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a number, got {value!r}")
 
 
+def one_of(name: str, value: Any, options: Sequence[str]) -> None:
+    """Raise ValueError unless value is one of ``options``."""
+    if value not in options:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}; got {value!r}")
+
+
 def filters(name: str, weight: Any) -> None:
     """Raise TypeError or ValueError unless weight is a tensor [K, C/groups, R, S]."""
     tensor(name, weight)

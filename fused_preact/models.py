@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .blocks import PreActBlock, PreActBottleneck
+from .checks import one_of
 from .layers import Layers, add, normalize, overwritable
 from .stage import PreActStage
 
@@ -88,8 +89,7 @@ class PreActResNet(nn.Module):
         **block_options: Any,
     ) -> None:
         super().__init__()
-        if stem not in ("cifar", "imagenet"):
-            raise ValueError(f"stem must be 'cifar' or 'imagenet'; got {stem!r}")
+        one_of("stem", stem, ("cifar", "imagenet"))
         size, stride = (3, 1) if stem == "cifar" else (7, 2)
         self.pool = stem == "imagenet"
         channels = width if stem_width is None else stem_width
@@ -166,6 +166,5 @@ def create(name: str, num_classes: int = 10, **options: Any) -> PreActResNet:
     Raises:
         ValueError: there is no network of that name.
     """
-    if name not in _MODELS:
-        raise ValueError(f"name must be one of {', '.join(_MODELS)}; got {name!r}")
+    one_of("name", name, names())
     return PreActResNet(num_classes=num_classes, **{**_MODELS[name], **options})

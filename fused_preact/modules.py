@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from . import backends
+from .checks import one_of
 from .layers import Layers, Pair, add, normalize
 from .runs import Run, lasting_state, remembered
 
@@ -31,7 +32,7 @@ class Fused(nn.Module):
 
     def __init__(self, backend: str) -> None:
         super().__init__()
-        backends.check_name(backend)
+        one_of("backend", backend, backends.NAMES)
         self.backend = backend
 
     def __getstate__(self) -> dict[str, Any]:

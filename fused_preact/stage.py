@@ -8,11 +8,13 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from . import schedule
 from .blocks import Block
+from .checks import one_of
 from .layers import Layers, has_own_forward, hooked
 from .runs import Run, lasting_state, remembered
 
-MEMORY = ("fast", "lean", "min")
+MEMORY = schedule.MEMORY[:-1]  # "none" is of calls without a backward
 
 
 class PreActStage(nn.Sequential):
@@ -77,8 +79,7 @@ class PreActStage(nn.Sequential):
         return "" if self.memory == "fast" else f"memory={self.memory!r}"
 
     def _check_memory(self) -> None:
-        if self.memory not in MEMORY:
-            raise ValueError(f"memory must be one of {', '.join(map(repr, MEMORY))}; got {self.memory!r}")
+        one_of("memory", self.memory, MEMORY)
         if self.memory != "min":
             return
         for name, block in self._modules.items():

@@ -125,7 +125,11 @@ BAD = {
     "eps is NaN": ({"eps": float("nan")}, ValueError, "eps must not be negative, got nan"),
     "eps is a word": ({"eps": "small"}, TypeError, "eps must be a number, got 'small'"),
     "momentum is None": ({"momentum": None}, TypeError, "momentum must be a number, got None"),
-    "no such backend": ({"backend": "cudnn"}, ValueError, f"backend must be one of {', '.join(NAMES)}; got 'cudnn'"),
+    "no such backend": (
+        {"backend": "cudnn"},
+        ValueError,
+        f"backend must be one of {', '.join(map(repr, NAMES))}; got 'cudnn'",
+    ),
 }
 
 

@@ -150,7 +150,7 @@ def test_stems_and_options():
     assert net(torch.randn(1, 3, 64, 64)).shape == (1, 7)
     choices = fused_preact.explain(net, torch.randn(1, 3, 64, 64))
     assert [choice.backend for choice in choices] == ["library"] * 4  # one a stage
-    with pytest.raises(ValueError, match=r"name must be one of resnet20, .*; got 'resnet50'"):
+    with pytest.raises(ValueError, match=r"name must be one of 'resnet20', .*; got 'resnet50'"):
         models.create("resnet50")
-    with pytest.raises(ValueError, match="stem must be 'cifar' or 'imagenet'; got 'patch'"):
+    with pytest.raises(ValueError, match="stem must be one of 'cifar', 'imagenet'; got 'patch'"):
         models.PreActResNet(PreActBlock, [1], stem="patch")

@@ -228,7 +228,7 @@ def test_from_layers_checks_the_layers():
         BNReLUConv2d.from_layers(nn.BatchNorm2d(3), nn.Linear(3, 4))
     with pytest.raises(ValueError, match="bn must have the 3 channels that conv reads, got 5"):
         BNReLUConv2d.from_layers(nn.BatchNorm2d(5), nn.Conv2d(3, 4, 3))
-    with pytest.raises(ValueError, match=r"backend must be one of auto, .*; got 'fast'"):
+    with pytest.raises(ValueError, match=r"backend must be one of 'auto', .*; got 'fast'"):
         BNReLUConv2d(3, 4, 1, backend="fast")
 
 
