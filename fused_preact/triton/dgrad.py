@@ -121,11 +121,9 @@ def _gradients(partial: Tensor, norm: Tensor, pixels: int, batch: bool) -> Seque
     """dgamma, dbeta, slope, offset [C] from the sums [tiles, 2, C]; the last two are zero without batch statistics."""
     C = partial.size(2)
     grads = [norm.new_empty(C) for _ in range(4)]
-    for source, merged in launch.levels(partial):
-        config = launch.MERGE
-        grid = 1 if merged is None else merged.size(0), triton.cdiv(C, config.columns)
+    for source, merged, grid in launch.levels(partial):
         args = source, merged, norm[RSTD_ROW], norm[SCALE_ROW], *grads, source.size(0), pixels, C
-        launch.run(total, grid, config, *args, BATCH=batch)
+        launch.run(total, grid, launch.MERGE, *args, BATCH=batch)
     return grads
 
 

@@ -83,13 +83,14 @@ def gradient(dy: Gradient) -> tuple[Tensor | None, ...]:
     return (dy.g, None, None, None, None) if dy.x is None else (dy.g, dy.x, dy.norm, *dy.grad[2:4])
 
 
-def levels(partial: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """The launches that bring pairs [tiles, 2, C] to one, GROUP to one at a time: (source, destination).
+def levels(partial: Tensor) -> Iterator[tuple[Tensor, Tensor | None, tuple[int, int]]]:
+    """The launches that bring pairs [tiles, 2, C] to one, GROUP to one at a time: (source, destination, grid).
 
     The last has no destination: its kernel makes the final rows.
     """
+    across = triton.cdiv(partial.size(2), MERGE.columns)
     while partial.size(0) > GROUP:
         merged = partial.new_empty(triton.cdiv(partial.size(0), GROUP), *partial.shape[1:])
-        yield partial, merged
+        yield partial, merged, (merged.size(0), across)
         partial = merged
-    yield partial, None
+    yield partial, None, (1, across)

@@ -72,11 +72,9 @@ def rows_of(partial: Tensor, span: int, pixels: int, affine: Affine) -> Tensor:
     """Rows [5, C] from the moments [tiles, 2, C] of tiles of ``span`` pixels."""
     C = partial.size(2)
     rows, gamma, beta = affine.gamma.new_empty(5, C), launch.vector(affine.gamma), launch.vector(affine.beta)
-    for source, merged in launch.levels(partial):
-        config = launch.MERGE
-        grid = 1 if merged is None else merged.size(0), triton.cdiv(C, config.columns)
+    for source, merged, grid in launch.levels(partial):
         args = source, merged, rows, gamma, beta, source.size(0), span, pixels, C
-        launch.run(merge, grid, config, *args, EPS=affine.eps)
+        launch.run(merge, grid, launch.MERGE, *args, EPS=affine.eps)
         span *= GROUP
     return rows
 

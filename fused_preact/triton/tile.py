@@ -7,12 +7,14 @@ The kernels address a tensor by ``pixel*channels + channel``, in the type that `
 import triton
 import triton.language as tl
 
-# Rows of the arrays [5, C] that forward keeps; the order is that of fused_preact.schedule.
-MEAN = tl.constexpr(0)
-RSTD = tl.constexpr(1)
-VARIANCE = tl.constexpr(2)
-SCALE = tl.constexpr(3)
-SHIFT = tl.constexpr(4)
+from .. import schedule
+
+# Rows of the arrays [5, C] that forward keeps.
+MEAN = tl.constexpr(schedule.MEAN)
+RSTD = tl.constexpr(schedule.RSTD)
+VARIANCE = tl.constexpr(schedule.VARIANCE)
+SCALE = tl.constexpr(schedule.SCALE)
+SHIFT = tl.constexpr(schedule.SHIFT)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 

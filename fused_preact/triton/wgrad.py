@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..schedule import Activation, Conv, Gradient
+from ..schedule import Activation, Conv, Gradient, accumulation_type
 from . import launch
 from .configurations import configuration
 from .tile import load_activation, load_gradient, multiply, narrow, split
@@ -93,7 +93,7 @@ def wgrad(conv: Conv, dy: Gradient, x: Activation, weight: Tensor, bias: bool) -
     chunks = triton.cdiv(pixels, config.depth)
     count = max(1, min(triton.cdiv(PROGRAMS, tiles), chunks // LEAST))
     part = triton.cdiv(chunks, count) * config.depth
-    accumulation = launch.accumulation_type(x.x.dtype)
+    accumulation = accumulation_type(x.x.dtype)
     parts = x.x.new_empty(count, weight.numel(), dtype=accumulation)
     bias_parts = x.x.new_empty(count, K, dtype=accumulation) if bias else None
     launch.run(
