@@ -135,8 +135,7 @@ def _is_plain(child: Any) -> bool:
 
 def hooked(child: nn.Module) -> bool:
     """Whether calling the module runs more than its forward."""
-    s = child.__dict__
-    return bool(s["_forward_hooks"] or s["_forward_pre_hooks"] or s["_backward_hooks"] or s["_backward_pre_hooks"])
+    return any(child.__dict__[name] for name in _HOOKS)
 
 
 # What a fused call reads of a layer, by the dictionary that has it.
