@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -25,6 +26,7 @@ Results = dict[str, Tensor]
 ON_CPU = backends.Problem(torch.device("cpu"), torch.float32, (1, 1, 1, 1), ())
 PYTHON_BACKENDS = [name for name in ("reference", "library", "triton") if backends.obstacle(name, ON_CPU) is None]
 BACKENDS = PYTHON_BACKENDS + (["cpu"] if _extension.unavailable is None else [])
+needs_cpu = pytest.mark.skipif(_extension.unavailable is not None, reason=str(_extension.unavailable))
 
 
 @dataclass(frozen=True)
@@ -145,8 +147,7 @@ class Sample:
             unit._replace(
                 weight=cast(unit.weight),
                 bias=cast(unit.bias),
-                **{name: cast(getattr(unit, name), accumulation) for name in ("bn_weight", "bn_bias")},
-                **{name: cast(getattr(unit, name), accumulation) for name in ("running_mean", "running_var")},
+                **{name: cast(getattr(unit, name), accumulation) for name in unit._fields[2:6]},
             )
             for unit in self.units
         ]
@@ -215,21 +216,10 @@ def eager(sample: Sample) -> Results:
 def forward_arguments(sample: Sample, backend: str, memory: str = "fast") -> tuple:
     """What a backend's forward operator is called with."""
     plan = functional.make_plan(sample.x, sample.blocks, sample.residual, backend, memory)
-    weight, bias, gamma, beta, mean, var, *_ = (list(column) for column in zip(*sample.units, strict=True))
-    bias = [] if bias[0] is None else bias
-    projections = [block.shortcut.weight for block in sample.blocks if block.shortcut.weight is not None]
-    tensors = sample.x, sample.residual, weight, bias, gamma, beta, mean, var, projections
-    return (
-        *tensors,
-        plan.training,
-        plan.eps,
-        plan.geometry,
-        plan.units,
-        plan.shortcut,
-        sample.x.dtype,
-        plan.memory,
-        False,
-    )
+    weight, bias, *others = functional.Arguments.of(sample.blocks)
+    tensors = sample.x, sample.residual, weight, [] if bias[0] is None else bias, *others
+    facts = plan.training, plan.eps, plan.geometry, plan.units, plan.shortcut, sample.x.dtype, plan.memory
+    return *tensors, *facts, False
 
 
 def backward_arguments(sample: Sample, backend: str, memory: str = "fast") -> tuple:
@@ -397,3 +387,4 @@ LARGE = [
     Case("many-images", (40, 4, 3, 3), (Layer(8),)),
     Case("many-tiles", (2, 16, 33, 31), (Layer(16),)),
 ]
+BY_ID = {case.id: case for case in UNITS + QUADS + OTHER_FILTERS + CHAINS + LARGE}

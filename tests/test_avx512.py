@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
-from cases import CHAINS, QUADS, UNITS, Case, assert_as_close_as_eager, assert_exact_on_integers, errors, fused
+from cases import BY_ID, CHAINS, QUADS, UNITS, Case, assert_as_close_as_eager, assert_exact_on_integers, errors, fused
 from fused_preact import _extension, reference
 from fused_preact.schedule import Activation, Affine, Gradient
 from raw_table import stand_in
@@ -23,9 +23,6 @@ from raw_table import stand_in
 pytestmark = pytest.mark.skipif(
     platform.machine() not in ("x86_64", "AMD64"), reason="AVX-512 kernels are built for x86-64 only"
 )
-
-
-BY_ID = {case.id: case for case in UNITS + QUADS}
 
 
 @pytest.fixture(scope="module")

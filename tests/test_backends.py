@@ -2,10 +2,8 @@ import pytest
 import torch
 
 import fused_preact
-from cases import BACKENDS
+from cases import BACKENDS, needs_cpu
 from fused_preact import BNReLUConv2d, PreActBlock, _extension, backends, bn_relu_conv2d, models, tables
-
-needs_cpu = pytest.mark.skipif(_extension.unavailable is not None, reason=str(_extension.unavailable))
 
 
 def arguments(C=4, K=4, size=3, dtype=torch.float32):

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 import cuda_toolkit
 from cases import (
+    BY_ID,
     CHAINS,
     LARGE,
     UNITS,
@@ -108,8 +109,7 @@ def test_as_close_to_float64_as_plain_layers(case: Case, product: str, kernels: 
 
 def test_a_large_mean_keeps_its_digits(kernels: Any, backend: str) -> None:
     """Statistics whose squares would cancel."""
-    case = next(case for case in UNITS if case.id == "35-channels-1x1")
-    assert_as_close_as_eager(replace(case, mean=1000.0), "fp32", kernels)
+    assert_as_close_as_eager(replace(BY_ID["35-channels-1x1"], mean=1000.0), "fp32", kernels)
 
 
 @each_case
@@ -159,7 +159,7 @@ def test_shared_memory_leaves_room_for_the_blocks_that_registers_allow(
 @pytest.mark.parametrize("name", ["64-channels", "stride-2-1x1", "bottleneck"])
 def test_tensors_may_begin_at_any_element(name: str, product: str, kernels: Any, backend: str) -> None:
     """Narrow reads and writes of what is not aligned make the same numbers."""
-    sample = next(case for case in CASES if case.id == name).draw(0, PRODUCTS[product])
+    sample = BY_ID[name].draw(0, PRODUCTS[product])
     aligned = fused(sample, backend)
     kernels.offset = 1
     for name, value in fused(sample, backend).items():

@@ -7,10 +7,8 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
-from cases import BACKENDS, OTHER_FILTERS, QUADS, UNITS, assert_as_close_as_eager, fused
+from cases import BACKENDS, BY_ID, OTHER_FILTERS, QUADS, UNITS, assert_as_close_as_eager, fused
 from fused_preact import bn_relu_conv2d, explain
-
-BY_ID = {case.id: case for case in UNITS + QUADS}
 
 
 def plain(x, weight, bn_weight, bn_bias, mean, var, *, training=False, momentum=0.1, eps=1e-5, **conv):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cases import Case, Results, Sample, assert_no_worse, eager, errors, fused, laid_out
+from cases import BY_ID, Case, Results, Sample, assert_no_worse, eager, errors, fused, laid_out
 from fused_preact import PreActBottleneck, PreActStage, backends
 from fused_preact.checks import Block
 from fused_preact.stage import MEMORY
@@ -20,7 +20,6 @@ from tf32 import eager_tf32
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device on this machine")
 
-BY_ID = {case.id: case for case in CASES}
 each_product = pytest.mark.parametrize("product", PRODUCTS)
 
 

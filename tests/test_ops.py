@@ -4,10 +4,9 @@ from torch.testing import assert_close
 
 from cases import (
     BACKENDS,
+    BY_ID,
     CHAINS,
     PYTHON_BACKENDS,
-    QUADS,
-    UNITS,
     assert_as_close_as_eager,
     backward_arguments,
     eager,
@@ -16,7 +15,6 @@ from cases import (
 )
 from fused_preact import functional, ops
 
-BY_ID = {case.id: case for case in UNITS + QUADS + CHAINS}
 SAMPLES = ["odd", "one-channel", "odd-eval", "basic-residual", "bottleneck-stride-2", "bottleneck-first"]
 
 

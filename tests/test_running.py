@@ -5,10 +5,10 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from fused_preact import _extension, running
+from cases import needs_cpu
+from fused_preact import running
 from fused_preact.schedule import MEAN, VARIANCE
 
-needs_cpu = pytest.mark.skipif(_extension.unavailable is not None, reason=str(_extension.unavailable))
 UPDATES = [pytest.param(running.update, marks=needs_cpu, id="native"), pytest.param(running._update, id="lists")]
 CHANNELS = (1, 7, 32)
 

@@ -3,13 +3,11 @@ import torch
 from torch.testing import assert_close
 from torch.utils._pytree import tree_leaves
 
-from cases import CHAINS, UNITS
-from fused_preact import _extension, ops, schedule
+from cases import BY_ID, CHAINS, backward_arguments, forward_arguments, needs_cpu
+from fused_preact import ops, schedule
 from fused_preact.schedule import Conv
-from test_ops import backward_arguments, forward_arguments
 
-needs_cpu = pytest.mark.skipif(_extension.unavailable is not None, reason=str(_extension.unavailable))
-CASES = CHAINS + [case for case in UNITS if case.id in ("odd", "stride-2", "odd-eval")]
+CASES = CHAINS + [BY_ID[name] for name in ("odd", "stride-2", "odd-eval")]
 
 
 @needs_cpu

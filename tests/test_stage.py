@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
-from cases import BACKENDS, Sample, backward_arguments, error, forward_arguments
+from cases import BACKENDS, Sample, backward_arguments, error, forward_arguments, needs_cpu
 from fused_preact import PreActBlock, PreActBottleneck, PreActStage, _extension, explain, ops
 from test_blocks import assert_same, step
-from test_schedule import compare, needs_cpu
+from test_schedule import compare
 
 Kind = Callable[[str], list[nn.Module]]
 

@@ -7,10 +7,8 @@ import torch
 import triton
 
 from cases import (
-    CHAINS,
-    LARGE,
+    BY_ID,
     PYTHON_BACKENDS,
-    UNITS,
     assert_as_close_as_eager,
     assert_exact_on_integers,
     assert_no_worse,
@@ -23,7 +21,6 @@ from fused_preact.triton.launch import Config
 from tf32 import eager_tf32
 
 interpreted = pytest.mark.skipif("triton" not in PYTHON_BACKENDS, reason="needs TRITON_INTERPRET=1")
-BY_ID = {case.id: case for case in UNITS + CHAINS + LARGE}
 
 
 @interpreted
