@@ -4,8 +4,9 @@ import argparse
 import importlib
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
+from . import __version__
 from .errors import UserError
 
 COMMANDS = {
@@ -25,10 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if unknown:
             parsed.command.error(f"unrecognized arguments: {' '.join(unknown)}")
         return parsed.run(parsed)
-    except UserError as error:
-        print(f"fused-preact: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:  # a full disk, a file of somebody else's
+    except (UserError, OSError) as error:  # also a full disk, a file of somebody else's
         print(f"fused-preact: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -40,7 +38,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fused-preact", description="Fused BatchNorm-ReLU-Conv2d for pre-activation residual networks."
     )
-    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and stop")
+    parser.add_argument("--version", action="version", version=f"fused-preact {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, (module, summary) in COMMANDS.items():
         command = commands.add_parser(name, help=summary)
@@ -72,11 +70,3 @@ def thread_count(text: str) -> int:
     if count > MOST_THREADS:
         raise argparse.ArgumentTypeError(f"expected at most {MOST_THREADS}, got {count}")
     return count
-
-
-class _Version(argparse.Action):
-    def __call__(self, parser: argparse.ArgumentParser, *_unused: object) -> NoReturn:
-        from . import __version__
-
-        print(f"fused-preact {__version__}")
-        parser.exit()
