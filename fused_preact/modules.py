@@ -58,7 +58,8 @@ class Fused(nn.Module):
         """Run the children as one node and update the running statistics once, or else run them one after the other."""
         layers, reason, run = remembered(self, self._parts)
         if run is None:
-            record_eager(self, reason)
+            if backends.is_recording():
+                backends.record(backends.Choice(self, "eager", dict.fromkeys(backends.FUSED, reason)))
             return self.plain(layers, x, residual, layers.overwritable())
         y = run(self, x, residual)
         return self.plain(layers, x, residual, True) if y is None else y
@@ -71,12 +72,6 @@ class Fused(nn.Module):
     def extra_repr(self) -> str:
         """The backend, where it is not the default."""
         return "" if self.backend == "auto" else f"backend={self.backend!r}"
-
-
-def record_eager(where: nn.Module, reason: str) -> None:
-    """Note for `explain` that a module runs its plain layers, and why."""
-    if backends.is_recording():
-        backends.record(backends.Choice(where, "eager", dict.fromkeys(backends.FUSED, reason)))
 
 
 class BNReLUConv2d(Fused):
