@@ -13,6 +13,8 @@ import torch
 from fused_preact.errors import UserError
 from fused_preact.train import checkpoint
 
+from .trap import Trap
+
 STATE = {
     "settings": {"model": "resnet20", "milestones": [1, 2], "amp": "none"},
     "dataset": "digits",
@@ -85,16 +87,6 @@ def test_somebody_elses(tmp_path):
     torch.save(STATE["model"], path)
     with pytest.raises(UserError, match="expected entries dataset, iteration, model"):
         checkpoint.load(path)
-
-
-class Trap:
-    """Leaves a file behind when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
 
 
 @pytest.mark.parametrize("write", [torch.save, lambda trap, path: path.write_bytes(pickle.dumps(trap, 2))],

@@ -17,6 +17,8 @@ import torch
 from fused_preact.errors import UserError
 from fused_preact.train import cifar
 
+from .trap import Trap
+
 IMAGES = {"data_batch_1": 7, "data_batch_2": 5, "test_batch": 4, "train": 9, "test": 3}
 
 
@@ -141,16 +143,6 @@ def test_missing_batch(python):
     (folder / "test_batch").unlink()
     with pytest.raises(UserError, match=r"test_batch is missing; get cifar-10-python.tar.gz again"):
         cifar.read(folder, [archive])
-
-
-class Trap:
-    """Leaves a file behind when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
 
 
 @pytest.mark.parametrize("listed", [False, True], ids=["wrong checksum", "matching checksum"])
