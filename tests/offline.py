@@ -1,6 +1,5 @@
 """Triton kernels compiled for GPUs that are not there: registers, spills, shared memory and assembly of each."""
 
-import functools
 import re
 import subprocess
 import tempfile
@@ -21,7 +20,8 @@ SHARED = {
     "sm75": 64 << 10, "sm80": 99 << 10, "sm90": 227 << 10, "sm100": 227 << 10, "sm120": 99 << 10,
     "gfx90a": 64 << 10, "gfx942": 64 << 10, "gfx950": 64 << 10,
 }  # fmt: skip
-TYPES = {2: ("bf16", "ieee"), 4: ("fp32", "tf32"), 8: ("fp64", "ieee")}
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+TYPES = {2: "bf16", 4: "fp32", 8: "fp64"}
 GEMMS = {"forward": forward.convolve, "dgrad": dgrad.transposed, "wgrad": wgrad.correlate}
 # Pointers to per-channel rows and partial sums, in the accumulation type; the others are in the storage type.
 ROWS = {
@@ -51,7 +51,7 @@ def cases() -> list[tuple[str, str, str, Config]]:
     for architecture in SHARED:
         for size, tiles in SHIPPED["hip" if is_amd(architecture) else architecture].items():
             # bf16 and fp16 differ in the name of one instruction; SM 7.5 has fp16 only.
-            name = "fp16" if architecture == "sm75" and size == 2 else TYPES[size][0]
+            name = "fp16" if architecture == "sm75" and size == 2 else TYPES[size]
             exact = ("fp32-exact",) if name == "fp32" and architecture.startswith("sm") else ()
             found += [
                 (architecture, kind, kernel, tile) for kind in (name, *exact) for tile in tiles for kernel in GEMMS
@@ -123,11 +123,6 @@ def _of_cubin(cubin: bytes) -> tuple[int, int]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(cubin)
-        text = subprocess.run([_cuobjdump(), "--dump-resource-usage", path], check=True, capture_output=True, text=True)
+        text = subprocess.run([CUOBJDUMP, "--dump-resource-usage", path], check=True, capture_output=True, text=True)
     counts = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text.stdout)}
     return counts["REG"], counts["STACK"] + counts["LOCAL"]
-
-
-@functools.cache
-def _cuobjdump() -> str:
-    return str(Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump")
