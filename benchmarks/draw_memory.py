@@ -13,10 +13,10 @@ from matplotlib.figure import Figure
 
 from fused_preact import models
 from fused_preact.bench.measure import saved_bytes
+from fused_preact.bench.picture import FORWARD, GRID, TEXT, TOTAL
 
 IMAGES, MIB = 8, 2**20
-TEXT, GRID = "#7a838f", "#9aa4b03c"
-COLORS = {"fp32": "#1f62ab", "bf16": "#5a93cf"}
+COLORS = {"fp32": TOTAL, "bf16": FORWARD}
 LABELS = {"fp32": "float32", "bf16": "bf16 autocast"}
 MODES = {"eager": {"backend": "eager"}, **{memory: {"memory": memory} for memory in ("fast", "lean", "min")}}
 
