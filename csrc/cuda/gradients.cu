@@ -5,13 +5,10 @@
 // has one beginning and one end. Two launches where dgrad has 64 columns, whose accumulators leave wgrad too few registers,
 // and in float32, which has more arithmetic to fill its time with. Bytes: those of both.
 #include "dgrad.h"
+#include "kernels.h"
 #include "wgrad.h"
 
 namespace fused_preact::cuda {
-
-void dgrad(const Conv&, Dtype, const Gradient&, const Weight&, const Activation&, const void*, void*, const NormGrad&,
-           Workspace&);
-void wgrad(const Conv&, Dtype, const Gradient&, const Activation&, const WeightGrad&, void*, Workspace&);
 
 namespace {
 
@@ -58,8 +55,8 @@ void gradients(const Conv& conv, Dtype dtype, const Gradient& dy, const Weight& 
   };
   if (dtype == Dtype::bf16 && together(MmaHalf<__nv_bfloat16>())) return;
   if (dtype == Dtype::f16 && together(MmaHalf<__half>())) return;
-  wgrad(conv, dtype, dy, x, dweight, dbias, workspace);
-  dgrad(conv, dtype, dy, weight, x, add, dz, grad, workspace);
+  kernels().wgrad(conv, dtype, dy, x, dweight, dbias, workspace);
+  kernels().dgrad(conv, dtype, dy, weight, x, add, dz, grad, workspace);
 }
 
 }  // namespace fused_preact::cuda
