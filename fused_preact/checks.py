@@ -98,6 +98,8 @@ def geometry(
         raise ValueError(f"padding must be an integer, a pair, 'same' or 'valid', got {padding!r}")
     else:
         pads = pair("padding", padding, 0)
+    if type(groups) is not int:
+        raise TypeError(f"groups must be an integer, got {groups!r}")
     return Conv(*strides, *pads, *dilations, pair("groups", groups, 1)[0])
 
 

@@ -55,6 +55,7 @@ BAD = {
         ValueError,
         "expects an input of 12 channels with groups=2, got one of 6",
     ),
+    "groups is a pair": ({"groups": (2, 3)}, TypeError, r"groups must be an integer, got \(2, 3\)"),
     "groups is zero": ({"groups": 0}, ValueError, "groups must be at least 1, got 0"),
     "stride is zero": ({"stride": 0}, ValueError, "stride must be at least 1, got 0"),
     "stride is a float": ({"stride": 1.5}, TypeError, "stride must be an integer or a pair.*1.5"),
