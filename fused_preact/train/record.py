@@ -53,10 +53,10 @@ def _keep(path: Path, start: int) -> list[dict[str, Any]]:
         for line in file:
             try:
                 row = json.loads(line) if line.endswith(b"\n") else None
-            except ValueError as error:
+                if row is None or row["iteration"] > start:
+                    break
+            except (ValueError, TypeError, KeyError) as error:
                 raise UserError(f"{path}: line {len(rows) + 1} is none that fused-preact train wrote") from error
-            if row is None or row["iteration"] > start:
-                break
             rows.append(row)
             size += len(line)
     os.truncate(path, size)

@@ -38,9 +38,10 @@ def test_rows_behind_the_checkpoint_are_taken_back(tail, tmp_path):
     assert [row["loss"] for row in lines(tmp_path)] == [1.0, 2.0, 30.0] == [row["loss"] for row in again.rows]
 
 
-def test_a_line_of_somebody_else(tmp_path):
+@pytest.mark.parametrize("line", ["", "{}", "[1]", "7"])
+def test_a_line_of_somebody_else(line, tmp_path):
     """Metrics that were edited end in an error that names the line."""
-    (tmp_path / "metrics.jsonl").write_text('{"split": "train", "iteration": 1, "loss": 1.0}\n\n')
+    (tmp_path / "metrics.jsonl").write_text(f'{{"split": "train", "iteration": 1, "loss": 1.0}}\n{line}\n')
     with pytest.raises(UserError, match=r"metrics.jsonl: line 2 is none that"):
         Recorder(tmp_path, start=2, tensorboard=False)
 
