@@ -215,6 +215,8 @@ def choose(backend: str, problem: Problem) -> str:
         ValueError: there is no backend of that name, or it cannot serve this problem.
     """
     one_of("backend", backend, NAMES)
+    if backend == "auto" and torch.compiler.is_exporting():
+        return "eager"  # an exported program is for those who know torch's operators alone, as ONNX does
     if backend == "auto":
         by_rule = (name for name in _OBSTACLES if obstacle(name, problem, by_rule=True) is None)
         return _measured(problem) or next(by_rule)
@@ -315,6 +317,7 @@ def explain(target: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanatio
         state = {**dict(target.named_parameters()), **dict(target.named_buffers())}
         target = functools.partial(functional_call, target, tree_map_only(torch.Tensor, mode.from_tensor, state))
         args, kwargs = (args, kwargs), {}
-    with recording() as choices, mode:
+    # Code that was compiled takes no fake tensors.
+    with recording() as choices, mode, torch.compiler.set_stance("force_eager"):
         target(*args, **kwargs)
     return Explanation(choice._replace(where=_place(choice.where, names)) for choice in choices)

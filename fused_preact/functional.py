@@ -64,12 +64,13 @@ def bn_relu_conv2d(
     if plan.backend == "eager":
         statistics = running_mean, running_var
         if training and running.recomputing():
-            statistics = [t if t is None else t.clone() for t in statistics]
+            statistics = map(running.copy, statistics)
         z = F.batch_norm(x, *statistics, bn_weight, bn_bias, training, momentum, eps)
-        y = F.conv2d(F.relu(z, inplace=True), weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+        inplace = not running.watched()
+        y = F.conv2d(F.relu(z, inplace), weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
         if residual is None:
             return y
-        return y + residual if plan.problem.transformed else y.add_(residual)
+        return y.add_(residual) if inplace and not plan.problem.transformed else y + residual
     y, rows = execute(plan, x, Arguments.of([Block([unit])]), residual)
     if training and running_mean is not None:
         running.update([running_mean], [running_var], [], rows, [0], momentum)

@@ -110,6 +110,10 @@ class Watch:
         except KeyError:  # an attribute was deleted
             return False
 
+    def may_last(self) -> bool:
+        """Whether no parameter has a graph behind it, which would be kept until the next call."""
+        return all(parameter.is_leaf for parameter in self._parameters)
+
     def _find_boxes(self, module: nn.Module) -> Iterator[Any]:
         return chain.from_iterable(map(itemgetter(*_MEMBERS, *_HOOKS), chain((module.__dict__,), self._states)))
 
@@ -177,7 +181,7 @@ def normalize(bn: nn.Module, x: Tensor) -> Tensor:
     if not (isinstance(bn, nn.modules.batchnorm._BatchNorm) and running.recomputing()):
         return bn(x)
     before = dict(bn._buffers)
-    bn._buffers.update({name: t if t is None else t.clone() for name, t in before.items()})
+    bn._buffers.update({name: running.copy(t) for name, t in before.items()})
     try:
         return bn(x)
     finally:
@@ -185,8 +189,8 @@ def normalize(bn: nn.Module, x: Tensor) -> Tensor:
 
 
 def overwritable(child: nn.Module) -> bool:
-    """Whether what a layer returns may be overwritten: it makes a new tensor, and no hook has kept it."""
-    if type(child) not in (nn.BatchNorm2d, nn.Conv2d) or has_own_forward(child):
+    """Whether what a layer returns may be overwritten: it makes a new tensor, and no hook and no mode has kept it."""
+    if type(child) not in (nn.BatchNorm2d, nn.Conv2d) or has_own_forward(child) or running.watched():
         return False
     return not hooked(child) and not nn_module._has_any_global_hook()
 
@@ -198,7 +202,7 @@ def add(y: Tensor, residual: Tensor, inplace: bool) -> Tensor:
 
 def conv_geometry(conv: nn.Conv2d) -> checks.Conv:
     """Geometry of a plain convolution layer."""
-    if isinstance(conv.padding, str):
+    if not all(isinstance(setting, tuple) for setting in (conv.stride, conv.padding, conv.dilation)):
         return checks.geometry(conv.stride, conv.padding, conv.dilation, conv.groups, conv.weight)
     return checks.Conv(*conv.stride, *conv.padding, *conv.dilation, conv.groups)
 

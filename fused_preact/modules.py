@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from . import backends
+from . import backends, running
 from .checks import one_of
 from .layers import Layers, Pair, add, normalize
 from .runs import Run, lasting_state, remembered
@@ -57,12 +58,14 @@ class Fused(nn.Module):
     def dispatch(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Run the children as one node and update the running statistics once, or else run them one after the other."""
         layers, reason, run = remembered(self, self._parts)
+        if isinstance(x, torch.fx.Proxy):  # symbolic tracing, which calls with no tensors
+            return self.plain(layers, x, residual, layers.overwritable())
         if run is None:
             if backends.is_recording():
                 backends.record(backends.Choice(self, "eager", dict.fromkeys(backends.FUSED, reason)))
             return self.plain(layers, x, residual, layers.overwritable())
         y = run(self, x, residual)
-        return self.plain(layers, x, residual, True) if y is None else y
+        return self.plain(layers, x, residual, not running.watched()) if y is None else y
 
     def _parts(self) -> _Parts:
         layers = self.layers()

@@ -138,6 +138,18 @@ def _call_backward(ctx, saved: Sequence[Tensor], dy: Tensor, needs: list[bool]):
     return results
 
 
+class _Once(torch.autograd.Function):
+    """Gradients as they are, which refuse to be differentiated: whatever they depend on, ``anchor`` has a gradient."""
+
+    @staticmethod
+    def forward(ctx, anchor: Tensor, *grads: Tensor):
+        return tuple(grad.view_as(grad) for grad in grads)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        _twice(ctx)
+
+
 class _Stage(torch.autograd.Function):
     """The stage as one node of flat tensors: n weights, n gammas, n betas, the projections' weights, the biases."""
 
@@ -160,13 +172,11 @@ class _Stage(torch.autograd.Function):
         bn = [either or other for either, other in zip(gamma, beta, strict=True)]
         needs = [need_x, *weight, *bias, *bn, *flat[3 * n : 3 * n + projections]]
         saved = ctx.saved_tensors  # with autograd: a checkpoint's forward, which makes them again, may need it
-        if torch.is_grad_enabled():  # create_graph=True: the operator's own autograd refuses a second time
-            grads = _call_backward(ctx, saved, dy, needs)
-        else:
-            with torch._C._AutoDispatchBelowAutograd():
-                grads = _call_backward(ctx, saved, dy, needs)
-        dx, dweight, dbias, dgamma, dbeta, dshortcut = grads
+        with torch._C._AutoDispatchBelowAutograd():
+            dx, dweight, dbias, dgamma, dbeta, dshortcut = _call_backward(ctx, saved, dy, needs)
         parameters = *dweight, *dgamma, *dbeta, *dshortcut, *dbias
+        if torch.is_grad_enabled():  # create_graph=True
+            dx, *parameters = _Once.apply(dx.new_empty(0).requires_grad_(), dx, *parameters)
         return (
             None,
             dx if need_x else None,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from . import _extension
 from .schedule import MEAN, VARIANCE
@@ -17,6 +18,17 @@ def recomputing() -> bool:
     The statistics of the batch have entered the running ones already.
     """
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def watched() -> bool:
+    """Whether a mode sees each operation, as that of a selective checkpoint does, which keeps what some return."""
+    return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0
+
+
+def copy(t: Tensor | None) -> Tensor | None:
+    """A copy that no mode sees: a selective checkpoint would look for it among what its first forward did."""
+    with _disable_current_modes():
+        return None if t is None else t.clone()
 
 
 def update(
@@ -31,7 +43,7 @@ def update(
 
     Args:
         mean, var: buffers [C] of each batch norm; they change in place.
-        counts: of batches, each one int64; may be fewer.
+        counts: of batches, each one int64, or on any device another number; may be fewer.
         rows: what the fused call gave, [5, C] for each of its units.
         units: the index in rows of each batch norm.
         momentum: None is the average of all batches, this one included: of one batch norm, and by its count.
@@ -40,7 +52,8 @@ def update(
     if not buffers or recomputing():
         return
     with torch.no_grad():
-        if _extension.unavailable is None and buffers[0].is_cpu and not torch.compiler.is_compiling():
+        counted = all(count.dtype == torch.int64 for count in counts)
+        if counted and _extension.unavailable is None and buffers[0].is_cpu and not torch.compiler.is_compiling():
             with torch._C._AutoDispatchBelowAutograd():  # an operator of thousands of tensors: each layer costs
                 torch.ops.fused_preact._update_running.default(mean, var, counts, rows, units, momentum)
             torch.autograd.graph.increment_version(buffers)

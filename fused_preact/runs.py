@@ -62,8 +62,8 @@ def remembered(module: nn.Module, make: Callable[[], Any]) -> Any:
     watch, made = module.__dict__.get(_REMEMBERED) or (None, None)
     if watch is None or not watch.holds(module):
         module.__dict__.setdefault(_REMEMBERED, None)  # counted among the attributes from here on
-        made = make()
-        module.__dict__[_REMEMBERED] = Watch(module), made
+        watch, made = Watch(module), make()
+        module.__dict__[_REMEMBERED] = (watch, made) if watch.may_last() else None
     return made
 
 

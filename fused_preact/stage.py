@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import torch.fx
 from torch import Tensor, nn
 
 from . import schedule
@@ -55,6 +56,14 @@ class PreActStage(nn.Sequential):
         if isinstance(index, slice):
             part.memory = self.memory
         return part
+
+    def __add__(self, other: nn.Sequential) -> PreActStage:
+        """A stage of the blocks of both, with the ``memory`` of this one."""
+        return PreActStage(*super().__add__(other), memory=self.memory)
+
+    def __mul__(self, times: int) -> PreActStage:
+        """A stage of so many times its blocks, which they share, with the same ``memory``."""
+        return PreActStage(*super().__mul__(times), memory=self.memory)
 
     def forward(self, x: Tensor) -> Tensor:
         """y [N, K, P, Q] of x [N, C, H, W].
@@ -108,7 +117,9 @@ class PreActStage(nn.Sequential):
             yield _Part.of(part)
 
     def _fused(self, part: _Part, x: Tensor) -> Tensor:
-        y = part.run(self if len(part.blocks) == len(self) else part.blocks[0], x, memory=self.memory)
+        where = self if len(part.blocks) == len(self) else part.blocks[0]
+        # Symbolic tracing calls with no tensors.
+        y = None if isinstance(x, torch.fx.Proxy) else part.run(where, x, memory=self.memory)
         if y is None:
             for block in part.blocks:
                 x = block(x)

@@ -3,7 +3,7 @@ import torch
 
 import fused_preact
 from cases import BACKENDS, needs_cpu
-from fused_preact import BNReLUConv2d, PreActBlock, _extension, backends, bn_relu_conv2d, models, tables
+from fused_preact import BNReLUConv2d, PreActBlock, PreActStage, _extension, backends, bn_relu_conv2d, models, tables
 
 
 def arguments(C=4, K=4, size=3, dtype=torch.float32):
@@ -266,3 +266,35 @@ def test_a_memory_mode_goes_before_what_was_measured(folder, memory):
     with torch.no_grad():
         assert fused_preact.explain(stage.eval(), x)[0].backend == "eager"
     assert fused_preact.explain(stage, x)[0].backend == ("eager" if memory == "fast" else "cpu")
+
+
+def test_explain_of_a_compiled_net():
+    """What was compiled reads memory that fake tensors do not have; it is explained as it was written."""
+    block = PreActBlock(4, 4)
+    x = torch.randn(2, 4, 5, 5)
+
+    def compiler(graph, _inputs):
+        def run(*args):
+            assert all(t.data_ptr() for t in args)
+            return graph.forward(*args)
+
+        return run
+
+    compiled = torch.compile(block, backend=compiler)
+    compiled(x)
+    (choice,) = fused_preact.explain(compiled, x)
+    assert choice.backend == next(iter(fused_preact.explain(block, x))).backend
+    block.compile(backend=compiler)
+    block(x)
+    assert len(fused_preact.explain(block, x)) == 1
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_what_is_exported_has_torch_s_operators_alone(strict):
+    """So that another runtime can run it; a backend that was asked for by name stays."""
+    x = torch.randn(2, 4, 5, 5)
+    for backend in "auto", "library":
+        net = PreActStage(PreActBlock(4, 4, backend=backend), PreActBlock(4, 4, backend=backend)).eval()
+        program = torch.export.export(net, (x,), strict=strict)
+        assert ("fused_preact" in str(program.graph)) == (backend == "library")
+        torch.testing.assert_close(program.module()(x), net(x))

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 import fused_preact
 from cases import BACKENDS
-from fused_preact import BNReLUConv2d
+from fused_preact import BNReLUConv2d, PreActBlock, PreActStage
 
 
 def twins(backend: str, **options) -> tuple[BNReLUConv2d, BNReLUConv2d]:
@@ -300,3 +300,24 @@ def test_transforms_in_compiled_code(name):
     x = torch.randn(3, 8, 4, 5)
     transform = TRANSFORMS[name]
     assert_close(torch.compile(lambda x: transform(unit, x), backend="eager")(x), transform(unit, x))
+
+
+def test_settings_that_are_integers():
+    """A convolution may be given one number for both directions after it was made, as nets with dilation do."""
+    for backend in BACKENDS:
+        unit, plain = twins(backend)
+        for module in unit, plain:
+            module.conv.stride, module.conv.padding = 2, 2
+        x = torch.randn(2, 8, 7, 6)
+        assert_close(unit(x), plain(x))
+
+
+def test_symbolic_tracing():
+    """torch.fx, and what is built on it, sees the layers; those of a stage, too."""
+    unit, plain = twins("auto")
+    traced = torch.fx.symbolic_trace(unit, {"residual": None})
+    assert [node.target for node in traced.graph.nodes if node.op == "call_module"] == ["bn", "conv"]
+    stage = torch.fx.symbolic_trace(PreActStage(PreActBlock(8, 8), PreActBlock(8, 8)))
+    assert [node.op for node in stage.graph.nodes].count("call_module") == 8
+    x = torch.randn(2, 8, 7, 6)
+    assert_close(traced(x), plain(x))

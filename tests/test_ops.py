@@ -13,7 +13,7 @@ from cases import (
     forward_arguments,
     fused,
 )
-from fused_preact import functional, ops
+from fused_preact import PreActBlock, functional, ops
 
 SAMPLES = ["odd", "one-channel", "odd-eval", "basic-residual", "bottleneck-stride-2", "bottleneck-first"]
 
@@ -162,6 +162,18 @@ def test_a_second_derivative_is_refused(backend):
     assert torch.equal(dx, first["dx"])
     with pytest.raises(RuntimeError, match=r"cannot be differentiated twice.*backend='eager'"):
         dx.square().sum().backward()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_second_derivative_is_refused_where_batch_norms_alone_train(backend):
+    """There the operator's backward is handed nothing that has a gradient, but its result depends on gamma."""
+    block = PreActBlock(4, 4, backend=backend)
+    for name, parameter in block.named_parameters():
+        parameter.requires_grad_(name.startswith("bn"))
+    loss = (block(torch.randn(2, 4, 5, 5)) * torch.randn(2, 4, 5, 5)).sum()
+    (dgamma,) = torch.autograd.grad(loss, block.bn1.weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        dgamma.square().sum().backward()
 
 
 @pytest.mark.parametrize("name", ["odd", "many-pixels", "quads", "bottleneck-stride-2"])

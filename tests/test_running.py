@@ -6,7 +6,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from cases import needs_cpu
-from fused_preact import running
+from fused_preact import BNReLUConv2d, running
 from fused_preact.schedule import MEAN, VARIANCE
 
 UPDATES = [pytest.param(running.update, marks=needs_cpu, id="native"), pytest.param(running._update, id="lists")]
@@ -141,3 +141,14 @@ def test_the_operator_is_what_it_says():
     mean, var, counts, rows = norms(torch.float32)
     arguments = mean, var, counts, rows, [1, 2, 3], 0.1
     torch.library.opcheck(torch.ops.fused_preact._update_running.default, arguments)
+
+
+def test_counts_that_are_no_int64():
+    """Averaged checkpoints have counts in floating point: they count on, as those of plain layers do."""
+    for dtype in torch.float32, torch.int32:
+        bn = torch.nn.BatchNorm2d(4)
+        unit = BNReLUConv2d.from_layers(bn, torch.nn.Conv2d(4, 4, 1))
+        bn.num_batches_tracked = torch.tensor(3, dtype=dtype)
+        unit(torch.randn(2, 4, 3, 3))
+        assert torch.equal(bn.num_batches_tracked, torch.tensor(4, dtype=dtype))
+        assert bn.running_mean.abs().sum() > 0

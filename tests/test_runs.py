@@ -269,3 +269,16 @@ def test_a_change_between_calls_is_heard(change):
         CHANGES[change](module.bn, module.conv)
     assert_close(ours(x), theirs(x))
     assert_close(ours.state_dict(), theirs.state_dict())
+
+
+def test_no_graph_of_a_parameter_is_kept():
+    """A parameter that another net computed, put in for one call, goes with its graph when that call is done."""
+    unit = BNReLUConv2d(4, 4, 3, padding=1)
+    made = torch.randn(4, 4, 3, 3, requires_grad=True)
+    weight = made.exp()
+    gone = weakref.ref(weight)
+    torch.func.functional_call(unit, {"conv.weight": weight}, (x_of(C=4),)).sum().backward()
+    assert made.grad is not None
+    del weight
+    gc.collect()
+    assert gone() is None

@@ -1,4 +1,5 @@
 import copy
+import functools
 import io
 from collections.abc import Callable
 
@@ -6,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from cases import BACKENDS, Sample, backward_arguments, error, forward_arguments, needs_cpu
 from fused_preact import PreActBlock, PreActBottleneck, PreActStage, _extension, explain, ops
@@ -328,3 +329,30 @@ def test_bad_input_names_the_block():
     stage = PreActStage(PreActBottleneck(8, 2), PreActBottleneck(8, 2), PreActBottleneck(12, 3))
     with pytest.raises(ValueError, match=r"2.bn1.weight must have shape \(8,\).*got \(12,\)"):
         stage(torch.randn(2, 8, 4, 4))
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+def test_selective_checkpoint(backend):
+    """A checkpoint that keeps what convolutions return, and repeats the rest, finds all that it kept."""
+    policy = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.convolution.default])
+    results = []
+    for kept in False, True:
+        torch.manual_seed(0)
+        net = nn.Sequential(PreActStage(*basics(backend)), nn.BatchNorm2d(12), nn.ReLU())
+        hooked = PreActBlock(12, 12, backend=backend)
+        hooked.conv1.register_forward_hook(lambda *_: None)
+        net.append(hooked)
+        x = torch.randn(2, 8, 8, 8).requires_grad_()
+        y = checkpoint(net, x, use_reentrant=False, context_fn=policy) if kept else net(x)
+        y.square().sum().backward()
+        own = {name: t for name, t in net.state_dict().items() if not name.startswith("1.")}
+        results.append([y.detach(), x.grad, *(p.grad for p in net.parameters()), *own.values()])
+    assert_close(results[1], results[0])
+
+
+def test_sums_and_multiples_of_a_stage_keep_its_mode():
+    """stage + stage and stage * 2 are stages, as slices are."""
+    stage = PreActStage(PreActBlock(8, 8), memory="lean")
+    for longer in stage + PreActStage(PreActBlock(8, 8)), stage * 2, 2 * stage:
+        assert isinstance(longer, PreActStage)
+        assert (len(longer), longer.memory) == (2, "lean")
