@@ -6,12 +6,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from .report import by_contender, emulates_bf16
+from .report import QUANTITIES, by_contender, emulates_bf16
 
 FUSED = re.compile(r"fused (?:(\w+) )?channels_last")  # the contenders that are drawn, and their memory mode
-FORWARD, TOTAL, SAVED = "#5a93cf", "#1f62ab", "#23865f"
-TEXT, GRID, GOAL = "#7a838f", "#9aa4b03c", "#d9822b"
+FORWARD, TOTAL, SAVED = "#3f7fc1", "#1f62ab", "#23865f"
+TEXT, GRID, GOAL = "#6e7781", "#9aa4b03c", "#d9822b"
 BAR = 0.36
+SHORTEST = 0.11  # bar that has its number inside, as a share of the axis
 
 
 def unavailable() -> str | None:
@@ -26,7 +27,8 @@ def draw(document: dict[str, Any], path: Path) -> None:
 
     Left: ratio to the fastest eager contender in time, forward and forward + backward, with the spread and the goals.
     Right: the same of the bytes kept for backward. Only fused channels_last contenders are drawn, in each memory mode.
-    Where eager has to emulate bf16, its bars may be cut at the edge: they would shrink all others to nothing.
+    Where eager has to emulate bf16, its bars may be cut at the edge: they would shrink all others to nothing. So would
+    goals far beyond what was reached: they are numbers there.
     """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -35,6 +37,10 @@ def draw(document: dict[str, Any], path: Path) -> None:
     entries = [entry for case in document["cases"] for entry in _entries(case)]
     figure = Figure(figsize=(9.5, 1.5 + 0.36 * len(entries) + 0.2 * len({e["group"] for e in entries})), dpi=150)
     time, memory = figure.subplots(1, 2, sharey=True, width_ratios=(5, 4))
+    fast = ("fp32", "bf16") if document["device"]["bf16_instructions"] else ("fp32",)
+    time.set_xlim(0, 1.05 * max([2.5, *(_extent(entry) for entry in entries if entry["dtype"] in fast)]))
+    widest = max(entry["saved_bytes"]["ratio"]["median"] for entry in entries)
+    memory.set_xlim(0, 1.5 * widest)  # room for the amounts behind the bars
     ticks = []
     height, group = 0.0, None
     for entry in entries:
@@ -47,28 +53,25 @@ def draw(document: dict[str, Any], path: Path) -> None:
         _bar(time, height - BAR / 2, entry["forward"], FORWARD)
         _bar(time, height + BAR / 2, entry["total"], TOTAL)
         _bar(memory, height, entry["saved_bytes"], SAVED, 2 * BAR)
-        end = entry["saved_bytes"]["ratio"]["median"]
-        memory.annotate(
-            entry["bytes"], (end, height), (5, 0), textcoords="offset points", color=TEXT, fontsize=7.5, va="center"
-        )
+        end = (_end(memory, entry["saved_bytes"]), height)
+        place = {"textcoords": "offset points", "va": "center"}
+        memory.annotate(entry["bytes"], end, (5, 0), color=TEXT, fontsize=7.5, **place)
         height += 1.0
     time.set_yticks([h for h, _ in ticks], [label for _, label in ticks])
     time.set_ylim(height - 0.4, -0.5)
-    fast = ("fp32", "bf16") if document["device"]["bf16_instructions"] else ("fp32",)
-    time.set_xlim(0, 1.05 * max([2.5, *(_extent(entry) for entry in entries if entry["dtype"] in fast)]))
-    widest = max(entry["saved_bytes"]["ratio"]["median"] for entry in entries)
-    memory.set_xlim(0, 1.5 * widest)  # room for the amounts behind the bars
-    for axes, title in ((time, "Times faster than eager"), (memory, "Times less kept for backward")):
+    for axes, title in ((time, "Speed relative to the fastest eager"), (memory, "Bytes kept, eager / fused")):
         _dress(axes, title)
     legend = [
         Patch(color=FORWARD, label="forward"),
         Patch(color=TOTAL, label="forward + backward (of a net: and update)"),
         Patch(color=SAVED, label="bytes kept for backward"),
-        Line2D([], [], color=GOAL, linewidth=2, label="goal"),
+        Line2D([], [], color=TEXT, linewidth=1, label="quantiles 0.2 to 0.8"),
     ]
-    figure.legend(handles=legend, loc="lower center", ncols=4, frameon=False, labelcolor=TEXT, fontsize=9)
+    if any(entry[quantity]["goal"] is not None for entry in entries for quantity in QUANTITIES):
+        legend.append(Line2D([], [], color=GOAL, linewidth=2, label="goal"))
+    figure.legend(handles=legend, loc="lower center", ncols=5, frameon=False, labelcolor=TEXT, fontsize=8.5)
     figure.suptitle(_title(document), color=TEXT, fontsize=9)
-    figure.tight_layout(rect=(0, 0.03, 1, 1))
+    figure.tight_layout(rect=(0, 0.35 / figure.get_figheight(), 1, 1))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, transparent=True)
 
@@ -86,8 +89,10 @@ def _entries(case: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _extent(entry: dict[str, Any]) -> float:
-    """How far right the times of an entry reach."""
-    return max(max(entry[q]["ratio"]["high"], entry[q]["goal"] or 0) for q in ("forward", "total"))
+    """How far right the times of an entry reach, with the goals that are not far beyond them."""
+    rows = [entry[quantity] for quantity in ("forward", "total")]
+    goals = (row["goal"] for row in rows if row["goal"] is not None and row["goal"] < 2 * row["ratio"]["high"])
+    return max(*(row["ratio"]["high"] for row in rows), *goals)
 
 
 def _digits(value: float) -> int:
@@ -99,9 +104,26 @@ def _bar(axes: Any, y: float, row: dict[str, Any], color: str, thickness: float 
     ratio = row["ratio"]
     axes.barh(y, ratio["median"], thickness, color=color)
     axes.hlines(y, ratio["low"], ratio["high"], color=TEXT, linewidth=1)
-    axes.text(0.04, y, f"{ratio['median']:.2f}x", color="white", fontsize=7.5, fontweight="bold", va="center")
-    if row["goal"] is not None:
+    edge = axes.get_xlim()[1]
+    place = {"fontsize": 7.5, "fontweight": "bold", "va": "center"}
+    fits = ratio["median"] > SHORTEST * edge
+    axes.text(
+        0.008 * edge if fits else ratio["high"] + 0.008 * edge,
+        y,
+        f"{ratio['median']:.2f}x",
+        color="white" if fits else TEXT,
+        **place,
+    )
+    if row["goal"] is not None and row["goal"] < edge:
         axes.vlines(row["goal"], y - thickness / 2, y + thickness / 2, color=GOAL, linewidth=2)
+    elif row["goal"] is not None:
+        axes.text(0.995 * edge, y, f"goal {row['goal']:g}x", color=GOAL, ha="right", **place)
+
+
+def _end(axes: Any, row: dict[str, Any]) -> float:
+    """Where a bar and its number end."""
+    edge = axes.get_xlim()[1]
+    return row["ratio"]["median"] + (0 if row["ratio"]["median"] > SHORTEST * edge else 0.11 * edge)
 
 
 def _dress(axes: Any, title: str) -> None:
@@ -117,6 +139,6 @@ def _dress(axes: Any, title: str) -> None:
 
 def _title(document: dict[str, Any]) -> str:
     device, versions = document["device"], document["versions"]
-    malloc = document["malloc"]["setting"]
-    title = f"{device['model']}, {device['threads']} threads, torch {versions['torch']}, malloc {malloc}"
+    parts = device["model"], document["date"][:10], f"{device['threads']} threads", f"torch {versions['torch']}"
+    title = ", ".join([*parts, f"malloc {document['malloc']['setting']}"])
     return title + ("; eager emulates bf16 on this processor" if emulates_bf16(document) else "")

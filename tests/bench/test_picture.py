@@ -14,6 +14,7 @@ def document(dtype, ratio, instructions):
     rows.append({**row, "quantity": "saved_bytes", "ratio": dict.fromkeys(spread, 2.0), "goal": 2.0, "reached": True})
     contenders = {"eager NCHW": {"saved_bytes": 2**21}, FUSED: {"saved_bytes": 2**20}}
     return {
+        "date": "2026-11-28T14:23:31+00:00",
         "device": {"model": "A processor", "threads": 2, "bf16_instructions": instructions},
         "versions": {"torch": "2.13"},
         "malloc": {"setting": "default"},
@@ -63,3 +64,21 @@ def test_emulated_bf16_is_cut_and_said(drawn, instructions, cut):
     figure, _ = drawn(document("bf16", 20.0, instructions))
     assert bool(figure.axes[0].get_xlim()[1] < 20) == cut
     assert ("emulates" in figure.get_suptitle()) is cut
+
+
+def test_what_does_not_fit_is_written_beside(drawn):
+    """A number that a short bar cannot hold, white on white, and a goal that would shrink all bars."""
+    made = document("fp32", 1.6, [])
+    forward, total, saved = made["cases"][0]["rows"]
+    total["goal"] = 6.0
+    low = {**saved, "ratio": dict.fromkeys(saved["ratio"], 1.0), "goal": 11.0}
+    made["cases"].append({**made["cases"][0], "label": "another", "rows": [forward, total, {**saved, "goal": None}]})
+    made["cases"][1]["rows"][2]["ratio"] = dict.fromkeys(saved["ratio"], 12.0)
+    made["cases"][0]["rows"][2] = low
+    figure, _ = drawn(made)
+    time, memory = figure.axes
+    assert time.get_xlim()[1] < 3
+    assert [text.get_text() for text in time.texts].count("goal 6x") == 2
+    (short,) = (text for text in memory.texts if text.get_text() == "1.00x")
+    assert short.get_position()[0] > 1.0
+    assert short.get_color() == picture.TEXT
