@@ -256,13 +256,13 @@ std::tuple<Tensor, Tensors, Tensors, Tensors, Tensors, Tensors> run_backward(
   const Launch kernels(device_of(x), dtype, tf32 && x.is_cuda());
   const Stage stage =
       StageParser(x, weight, bias, shortcut_weight, training, geometry, units, shortcut, dtype, memory).take(kernels);
-  const size_t n = stage.units(), blocks = stage.blocks.size();
+  const size_t n = stage.units();
   const Chain& last = stage.blocks.back();
   const ScalarType stream = x.scalar_type(), row_type = accumulation_type(dtype);
   const Sizes output = output_sizes(last.conv[last.units - 1]);
   expect_tensor("dy", dy, stream, output);
   expect(stage.memory != Memory::none, "memory: expected what forward kept for backward, got none");
-  const bool needs_y = blocks > 1 && !stage.keeps_input(blocks - 1);
+  const bool needs_y = stage.needs_y();
   expect(!needs_y || y, "y: expected a tensor where the last block does not keep its input, got none");
   if (needs_y) expect_tensor("y", *y, stream, output);
   expect_tensors("rows", rows, n);

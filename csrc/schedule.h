@@ -40,6 +40,7 @@ struct Stage {
   // x itself is always at hand. A later block's input is its output minus its branch where the shortcut is the identity.
   bool keeps_input(size_t block) const;
   bool keeps_hidden(const Chain&, size_t unit) const;
+  bool needs_y() const { return blocks.size() > 1 && !keeps_input(blocks.size() - 1); }  // that forward returned
   std::optional<Tensor> bias_of(size_t unit) const;
 };
 

@@ -326,7 +326,7 @@ UNITS = [
     Case("wide-padding", (2, 5, 3, 4), (Layer(6, padding=(2, 3)),)),
     Case("64-channels", (2, 64, 8, 8), (Layer(64),)),
     Case("images-of-nine-columns", (3, 8, 7, 9), (Layer(8),)),  # runs of six and of eight pixels from image to image
-    # Tiles of the CPU's kernels that take the images of a position together: one tile, several, the last of few images.
+    # Tiles of the CPU's kernels that take the images of a position together.
     Case("small-images", (17, 5, 4, 4), (Layer(7),), bias=True),
     Case("small-images-in-tiles", (27, 16, 4, 3), (Layer(24),), residual=True),
     Case("small-images-stride-2", (9, 12, 7, 7), (Layer(20, stride=(2, 2)),)),

@@ -76,6 +76,7 @@ BAD_FOR_BOTH = {
     "x has three dimensions": (dict(x=F(2, C, H)), "x: expected 4 dimensions, got 3"),
     "x has no channel": (dict(x=F(2, 0, H, W)), "x: expected no empty dimension"),
     "x has no row": (dict(x=F(2, C, 0, W)), "x: expected no empty dimension"),
+    "x has no column": (dict(x=F(2, C, H, 0)), "x: expected no empty dimension"),
     "x is integer": (dict(x=F(2, C, H, W, dtype=torch.int32)), "x: expected Float .*got Int"),
     "x is half": (dict(x=F(2, C, H, W).half()), "x: expected Float .*got Half"),
     "dtype is half": (dict(dtype=torch.float16), "dtype: expected float32, bfloat16 or float64, got Half"),
@@ -85,9 +86,14 @@ BAD_FOR_BOTH = {
     "weight is of another type": (dict(weight=[F(K, C, 3, 3).int(), F(4, K, 1, 1)]), r"weight\[0\]: .*got Int"),
     "weight has no output": (dict(weight=[F(0, C, 3, 3), F(4, 0, 1, 1)]), r"weight\[0\]: expected no empty dimension"),
     "filter is larger than x": (dict(weight=[F(K, C, 9, 3), F(4, K, 1, 1)]), r"weight\[0\]: expected a filter within"),
+    "filter is wider than x": (dict(weight=[F(K, C, 3, 9), F(4, K, 1, 1)]), r"weight\[0\]: expected a filter within"),
+    "filter has no row": (dict(weight=[F(K, C, 0, 3), F(4, K, 1, 1)]), r"weight\[0\]: expected no empty dimension"),
+    "filter has no column": (dict(weight=[F(K, C, 3, 0), F(4, K, 1, 1)]), r"weight\[0\]: expected no empty dimension"),
     "weight is a matrix": (dict(weight=[F(K, C), F(4, K, 1, 1)]), r"weight\[0\]: expected 4 dimensions"),
     "no unit": (dict(weight=[], training=[], units=[], shortcut=[]), "units: expected one value for each"),
     "shortcut is unknown": (dict(shortcut=[4]), "shortcut: expected 0 .*got 4"),
+    "shortcut is negative": (dict(shortcut=[-1]), "shortcut: expected 0 .*got -1"),
+    "memory is negative": (dict(memory=-1), "memory: expected 0 .*got -1"),
     "memory is unknown": (dict(memory=4), "memory: expected 0 .*got 4"),
     "a block has no unit": (dict(units=[0]), "units: expected from 1 to 2 units, got 0"),
     "a block has too many units": (dict(units=[3]), "units: expected from 1 to 2 units, got 3"),
@@ -103,6 +109,8 @@ BAD_FOR_BOTH = {
     ),
     "geometry is short": (dict(geometry=make().geometry[:-1]), "geometry: expected 7 integers for each"),
     "stride is zero": (dict(geometry=geometry(0, 0)), "geometry: expected strides.*got 0"),
+    "stride of columns is zero": (dict(geometry=geometry(1, 0)), "geometry: expected strides.*got 0"),
+    "stride is too large": (dict(geometry=geometry(0, 2**31)), "geometry: expected strides.*got 2147483648"),
     "padding is negative": (dict(geometry=geometry(2, -1)), "geometry: .*paddings from 0, got -1"),
     "padding overflows": (dict(geometry=geometry(3, 2**62)), "geometry: .*got 4611686018427387904"),
     "the result overflows": (
@@ -110,6 +118,7 @@ BAD_FOR_BOTH = {
         r"weight\[0\]: expected a result that memory can hold",
     ),
     "dilation": (dict(geometry=geometry(4, 2)), "geometry: expected dilation and groups of 1, got 2, 1 and 1"),
+    "dilation of columns": (dict(geometry=geometry(5, 2)), "geometry: expected dilation .* of 1, got 1, 2 and 1"),
     "groups": (dict(geometry=geometry(6, 5)), "geometry: expected dilation and groups of 1"),
     "bias is short": (dict(bias=[F(K)]), "bias: expected 2 tensors"),
     "bias has other channels": (dict(bias=[F(K), F(5)]), r"bias\[1\]: expected .*\[4\].*got .*\[5\]"),
@@ -126,6 +135,10 @@ BAD_FORWARD = {
         dict(residual=F(2, 4, 3, 1), shortcut=[NONE], shortcut_weight=[], geometry=make().geometry[:14]),
         r"residual: expected .*\[2, 4, 3, 3\].*got .*\[2, 4, 3, 1\]",
     ),
+    "residual is of another type": (
+        dict(residual=F(2, 4, 3, 3).double(), shortcut=[NONE], shortcut_weight=[], geometry=make().geometry[:14]),
+        "residual: expected Float.*got Double",
+    ),
     "batch is empty": (dict(x=F(0, C, H, W)), "x: expected at least one image"),
 }  # fmt: skip
 BAD_BACKWARD = {
@@ -134,6 +147,8 @@ BAD_BACKWARD = {
     "kept is short": (dict(kept=[]), "kept: expected more than 0 tensors"),
     "kept is long": (dict(kept=[F(2, K, 3, 3)] * 2), "kept: expected 1 tensors, got 2"),
     "kept has another shape": (dict(kept=[F(2, K, 3, 2)]), r"kept\[0\]: expected"),
+    "kept is of another type": (dict(kept=[F(2, K, 3, 3).double()]), r"kept\[0\]: expected Float.*got Double"),
+    "rows are short": (dict(rows=[F(5, C), F(4, K)]), r"rows\[1\]: expected .*\[5, 7\]"),
     "rows are missing": (dict(rows=[F(5, C)]), "rows: expected 2 tensors"),
     "rows have other channels": (dict(rows=[F(5, C), F(5, K - 1)]), r"rows\[1\]: expected .*\[5, 7\]"),
     "rows are of another type": (dict(rows=[F(5, C).double(), F(5, K)]), r"rows\[0\]: expected Float .*got Double"),
@@ -163,6 +178,52 @@ def test_backward_refuses(change, message):
     """Arguments that do not fit together end in an error that names one of them."""
     with pytest.raises(RuntimeError, match=message):
         backward(SimpleNamespace(**{**vars(make()), **change}))
+
+
+def two_blocks(memory: int) -> SimpleNamespace:
+    """Backward's arguments for two blocks of two units around which x is added."""
+    a = make()
+    a.weight, a.bias, a.shortcut_weight = [torch.randn(C, C, 1, 1) for _ in range(4)], [], []
+    a.bn_weight, a.bn_bias, a.running_mean, a.running_var = [torch.ones(C)] * 4, [torch.ones(C)] * 4, [], []
+    a.training, a.eps, a.geometry = [True] * 4, [1e-5] * 4, [1, 1, 0, 0, 1, 1, 1] * 4
+    a.units, a.shortcut, a.memory, a.needs = [2, 2], [IDENTITY] * 2, memory, [True] * 9
+    a.y, a.kept, a.rows = forward(a)
+    a.dy = torch.randn_like(a.y)
+    return a
+
+
+@pytest.mark.parametrize(
+    ("memory", "change", "message"),
+    [
+        (1, dict(y=None), "y: expected a tensor where"),
+        (1, dict(y=F(2, C, H, W + 1)), r"y: expected .*\[2, 5, 6, 5\].*got .*\[2, 5, 6, 6\]"),
+        (1, dict(y=F(2, C, H, W).double()), "y: expected Float.*got Double"),
+        (0, dict(kept=[F(2, C, H, W), F(2, C, H, 1), F(2, C, H, W)]), r"kept\[1\]: expected .*got .*\[2, 5, 6, 1\]"),
+    ],
+    ids=["no y", "y has another shape", "y is of another type", "a block's input has another shape"],
+)
+def test_backward_of_two_blocks_refuses(memory, change, message):
+    """What a stage of several blocks reads besides."""
+    a = two_blocks(memory)
+    backward(a)
+    with pytest.raises(RuntimeError, match=message):
+        backward(SimpleNamespace(**{**vars(a), **change}))
+
+
+def test_the_result_of_no_image_overflows_too():
+    """What one image would take is counted, for strides are made of it."""
+    a = make(0, training=False)
+    a.geometry = [1, 1, 2**30, 2**30, 1, 1, 1, *make().geometry[7:]]
+    with pytest.raises(RuntimeError, match=r"weight\[0\]: expected a result that memory can hold"):
+        forward(a)
+
+
+def test_gradients_have_the_types_of_what_they_are_of(isa):
+    """Of filters and biases of another type than the convolutions'."""
+    a = make(dtype=torch.bfloat16)
+    a.weight, a.bias = [w.float() for w in a.weight], [b.float() for b in a.bias]
+    _, dweight, dbias, *_ = backward(a)
+    assert {t.dtype for t in dweight + dbias} == {torch.float32}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=["f32", "bf16", "f64"])

@@ -13,7 +13,7 @@ from cases import (
     forward_arguments,
     fused,
 )
-from fused_preact import PreActBlock, functional, ops
+from fused_preact import PreActBlock, bn_relu_conv2d, functional, ops
 
 SAMPLES = ["odd", "one-channel", "odd-eval", "basic-residual", "bottleneck-stride-2", "bottleneck-first"]
 
@@ -78,7 +78,9 @@ def test_both_paths_have_the_same_gradients(name, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", ["bottleneck-stride-2", "raw", "basic-residual", "odd"])
+@pytest.mark.parametrize(
+    "name", ["bottleneck-stride-2", "raw", "basic-residual", "odd", "frozen-first", "frozen-second"]
+)
 def test_frozen_parameters(name, backend):
     """Gradients that are wanted do not depend on which others are; the rest is None."""
     sample = BY_ID[name].draw(0)
@@ -265,3 +267,21 @@ def test_a_table_has_the_kernels_of_the_schedule(backend):
     """A table is a module with these six functions."""
     for name in ("forward", "dgrad", "wgrad", "statistics", "running", "dx"):
         assert callable(getattr(ops.table(backend), name))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_relu_is_flat_at_zero(dtype, backend):
+    """A batch norm whose gamma and beta are zero, as they are often initialised, passes no gradient on."""
+    x = torch.randn(2, 20, 4, 3, dtype=dtype, requires_grad=True)
+    weight = torch.randn(5, 20, 3, 3, dtype=dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    gamma, beta = (torch.zeros(20, dtype=wide, requires_grad=True) for _ in range(2))
+    y = bn_relu_conv2d(x, weight, gamma, beta, training=True, padding=1, backend=backend)
+    assert not any(g.any() for g in torch.autograd.grad(y, [x, gamma, beta], torch.ones_like(y)))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_layout_of_one_channel(backend):
+    """It is in both, and counts as contiguous."""
+    x = torch.randn(2, 5, 5, 1).permute(0, 3, 1, 2)
+    assert bn_relu_conv2d(x, torch.randn(3, 1, 3, 3), training=True, backend=backend).is_contiguous()

@@ -36,6 +36,17 @@ print(json.dumps([len(run(x)) for x in batches]))
 """
 
 
+IDLE = """
+import time
+large, small = images(4, 256), images(1, 32)
+run(large), run(small)
+before = megabytes(1)
+time.sleep(10.5)
+run(small)
+print(json.dumps(before - megabytes(1)))
+"""
+
+
 def run(script: str):
     # glibc then gives back what is freed, where it would keep some of it for itself.
     variables = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
@@ -53,3 +64,8 @@ def test_images_of_many_sizes_leave_little_behind():
 def test_what_waits_is_given_up_where_memory_is_short():
     """A batch that would fit alone fits after smaller ones, too."""
     assert run(SCARCE) == [8, 400, 600, 800, 1000]
+
+
+def test_what_has_waited_for_ten_seconds_goes_back():
+    """A large batch does not stay in memory for good beside small ones."""
+    assert run(IDLE) >= 60

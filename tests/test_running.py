@@ -152,3 +152,13 @@ def test_counts_that_are_no_int64():
         unit(torch.randn(2, 4, 3, 3))
         assert torch.equal(bn.num_batches_tracked, torch.tensor(4, dtype=dtype))
         assert bn.running_mean.abs().sum() > 0
+
+
+@needs_cpu
+def test_a_momentum_of_one_gives_the_batch():
+    """Exactly, however far the buffer was: torch.lerp has a form of its own for weights of a half and more."""
+    mean, var = torch.full((3,), 1e8), torch.full((3,), 1e8)
+    rows = torch.rand(5, 3)
+    running.update([mean], [var], [], [rows], [0], 1.0)
+    assert torch.equal(mean, rows[MEAN])
+    assert torch.equal(var, rows[VARIANCE])

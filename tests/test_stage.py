@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import functools
 import io
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from cases import BACKENDS, Sample, backward_arguments, error, forward_arguments, needs_cpu
+from cases import BACKENDS, Case, Layer, Sample, backward_arguments, error, forward_arguments, needs_cpu
 from fused_preact import PreActBlock, PreActBottleneck, PreActStage, _extension, explain, ops
 from test_blocks import assert_same, step
 from test_schedule import compare
@@ -356,3 +357,32 @@ def test_sums_and_multiples_of_a_stage_keep_its_mode():
     for longer in stage + PreActStage(PreActBlock(8, 8)), stage * 2, 2 * stage:
         assert isinstance(longer, PreActStage)
         assert (len(longer), longer.memory) == (2, "lean")
+
+
+@pytest.mark.parametrize("memory", ["fast", "lean", "min"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_biases(memory, backend):
+    """Convolutions with a bias, which is subtracted too where x is rebuilt."""
+    results = []
+    for name, mode in (backend, memory), ("eager", "fast"):
+        torch.manual_seed(0)
+        stage = PreActStage(*(PreActBottleneck(8, 2, backend=name) for _ in range(3)), memory=mode)
+        for child in stage.modules():
+            if isinstance(child, nn.Conv2d):
+                child.bias = nn.Parameter(torch.randn(child.out_channels))
+        results.append(step(stage.double(), torch.randn(2, 8, 7, 6, dtype=torch.float64)))
+    ours, theirs = results
+    for key in theirs:
+        assert_close(ours[key], theirs[key], rtol=1e-9, atol=1e-10, msg=key)
+
+
+@needs_cpu
+@pytest.mark.parametrize("memory", ["fast", "lean"])
+def test_blocks_of_one_unit_keep_their_input(memory):
+    """What the unit read is what would have to be rebuilt."""
+    sample = Case("one", (2, 8, 5, 4), (Layer(8),), "identity", bias=True).draw(0, torch.float64)
+    sample = dataclasses.replace(sample, blocks=sample.blocks * 3)
+    with torch.no_grad():
+        compare(*(ops._operators(name)[0](*forward_arguments(sample, name, memory)) for name in ("cpu", "reference")))
+        arguments = backward_arguments(sample, "reference", memory=memory)
+        compare(*(ops._operators(name)[1](*arguments) for name in ("cpu", "reference")))
