@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import math
 import os
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -297,12 +298,17 @@ def _place(where: Any, names: dict[Any, str]) -> str:
     return where if isinstance(where, str) else names.get(where) or type(where).__name__
 
 
+_explaining = threading.RLock()
+
+
+@torch.compiler.disable
 def explain(target: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     """Say which backend serves a call, and why the others do not.
 
     The call ``target(*args, **kwargs)`` is made on fake tensors: nothing is computed, and no running statistics change.
     Within ``torch.no_grad()`` a net in eval mode is explained as it runs for inference, which may be served otherwise.
     ``target`` is `bn_relu_conv2d`, or any module, a whole net too: ``print(fused_preact.explain(net, images))``.
+    Meanwhile what was compiled runs as it was written, in all threads.
 
     Raises:
         TypeError, ValueError: what the call itself would raise for its arguments.
@@ -317,7 +323,7 @@ def explain(target: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanatio
         state = {**dict(target.named_parameters()), **dict(target.named_buffers())}
         target = functools.partial(functional_call, target, tree_map_only(torch.Tensor, mode.from_tensor, state))
         args, kwargs = (args, kwargs), {}
-    # Code that was compiled takes no fake tensors.
-    with recording() as choices, mode, torch.compiler.set_stance("force_eager"):
+    # Code that was compiled takes no fake tensors. The stance is the process's: one call at a time changes it.
+    with _explaining, recording() as choices, mode, torch.compiler.set_stance("force_eager"):
         target(*args, **kwargs)
     return Explanation(choice._replace(where=_place(choice.where, names)) for choice in choices)

@@ -240,14 +240,12 @@ def _block(x: Tensor, shape: Sequence[int], block: Block, prefix: str) -> Sequen
 
 def _channels(x: Tensor, first: Unit) -> None:
     """Raise ValueError where all that reads x agrees that x is what does not fit."""
-    affine = first.bn_weight, first.bn_bias, first.running_mean, first.running_var
-    wanted = {t.numel() for t in affine if isinstance(t, Tensor)}
-    if isinstance(first.weight, Tensor) and first.weight.dim() == 4:
-        wanted.add(first.weight.size(1) * first.conv.groups)
-    if len(wanted) == 1 and x.size(1) not in wanted:
-        raise ValueError(
-            f"x must have {wanted.pop()} channels, as its batch norm and convolution have; got {x.size(1)}"
-        )
+    weight, norm = first.weight, [t for t in first[2:6] if t is not None]
+    if not norm or not isinstance(weight, Tensor) or weight.dim() != 4:
+        return
+    C = weight.size(1) * first.conv.groups
+    if x.size(1) != C and all(isinstance(t, Tensor) and t.dim() == 1 and t.size(0) == C for t in norm):
+        raise ValueError(f"x must have {C} channels, as its batch norm and convolution have; got {x.size(1)}")
 
 
 def call(x: Any, blocks: Sequence[Block], residual: Any = None) -> None:

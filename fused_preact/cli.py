@@ -22,9 +22,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0 for success, 2 for what the user can put right, 130 for Ctrl-C."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        parsed, unknown = _parser(arguments).parse_known_args(arguments)
+        parser = _parser(arguments)
+        parsed, unknown = parser.parse_known_args(arguments)
         if unknown:
-            parsed.command.error(f"unrecognized arguments: {' '.join(unknown)}")
+            getattr(parsed, "command", parser).error(f"unrecognized arguments: {' '.join(unknown)}")
         return parsed.run(parsed)
     except (UserError, OSError) as error:  # also a full disk, a file of somebody else's
         print(f"fused-preact: {error}", file=sys.stderr)

@@ -50,7 +50,7 @@ def replacing(path: Path, suffix: str | None = None) -> Iterator[IO[bytes]]:
 
 
 def check_writable(path: Path) -> None:
-    """Find out before the work whose result is to go to path whether its folder can be written.
+    """Find out before the work whose result is to go to path whether it can be written.
 
     Raises:
         UserError: it cannot.
@@ -59,9 +59,11 @@ def check_writable(path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
-            return
+            pass
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror}") from error
+    if path.is_dir():
+        raise UserError(f"{path}: cannot be written: it is a folder")
 
 
 def write_json(document: dict[str, Any], path: Path) -> None:

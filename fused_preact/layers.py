@@ -166,7 +166,11 @@ def _obstacle(name: str, child: nn.Module, kind: type[nn.Module]) -> str | None:
                 return f"{name}.{key} is a {type(tensors[key]).__name__}, not a plain tensor"
     if kind is nn.Conv2d and child.padding_mode != "zeros":
         return f"{name} has padding_mode={child.padding_mode!r}, not 'zeros'"
-    if kind is nn.Conv2d and child.padding == "same" and checks.lopsided(child.dilation, child.kernel_size):
+    if (
+        kind is nn.Conv2d
+        and child.padding == "same"
+        and checks.lopsided(checks.pair("dilation", child.dilation, 1), child.kernel_size)
+    ):
         return f"{name} has padding='same' with a filter of {child.kernel_size}, which pads one side more"
     return None
 

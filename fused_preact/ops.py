@@ -143,7 +143,8 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, anchor: Tensor, *grads: Tensor):
-        return tuple(grad.view_as(grad) for grad in grads)
+        ctx.mark_dirty(*grads)  # not views, so that they may be changed in place as any gradient may
+        return grads
 
     @staticmethod
     def backward(ctx, *grads):

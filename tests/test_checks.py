@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_map_only
 
 from fused_preact import BNReLUConv2d, PreActBlock, bn_relu_conv2d
@@ -192,6 +193,33 @@ def test_a_block_names_its_own_attributes():
         block(torch.randn(2, 4, 5, 5))
     with pytest.raises(ValueError, match=r"x must have more than one value per channel in training"):
         PreActBlock(4, 4)(torch.randn(1, 4, 1, 1))
+
+
+def test_channels_that_are_symbols():
+    """The check of x reads sizes that a tracer made symbols of."""
+    block = PreActBlock(4, 4, backend="library").eval()
+    arguments = torch.randn(2, 4, 5, 5), *(p.detach() for p in block.parameters())
+
+    def call(x, gamma, beta, weight, *_):
+        return bn_relu_conv2d(x, weight, gamma, beta, training=True, padding=1, backend="library")
+
+    graph = make_fx(call, tracing_mode="symbolic")(*arguments)
+    torch.testing.assert_close(graph(*arguments), call(*arguments))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(bn_weight=torch.ones(())), r"bn_weight must have shape \(6,\), one value per input channel; got \(\)"),
+        (dict(bn_weight=[1.0] * 3), "bn_weight must be a tensor, got list"),
+    ],
+    ids=["shape", "type"],
+)
+def test_x_is_not_blamed_for_what_is_wrong_with_another(change, message):
+    """Only where all that read x agree."""
+    given = dict(weight=torch.ones(4, 5, 3, 3), bn_weight=torch.ones(6), training=True) | change
+    with pytest.raises((TypeError, ValueError), match=message):
+        bn_relu_conv2d(torch.randn(2, 6, 5, 4), **given)
 
 
 def test_a_filter_larger_than_the_image_is_named():

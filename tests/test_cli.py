@@ -63,6 +63,13 @@ def test_an_unknown_option_is_told_by_its_command(capsys):
     assert "fused-preact tune: error: unrecognized arguments: --nope" in error
 
 
+def test_an_unknown_option_before_the_command(capsys):
+    """It is of none."""
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["--nope", "bench"])
+    assert "fused-preact: error: unrecognized arguments: --nope" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", ["bench", "train", "tune"])
 @pytest.mark.parametrize(("count", "said"), [("0", "a positive number"), ("10000000", "at most 1024"), ("x", "a pos")])
 def test_threads_that_cannot_be_started(command, count, said, capsys):

@@ -317,7 +317,10 @@ def test_symbolic_tracing():
     unit, plain = twins("auto")
     traced = torch.fx.symbolic_trace(unit, {"residual": None})
     assert [node.target for node in traced.graph.nodes if node.op == "call_module"] == ["bn", "conv"]
-    stage = torch.fx.symbolic_trace(PreActStage(PreActBlock(8, 8), PreActBlock(8, 8)))
-    assert [node.op for node in stage.graph.nodes].count("call_module") == 8
+    stage = PreActStage(PreActBlock(8, 8), PreActBlock(8, 8)).eval()
+    layers = torch.fx.symbolic_trace(stage)
+    assert [node.op for node in layers.graph.nodes].count("call_module") == 8
+    x = torch.randn(2, 8, 7, 6)
+    assert_close(layers(x), stage(x))
     x = torch.randn(2, 8, 7, 6)
     assert_close(traced(x), plain(x))

@@ -49,7 +49,7 @@ def test_digits_are_recognisable(dataset):
 def test_missing_scikit_learn(monkeypatch):
     """Without the extra, the message is the command that installs it."""
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(UserError, match=r"needs scikit-learn: pip install 'fused_preact\[train\]'"):
+    with pytest.raises(UserError, match=r"needs scikit-learn: pip install scikit-learn"):
         load("digits")
 
 

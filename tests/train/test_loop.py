@@ -134,7 +134,7 @@ def test_intervals_and_summary(dataset, tmp_path):
 def test_a_loss_that_is_not_finite(dataset, tmp_path):
     """Training stops with advice, and the last checkpoint is from before."""
     one = run(trainer(dataset, lr=1e30, save_every=1), tmp_path)
-    with pytest.raises(UserError, match=r"the loss is nan at iteration [23]: start anew with a lower --lr"):
+    with pytest.raises(UserError, match=r"the loss is nan at iteration [23]: start anew, with --overwrite and a"):
         one.until_done()
     state = checkpoint.load(tmp_path / "checkpoint.pt")
     assert state["iteration"] < 3
