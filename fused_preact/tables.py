@@ -162,7 +162,7 @@ def call_key(problem: Any) -> str:
     shape = "x".join([f"{size}" for size in problem.shape[1:]])  # in compiled code str knows no size that may change
     counts: dict[str, int] = {}
     for conv, weight in problem.convolutions:
-        text = ",".join(map(str, (*conv, *weight)))
+        text = ",".join([f"{number}" for number in (*conv, *weight)])
         counts[text] = counts.get(text, 0) + 1
     convolutions = (f"{count}*{text}" for text, count in counts.items())
     purpose = ["inference"] if problem.inference else []

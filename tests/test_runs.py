@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 import fused_preact
-from fused_preact import BNReLUConv2d, PreActBlock, PreActStage, functional, tables
+from fused_preact import BNReLUConv2d, PreActBlock, PreActStage, bn_relu_conv2d, functional, tables
 
 
 def x_of(N: int = 2, C: int = 8, size: int = 5) -> torch.Tensor:
@@ -238,6 +238,18 @@ def test_one_compilation_for_batches_of_any_size():
         program = torch.export.export(block, (x_of(4),), dynamic_shapes=({0: batch},), strict=strict)
         x = x_of(7)
         assert_close(program.module()(x), block(x))
+
+
+def test_a_call_whose_every_size_may_change_is_compiled_whole():
+    """Of the function, where the filter's sizes are symbols too."""
+    weight, gamma, beta = torch.randn(4, 8, 3, 3), torch.ones(8), torch.zeros(8)
+
+    def call(x):
+        return bn_relu_conv2d(x, weight, gamma, beta, training=True, padding=1)
+
+    compiled = torch.compile(call, backend="eager", dynamic=True, fullgraph=True)
+    for x in map(x_of, (2, 3, 5)):
+        assert_close(compiled(x), call(x))
 
 
 CHANGES = {
