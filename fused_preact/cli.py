@@ -15,7 +15,7 @@ COMMANDS = {
     "tune": ("tune", "measure the backends on this device, for backend='auto'"),
     "bench": ("bench.command", "time fused against eager on this machine"),
 }
-MOST_THREADS = 1024
+MOST_THREADS = 1024  # more than any processor has, and fewer than the system refuses
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -43,7 +43,7 @@ def update(
 
     Args:
         mean, var: buffers [C] of each batch norm; they change in place.
-        counts: of batches, each one int64, or on any device another number; may be fewer.
+        counts: of batches, one number each, most often int64; may be fewer.
         rows: what the fused call gave, [5, C] for each of its units.
         units: the index in rows of each batch norm.
         momentum: None is the average of all batches, this one included: of one batch norm, and by its count.

@@ -136,6 +136,18 @@ def _over(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
     return before | after | {"calls": calls, "tiles": before["tiles"] | after["tiles"]}
 
 
+def place(device: str) -> Path:
+    """The user's file for the table of a device.
+
+    Raises:
+        UserError: the user has no home folder.
+    """
+    try:
+        return folder() / file_name(device)
+    except RuntimeError as error:
+        raise UserError("--output: expected a file for the table, for the user has no home folder") from error
+
+
 def save(document: dict[str, Any], path: Path | None = None) -> Path:
     """Write the table of ``document["device"]``, over what the file has, and let it count from here on.
 
@@ -143,10 +155,7 @@ def save(document: dict[str, Any], path: Path | None = None) -> Path:
         UserError: it cannot be written, or there is another file in its place.
     """
     global _version
-    try:
-        path = path or folder() / file_name(document["device"])
-    except RuntimeError as error:
-        raise UserError("--output: expected a file for the table, for the user has no home folder") from error
+    path = path or place(document["device"])
     try:
         whole = _over(_parse(path), document)
     except _UNREADABLE as error:

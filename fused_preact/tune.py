@@ -18,6 +18,7 @@ from .bench.measure import Step, Times, alternate, ratio, spread
 from .bench.report import progress_bar
 from .cli import thread_count
 from .errors import UserError
+from .files import check_writable
 from .modules import Fused
 from .stage import PreActStage
 
@@ -81,7 +82,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     document = _document(device)
-    path = tables.save(document, arguments.output)  # fails before the work if it is going to
+    path = arguments.output or tables.place(document["device"])
+    check_writable(path)
     console = Console()
     with progress_bar(console) as progress:
         for dtype in arguments.dtypes:
@@ -92,7 +94,7 @@ def run(arguments: argparse.Namespace) -> int:
                     document["tiles"] |= _tiles(problem, block, arguments.budget)
                 found = measure(problem, block, arguments.budget)
                 document["calls"][key] = {str(batch): found}
-                path = tables.save(document, arguments.output)
+                tables.save(document, path)
                 console.print(_line(problem, found), markup=False, highlight=False, soft_wrap=True)
     console.print(f"Table in {path}", markup=False, highlight=False, soft_wrap=True)
     return 0

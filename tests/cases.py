@@ -26,6 +26,7 @@ Results = dict[str, Tensor]
 ON_CPU = backends.Problem(torch.device("cpu"), torch.float32, (1, 1, 1, 1), ())
 PYTHON_BACKENDS = [name for name in ("reference", "library", "triton") if backends.obstacle(name, ON_CPU) is None]
 BACKENDS = PYTHON_BACKENDS + (["cpu"] if _extension.unavailable is None else [])
+# Without the extension, of which `fused-preact info` says why it is not there, the other backends are tested.
 needs_cpu = pytest.mark.skipif(_extension.unavailable is not None, reason=str(_extension.unavailable))
 
 

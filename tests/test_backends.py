@@ -1,3 +1,6 @@
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -266,6 +269,36 @@ def test_a_memory_mode_goes_before_what_was_measured(folder, memory):
     with torch.no_grad():
         assert fused_preact.explain(stage.eval(), x)[0].backend == "eager"
     assert fused_preact.explain(stage, x)[0].backend == ("eager" if memory == "fast" else "cpu")
+
+
+def test_explain_on_several_threads():
+    """One after the other: what they change of torch while they run is the process's."""
+    running, most = [], []
+
+    class Slow(torch.nn.Module):
+        def forward(self, x):
+            running.append(x)
+            most.append(len(running))
+            time.sleep(0.05)
+            running.pop()
+            return x
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda _: fused_preact.explain(Slow(), torch.ones(1)), range(3)))
+    assert most == [1, 1, 1]
+
+
+def test_explain_within_code_that_is_compiled():
+    """It is called as it is there, by the interpreter."""
+    block, x = PreActBlock(4, 4).eval(), torch.randn(2, 4, 5, 5)
+    found = []
+
+    def call(x):
+        found.append(len(fused_preact.explain(block, x)))
+        return x + 1
+
+    torch.compile(call, backend="eager")(x)
+    assert found == [1]
 
 
 def test_explain_of_a_compiled_net():

@@ -36,10 +36,10 @@ from cases import (
 from fused_preact import reference
 from fused_preact.schedule import Activation, Affine, Gradient
 from raw_table import stand_in
-from test_functional import (  # noqa: F401  (with the fixture `backend` of this file)
-    test_statistics_of_what_is_not_finite,
-)
-from test_ops import (  # noqa: F401  (with the fixture `backend` of this file)
+
+# Tests that are written once: pytest runs them here too, with the fixture `backend` of this file. Ruff sees no use.
+from test_functional import test_statistics_of_what_is_not_finite  # noqa: F401
+from test_ops import (  # noqa: F401
     poisoned,
     test_integers_are_exact,
     test_layouts_give_the_same_bits,

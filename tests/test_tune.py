@@ -66,6 +66,21 @@ def test_a_measured_backend_that_cannot_serve_is_passed_over(folder):
     assert backends.choose("auto", problem) == "eager"
 
 
+def test_a_table_is_as_it_was_until_something_is_measured(folder, monkeypatch):
+    """The date of numbers is that of the day they were measured on; a place that cannot be written is told before."""
+    path = tables.save({"device": tables.device_name("cpu"), "date": "then", "calls": {}, "tiles": {}})
+    before = path.read_text()
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tune, "measure", interrupted)
+    command = ["tune", "--models", "resnet20", "--dtypes", "fp32", "--device", "cpu", "--batch", "1"]
+    assert cli.main(command) == 130
+    assert path.read_text() == before
+    assert cli.main([*command, "--output", str(path / "x.json")]) == 2
+
+
 def test_another_backend_wins_only_if_it_is_faster_nearly_always():
     """A lead within the noise leaves the call to plain layers."""
     eager = Times((1.0,) * 5, (1.0,) * 5)

@@ -12,7 +12,7 @@ FUSED = re.compile(r"fused (?:(\w+) )?channels_last")  # the contenders that are
 FORWARD, TOTAL, SAVED = "#3f7fc1", "#1f62ab", "#23865f"
 TEXT, GRID, GOAL = "#6e7781", "#9aa4b03c", "#d9822b"
 BAR = 0.36
-SHORTEST = 0.11  # bar that has its number inside, as a share of the axis
+SHORTEST = 0.11  # bar that has its number inside, about as long as the number is: a share of the axis
 
 
 def unavailable() -> str | None:
@@ -52,8 +52,7 @@ def draw(document: dict[str, Any], path: Path) -> None:
         ticks.append((height, entry["label"]))
         _bar(time, height - BAR / 2, entry["forward"], FORWARD)
         _bar(time, height + BAR / 2, entry["total"], TOTAL)
-        _bar(memory, height, entry["saved_bytes"], SAVED, 2 * BAR)
-        end = (_end(memory, entry["saved_bytes"]), height)
+        end = (_bar(memory, height, entry["saved_bytes"], SAVED, 2 * BAR), height)
         place = {"textcoords": "offset points", "va": "center"}
         memory.annotate(entry["bytes"], end, (5, 0), color=TEXT, fontsize=7.5, **place)
         height += 1.0
@@ -100,30 +99,21 @@ def _digits(value: float) -> int:
     return 0 if value >= 100 else 1 if value >= 10 else 2
 
 
-def _bar(axes: Any, y: float, row: dict[str, Any], color: str, thickness: float = BAR) -> None:
+def _bar(axes: Any, y: float, row: dict[str, Any], color: str, thickness: float = BAR) -> float:
+    """Draws a bar with its number, spread and goal; where bar and number end."""
     ratio = row["ratio"]
     axes.barh(y, ratio["median"], thickness, color=color)
     axes.hlines(y, ratio["low"], ratio["high"], color=TEXT, linewidth=1)
     edge = axes.get_xlim()[1]
     place = {"fontsize": 7.5, "fontweight": "bold", "va": "center"}
     fits = ratio["median"] > SHORTEST * edge
-    axes.text(
-        0.008 * edge if fits else ratio["high"] + 0.008 * edge,
-        y,
-        f"{ratio['median']:.2f}x",
-        color="white" if fits else TEXT,
-        **place,
-    )
+    begin = (0 if fits else ratio["high"]) + 0.008 * edge
+    axes.text(begin, y, f"{ratio['median']:.2f}x", color="white" if fits else TEXT, **place)
     if row["goal"] is not None and row["goal"] < edge:
         axes.vlines(row["goal"], y - thickness / 2, y + thickness / 2, color=GOAL, linewidth=2)
     elif row["goal"] is not None:
         axes.text(0.995 * edge, y, f"goal {row['goal']:g}x", color=GOAL, ha="right", **place)
-
-
-def _end(axes: Any, row: dict[str, Any]) -> float:
-    """Where a bar and its number end."""
-    edge = axes.get_xlim()[1]
-    return row["ratio"]["median"] + (0 if row["ratio"]["median"] > SHORTEST * edge else 0.11 * edge)
+    return ratio["median"] if fits else begin + SHORTEST * edge
 
 
 def _dress(axes: Any, title: str) -> None:
