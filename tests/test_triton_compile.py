@@ -25,13 +25,17 @@ def test_a_shipped_tile_fits(architecture, kind, kernel, tile):
         assert instruction in binary.assembly
 
 
+# Bytes. Triton 3.6, which comes with torch 2.11, spills six registers in the largest dgrad of SM 9.0; from 3.8 on four.
+MOST_SPILLED = 16 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8) else 24
+
+
 @pytest.mark.parametrize(
     ("architecture", "kernel", "tile"), [(case[0], *case[2:]) for case in cases() if case[1] == "bf16"], ids=str
 )
 def test_a_shipped_tile_fits_with_wide_offsets(architecture, kernel, tile):
     """Offsets of 64 bits, those of 2^30 elements and more, may cost a thread a few registers more than it has."""
     binary = compiled(architecture, "bf16", kernel, tile, index=triton.language.int64)
-    assert binary.spilled <= 16
+    assert binary.spilled <= MOST_SPILLED
     assert binary.shared <= SHARED[architecture]
 
 

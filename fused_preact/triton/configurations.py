@@ -28,7 +28,12 @@ SHIPPED: dict[str, dict[int, tuple[Config, ...]]] = {
     # Triton multiplies without tensor cores there, and larger tiles spill.
     "sm75": dict.fromkeys((2, 4, 8), (Config(32, 32, 16, 4, 2),)),
     "sm80": _AMPERE,
-    "sm90": _AMPERE | {2: (Config(128, 128, 32, 8, 4), Config(128, 64, 32, 4, 3), Config(64, 64, 64, 4, 3))},
+    # With three stages the first one of float32 spills there in exact products (Triton 3.8).
+    "sm90": _AMPERE
+    | {
+        2: (Config(128, 128, 32, 8, 4), Config(128, 64, 32, 4, 3), Config(64, 64, 64, 4, 3)),
+        4: (Config(64, 64, 16, 8, 4), _AMPERE[4][1]),
+    },
     "sm100": _AMPERE | {2: (Config(128, 128, 64, 8, 3), Config(128, 64, 32, 4, 3), Config(64, 64, 64, 4, 2))},
     # With more stages the second of these, and that of float64, spill there.
     "sm120": _AMPERE | {2: (_AMPERE[2][0], Config(128, 64, 32, 4, 2), *_AMPERE[2][2:]), 8: (Config(32, 32, 16, 4, 1),)},
