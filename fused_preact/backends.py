@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.utils._pytree import tree_map_only
 
-from . import _extension, tables
+from . import _extension, tables, tracing
 from .checks import one_of
 from .schedule import Conv
 
@@ -92,7 +92,7 @@ def _cuda_unavailable(device: torch.device | None = None) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result  # Dynamo of torch 2.11 does not trace the switch
+@tracing.constant  # Dynamo of torch 2.11 does not trace the switch
 def allows_tf32() -> bool:
     """Whether torch's own switches let convolutions of float32 multiply in TF32; compiled code keeps the answer."""
     return torch.backends.cudnn.conv.fp32_precision == "tf32"
@@ -301,7 +301,6 @@ def _place(where: Any, names: dict[Any, str]) -> str:
 _explaining = threading.RLock()
 
 
-@torch.compiler.disable
 def explain(target: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     """Say which backend serves a call, and why the others do not.
 
@@ -313,6 +312,10 @@ def explain(target: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanatio
     Raises:
         TypeError, ValueError: what the call itself would raise for its arguments.
     """
+    return torch.compiler.disable(_explain)(target, *args, **kwargs)
+
+
+def _explain(target: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from . import tracing
 from .errors import UserError
 from .files import write_json
 
@@ -187,7 +188,7 @@ def best(problem: Any) -> str | None:
     return _best(problem.device.type, problem.device.index, call_key(problem), N)
 
 
-@torch.compiler.assume_constant_result  # a file is read here
+@tracing.constant  # a file is read here
 def _best(kind: str, index: int | None, key: str, N: int | None) -> str | None:
     found = load(device_name(kind, index))["calls"].get(key)
     if not found:
