@@ -72,8 +72,6 @@ def dgrad(conv: Conv, dy: Gradient, weight: Tensor, x: Activation, add: Tensor |
 def wgrad(conv: Conv, dy: Gradient, x: Activation, weight: Tensor, bias: bool) -> tuple[Tensor, Tensor | None]:
     """Gradient of ``weight``, and of the bias where it is wanted."""
     _, dweight, dbias = _convolution_backward(conv, dy, _a(x), weight, [False, True, bias])
-    if dweight.stride() != weight.stride():
-        dweight = torch.empty_like(weight).copy_(dweight)
     return dweight, dbias
 
 

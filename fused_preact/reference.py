@@ -83,7 +83,7 @@ def wgrad(conv: Conv, dy: Gradient, x: Activation, weight: Tensor, bias: bool) -
     g = _dy(dy)
     dweight = torch.nn.grad.conv2d_weight(_a(x), weight.shape, g, conv.stride, conv.padding, conv.dilation, conv.groups)
     dbias = g.to(accumulation_type(g.dtype)).sum((0, 2, 3)).to(g.dtype) if bias else None
-    return torch.empty_like(weight).copy_(dweight), dbias
+    return dweight, dbias
 
 
 def dx(dy: Gradient, add: Tensor | None) -> Tensor:

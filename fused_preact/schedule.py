@@ -393,5 +393,11 @@ def backward(
 
 
 def _typed(grads: Sequence[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
-    """Gradients in the type of what they are the gradient of."""
-    return [grad.to(parameter.dtype) for grad, parameter in zip(grads, parameters, strict=True)]
+    """Gradients in the type and the strides of what they are the gradient of; those that nobody wants stay empty."""
+
+    def typed(grad: Tensor, parameter: Tensor) -> Tensor:
+        if grad.shape != parameter.shape or grad.stride() == parameter.stride():
+            return grad.to(parameter.dtype)
+        return torch.empty_like(parameter).copy_(grad)
+
+    return [typed(grad, parameter) for grad, parameter in zip(grads, parameters, strict=True)]

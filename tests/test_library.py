@@ -48,12 +48,3 @@ def test_the_activation_is_made_once():
     library.dgrad(conv, dy, weight, a, None, True)
     assert made is not None
     assert a.value is made
-
-
-def test_weight_gradients_have_the_strides_of_the_weight():
-    """The optimiser meets gradients laid out like their parameters, whatever the library prefers."""
-    x, conv = torch.randn(2, 4, 5, 5), Conv(1, 1, 1, 1, 1, 1, 1)
-    for layout in (torch.contiguous_format, torch.channels_last):
-        weight = torch.randn(6, 4, 3, 3).contiguous(memory_format=layout)
-        dweight, _ = library.wgrad(conv, Gradient(torch.randn(2, 6, 5, 5)), Activation(x, None), weight, False)
-        assert dweight.stride() == weight.stride()

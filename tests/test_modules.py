@@ -251,14 +251,17 @@ def test_copies_and_files(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_module_conversions(backend):
-    """double() and channels_last memory change the parameters, and the unit follows."""
+    """double() and memory formats change the parameters, and the unit follows, its gradients too: the optimiser meets
+    them laid out like the parameters, whatever the kernels prefer.
+    """
     unit, plain = twins(backend)
     x = torch.randn(2, 8, 4, 5, dtype=torch.float64)
     assert_close(step(unit.double(), x), step(plain.double(), x))
-    unit, plain = (m.to(memory_format=torch.channels_last) for m in (unit, plain))
-    ours, theirs = step(unit, x), step(plain, x)
-    assert_close(ours, theirs)
-    assert ours[-1].stride() == unit.conv.weight.stride()
+    for layout in (torch.contiguous_format, torch.channels_last):
+        unit, plain = (m.to(memory_format=layout) for m in (unit, plain))
+        ours, theirs = step(unit, x), step(plain, x)
+        assert_close(ours, theirs)
+        assert ours[-1].stride() == unit.conv.weight.stride()
 
 
 def dual(unit: nn.Module, x: torch.Tensor) -> torch.Tensor:

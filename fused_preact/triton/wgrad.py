@@ -12,7 +12,6 @@ Bytes: g (with its x) once for each tap and column of tiles, x once for each tap
 programs that share their pixels run side by side; the parts once out and in.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -103,6 +102,4 @@ def wgrad(conv: Conv, dy: Gradient, x: Activation, weight: Tensor, bias: bool) -
         R=R, S=S, STRIDE_H=conv.stride_h, STRIDE_W=conv.stride_w, INDEX=launch.index_type(x.x, dy.g),
     )  # fmt: skip
     dweight = _reduced(parts, launch.empty_nhwc(weight.shape, weight))
-    if dweight.stride() != weight.stride():
-        dweight = torch.empty_like(weight).copy_(dweight)
     return dweight, None if bias_parts is None else _reduced(bias_parts, weight.new_empty(K))
