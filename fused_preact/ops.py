@@ -211,6 +211,13 @@ def _twice(ctx, *_grads) -> None:
     )
 
 
+def _batched(*_args) -> None:
+    raise RuntimeError(
+        "fused_preact: a fused call takes one gradient at a time; leave out is_grads_batched=True, vectorize=True or "
+        "vmap around its backward, or use backend='eager', the same layers one after the other"
+    )
+
+
 def _register(backend: str) -> None:
     forward, backward = (operator.name() for operator in _operators(backend))
     for name, fake in (forward, _fake_forward), (backward, _fake_backward):
@@ -218,6 +225,8 @@ def _register(backend: str) -> None:
     setup = functools.partial(_setup_context, backend)
     torch.library.register_autograd(forward, _formula, setup_context=setup, lib=_library)
     torch.library.register_autograd(backward, _twice, lib=_library)
+    for key in "Batched", "FuncTorchBatched":
+        _library.impl(backward, _batched, key)
 
 
 for _name in TABLES:

@@ -1,3 +1,5 @@
+import functools
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -189,6 +191,17 @@ def test_a_second_derivative_is_refused_where_batch_norms_alone_train(backend):
     (dgamma,) = torch.autograd.grad(loss, block.bn1.weight, create_graph=True)
     with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
         dgamma.square().sum().backward()
+
+
+@pytest.mark.parametrize("batched", ["grad", "vmap"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_batch_of_gradients_is_refused(backend, batched):
+    """is_grads_batched=True, as a vectorised Jacobian uses it, and vmap say in one sentence what serves instead."""
+    x = torch.randn(2, 4, 5, 5, requires_grad=True)
+    y = PreActBlock(4, 4, backend=backend)(x)
+    grad, dy = functools.partial(torch.autograd.grad, y, x), torch.randn(3, *y.shape)
+    with pytest.raises(RuntimeError, match=r"one gradient at a time.*backend='eager'"):
+        grad(dy, is_grads_batched=True) if batched == "grad" else torch.vmap(grad)(dy)
 
 
 @pytest.mark.parametrize("name", ["odd", "many-pixels", "quads", "bottleneck-stride-2"])
