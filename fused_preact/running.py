@@ -51,13 +51,13 @@ def update(
     buffers = [*mean, *var, *counts]
     if not buffers or recomputing():
         return
-    with torch.no_grad():
-        counted = all(count.dtype == torch.int64 for count in counts)
-        if counted and _extension.unavailable is None and buffers[0].is_cpu and not torch.compiler.is_compiling():
-            with torch._C._AutoDispatchBelowAutograd():  # an operator of thousands of tensors: each layer costs
-                torch.ops.fused_preact._update_running.default(mean, var, counts, rows, units, momentum)
-            torch.autograd.graph.increment_version(buffers)
-        else:
+    counted = all(count.dtype == torch.int64 for count in counts)
+    if counted and _extension.unavailable is None and buffers[0].is_cpu and not torch.compiler.is_compiling():
+        with torch._C._AutoDispatchBelowAutograd():  # an operator of thousands of tensors: each layer costs
+            torch.ops.fused_preact._update_running.default(mean, var, counts, rows, units, momentum)
+        torch.autograd.graph.increment_version(buffers)
+    else:
+        with torch.no_grad():
             _update(mean, var, counts, rows, units, momentum)
 
 
