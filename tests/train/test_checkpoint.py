@@ -75,6 +75,17 @@ def test_damaged(tmp_path):
         checkpoint.save(path, STATE)
 
 
+def test_damaged_numbers(tmp_path):
+    """A byte that a disk has changed is found, in a weight too."""
+    path = tmp_path / "checkpoint.pt"
+    checkpoint.save(path, STATE)
+    whole, number = path.read_bytes(), STATE["model"]["weight"].numpy().tobytes()
+    assert whole.count(number) == 1
+    path.write_bytes(whole.replace(number, number[:-1] + b"\x41"))
+    with pytest.raises(UserError, match=r"checkpoint.pt: damaged, or not a checkpoint"):
+        checkpoint.load(path)
+
+
 def test_missing(tmp_path):
     """No checkpoint: the message says how to start."""
     with pytest.raises(UserError, match="no such checkpoint; leave out --resume to start a run"):
