@@ -228,15 +228,21 @@ def choose(backend: str, problem: Problem) -> str:
 
 
 class Choice(NamedTuple):
-    """The backend that serves one call, and why the others do not; ``where`` is a name, or the module that calls."""
+    """The backend that serves one call, and why the others do not; ``where`` is a name, or the module that calls.
+
+    ``apart``: why a block of a stage runs by itself, where that is not for its layers.
+    """
 
     where: Any
     backend: str
     others: dict[str, str]
     problem: Problem | None = None
+    apart: str | None = None
 
     def __str__(self) -> str:
         lines = [f"{self.where}: {self.backend}"]
+        if self.apart is not None:
+            lines.append(f"    apart from its stage: {self.apart}")
         lines += [f"    not {name}: {reason}" for name, reason in self.others.items()]
         return "\n".join(lines)
 
@@ -247,15 +253,15 @@ class Explanation(tuple[Choice, ...]):
     def __str__(self) -> str:
         if not self:
             return "no fused call is made here"
-        merged: dict[tuple[str, tuple[tuple[str, str], ...]], list[str]] = {}
+        merged: dict[tuple[str, str | None, tuple[tuple[str, str], ...]], list[str]] = {}
         for choice in self:
-            merged.setdefault((choice.backend, tuple(choice.others.items())), []).append(choice.where)
+            merged.setdefault((choice.backend, choice.apart, tuple(choice.others.items())), []).append(choice.where)
         texts = []
-        for (backend, others), places in merged.items():
+        for (backend, apart, others), places in merged.items():
             if len(places) > 4:
                 places = [f"{places[0]}, {places[1]}, ... {places[-1]} ({len(places)} calls)"]
             where = ", ".join(places)
-            texts.append(str(Choice(where, backend, dict(others))))
+            texts.append(str(Choice(where, backend, dict(others), apart=apart)))
         return "\n".join(texts)
 
 
@@ -292,6 +298,15 @@ def record(choice: Choice) -> None:
     """Add a choice to the records that are being made."""
     for choices in _records:
         choices.append(choice)
+
+
+@contextlib.contextmanager
+def apart(reason: str) -> Iterator[None]:
+    """Note with the choices of the calls made inside why they are not made by the stage that they belong to."""
+    before = [(choices, len(choices)) for choices in _records]
+    yield
+    for choices, count in before:
+        choices[count:] = [choice._replace(apart=reason) for choice in choices[count:]]
 
 
 def _place(where: Any, names: dict[Any, str]) -> str:

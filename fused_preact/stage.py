@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch.fx
 from torch import Tensor, nn
 
-from . import schedule
+from . import backends, schedule
 from .blocks import Block
 from .checks import one_of
 from .layers import Layers, has_own_forward, hooked
@@ -75,13 +75,13 @@ class PreActStage(nn.Sequential):
         """
         self._check_memory()
         for part in remembered(self, lambda: list(self._parts())):
-            x = part(x) if isinstance(part, nn.Module) else self._fused(part, x)
+            x = part.run(x) if isinstance(part, _Alone) else self._fused(part, x)
         return x
 
     def runs(self) -> list[nn.Module]:
         """What it is a sequence of as it runs: a stage for each run of blocks that is one node, and single blocks."""
         parts = self._parts()
-        return [p if isinstance(p, nn.Module) else PreActStage(*p.blocks, memory=self.memory) for p in parts]
+        return [p.module if isinstance(p, _Alone) else PreActStage(*p.blocks, memory=self.memory) for p in parts]
 
     def extra_repr(self) -> str:
         """The memory mode, where it is not the default."""
@@ -98,19 +98,18 @@ class PreActStage(nn.Sequential):
                     f"{type(block).__name__} of {block.units}, which keeps one tensor with memory='lean' already"
                 )
 
-    def _parts(self) -> Iterator[nn.Module | _Part]:
+    def _parts(self) -> Iterator[_Alone | _Part]:
         """The blocks in order: runs of those that are one node, and by itself each that cannot be in one."""
         part: list[tuple[Block, Layers]] = []
         for block in self._modules.values():
-            plain = isinstance(block, Block) and type(block).forward is Block.forward and not has_own_forward(block)
-            layers = block.layers() if plain else None
-            alone = layers is None or hooked(block) or block._compiled_call_impl is not None
-            alone = alone or block.obstacle(layers) is not None
+            reason = _why_alone(block)
+            layers = block.layers() if reason is None else None
+            alone = layers is None or block.obstacle(layers) is not None
             if part and (alone or block.backend != part[-1][0].backend):
                 yield _Part.of(part)
                 part = []
             if alone:
-                yield block
+                yield _Alone(block, reason)
             else:
                 part.append((block, layers))
         if part:
@@ -124,6 +123,31 @@ class PreActStage(nn.Sequential):
             for block in part.blocks:
                 x = block(x)
         return x if y is None else y
+
+
+def _why_alone(block: nn.Module) -> str | None:
+    """Why a module of a stage runs by itself, its layers apart, or None."""
+    if not isinstance(block, Block):
+        return f"it is of type {type(block).__name__}, no PreActBlock and no PreActBottleneck"
+    if type(block).forward is not Block.forward or has_own_forward(block):
+        return "it has a forward of its own"
+    if hooked(block):
+        return "it has hooks, which run only when the block itself is called"
+    return None if block._compiled_call_impl is None else "it is compiled by itself"
+
+
+class _Alone(NamedTuple):
+    """A module of a stage that runs by itself, and why, where its own choice does not say."""
+
+    module: nn.Module
+    reason: str | None
+
+    def run(self, x: Tensor) -> Tensor:
+        """What the module makes of x."""
+        if self.reason is None or not backends.is_recording():
+            return self.module(x)
+        with backends.apart(self.reason):
+            return self.module(x)
 
 
 class _Part(NamedTuple):

@@ -217,6 +217,7 @@ def test_a_hooked_block_runs_by_itself(memory):
         ("0", FUSED), ("2", "eager"), ("3", FUSED), ("4", FUSED), ("5", FUSED),
     ]  # fmt: skip
     assert "conv2 has hooks" in str(choices)
+    assert f"4: {FUSED}\n    apart from its stage: it has hooks" in str(choices)
     assert [len(run) if isinstance(run, PreActStage) else run for run in stage.runs()] == [2, stage[2], 1, stage[4], 1]
 
 
