@@ -48,11 +48,22 @@ def update(
         units: the index in rows of each batch norm.
         momentum: None is the average of all batches, this one included: of one batch norm, and by its count.
     """
-    buffers = [*mean, *var, *counts]
-    if not buffers or recomputing():
+    if not (mean or var or counts):
         return
+    if torch.compiler.is_compiling():  # whether a checkpoint repeats it is known only when the code runs
+        with torch.no_grad():
+            torch.ops.fused_preact._move_running(mean, var, counts, rows, units, momentum)
+    else:
+        _move(mean, var, counts, rows, units, momentum)
+
+
+def _move(mean, var, counts, rows, units, momentum) -> None:
+    """`update` as it runs; to compiled code one operator."""
+    if recomputing():
+        return
+    buffers = [*mean, *var, *counts]
     counted = all(count.dtype == torch.int64 for count in counts)
-    if counted and _extension.unavailable is None and buffers[0].is_cpu and not torch.compiler.is_compiling():
+    if counted and _extension.unavailable is None and buffers[0].is_cpu:
         with torch._C._AutoDispatchBelowAutograd():  # an operator of thousands of tensors: each layer costs
             torch.ops.fused_preact._update_running.default(mean, var, counts, rows, units, momentum)
         torch.autograd.graph.increment_version(buffers)
@@ -75,5 +86,12 @@ def _update(mean, var, counts, rows, units, momentum) -> None:
         torch._foreach_lerp_(buffers, batch, momentum)
 
 
+_library = torch.library.Library("fused_preact", "FRAGMENT")
+_library.define(
+    "_move_running(Tensor(a!)[] mean, Tensor(b!)[] var, Tensor(c!)[] counts, Tensor[] rows, int[] units, "
+    "float? momentum) -> ()"
+)
+_library.impl("_move_running", _move, "CompositeExplicitAutograd")
+torch.library.register_fake("fused_preact::_move_running", lambda *_: None, lib=_library)
 if _extension.unavailable is None:
     torch.library.register_fake("fused_preact::_update_running", lambda *_: None)

@@ -137,10 +137,11 @@ def test_the_operator_reads_nothing_out_of_bounds(name):
 
 @needs_cpu
 def test_the_operator_is_what_it_says():
-    """Its schema, its fake kernel and what it changes agree."""
+    """Its schema, its fake kernel and what it changes agree; likewise of the one in compiled code."""
     mean, var, counts, rows = norms(torch.float32)
     arguments = mean, var, counts, rows, [1, 2, 3], 0.1
-    torch.library.opcheck(torch.ops.fused_preact._update_running.default, arguments)
+    for operator in "_update_running", "_move_running":
+        torch.library.opcheck(getattr(torch.ops.fused_preact, operator).default, arguments)
 
 
 def test_counts_that_are_no_int64():

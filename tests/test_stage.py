@@ -263,11 +263,13 @@ def test_a_block_that_is_used_twice(memory):
 
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_checkpoint_updates_the_statistics_once(backend, reentrant):
+@pytest.mark.parametrize("compiled", [False, True], ids=["", "compiled"])
+def test_checkpoint_updates_the_statistics_once(compiled, backend, reentrant):
     """A checkpointed stage repeats its forward; running statistics and counts are those of one pass."""
     stage, plain = make(bottlenecks, "lean", backend), make(bottlenecks, backend="eager")
     x = x_of().requires_grad_()
-    y = checkpoint(stage, x, use_reentrant=reentrant)
+    call = torch.compile(stage, backend="aot_eager") if compiled else stage
+    y = checkpoint(call, x, use_reentrant=reentrant)
     y.backward(torch.ones_like(y))
     plain(x_of())
     assert_same(stage.state_dict(), plain.state_dict(), **CLOSE)
