@@ -15,7 +15,8 @@ from cases import (
     errors,
     fused,
 )
-from fused_preact import backends, ops, reference, schedule
+from fused_preact import backends, ops, reference, schedule, tables, tune
+from fused_preact.bench.measure import Step, Times
 from fused_preact.triton import configurations, launch, statistics
 from fused_preact.triton.launch import Config
 from tf32 import eager_tf32
@@ -101,6 +102,29 @@ def test_the_rule_takes_a_smaller_tile_for_few_channels_and_few_pixels():
     assert configurations.rule(tiles, 128 * 32 * 32, 512) == tiles[0]
     assert configurations.rule(tiles, 128 * 32 * 32, 48).columns == 64
     assert configurations.rule(tiles, 16, 16) == tiles[-1]
+
+
+def test_a_tile_that_was_measured_serves_later_calls(folder, monkeypatch):
+    """Each kernel call is timed with each tile of the list; the fastest is in the table, and calls read it there."""
+    fast, last = Config(64, 32, 16, 4, 1), Config(32, 32, 16, 4, 1)
+    monkeypatch.setattr(configurations, "candidates", lambda *args: (fast, last))
+    monkeypatch.setattr(configurations, "trial", {})
+    x = torch.empty(1, 16, 4, 4)
+
+    def call():
+        return configurations.configuration("forward", x, 16, 16, (16, 3, 3), (1, 1))
+
+    def alternate(steps, *_):
+        return [Times((1.0,), (1.0 if steps[0].forward() == fast else 2.0,))]
+
+    monkeypatch.setattr(tune, "_step", lambda *_: Step(lambda: None, call, lambda _: None))
+    monkeypatch.setattr(tune, "alternate", alternate)
+    problem = backends.Problem(x.device, x.dtype, x.shape, ())
+    tiles = tune._tiles(problem, torch.nn.Identity(), 1.0)
+    configurations.trial.clear()
+    assert call() == last
+    tables.save({"device": tables.device_name("cpu"), "calls": {}, "tiles": tiles})
+    assert call() == fast
 
 
 def test_every_architecture_ships_every_type():
