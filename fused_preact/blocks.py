@@ -24,6 +24,9 @@ class Block(Fused):
         shortcut_input: what the shortcut's convolution reads: "activated", relu(bn1(x)), as in the paper, or "raw", x.
         shortcut_name: name of that convolution's container in the state_dict, "shortcut" or "downsample".
         backend: one of `backends.NAMES`; "eager" is the plain layers.
+
+    Raises:
+        ValueError: one of the last four is none of those named.
     """
 
     expansion = 1
@@ -73,7 +76,7 @@ class Block(Fused):
         return Layers(pairs, kind, self.shortcut_name, container)
 
     def forward(self, x: Tensor) -> Tensor:
-        """y [N, planes*expansion, P, Q] of x [N, in_planes, H, W].
+        """y [N, planes*expansion, P, Q] of x [N, in_planes, H, W], of the dtype of x where autocast is off.
 
         Raises:
             TypeError, ValueError: x does not fit.

@@ -157,7 +157,11 @@ def input_tensor(x: Any) -> None:
 
 
 def convolution(name: str, weight: Any, conv: Conv, shape: Sequence[int], x: Tensor) -> tuple[int, int, int, int]:
-    """Shape of the output of the convolution of an input of ``shape`` by ``weight``, called ``name`` in messages."""
+    """Shape of the output of the convolution of an input of ``shape`` by ``weight``, called ``name`` in messages.
+
+    Raises:
+        TypeError, ValueError: they do not fit each other.
+    """
     _alike(name, weight, x, (x.dtype,))
     filters(name, weight)
     K, channels, R, S = weight.shape
@@ -184,7 +188,11 @@ def convolution(name: str, weight: Any, conv: Conv, shape: Sequence[int], x: Ten
 
 
 def batch_norm(unit: Unit, shape: Sequence[int], x: Tensor, name: Callable[[str], str]) -> None:
-    """Check the batch norm of a unit against the shape [N, C, H, W] of its input; ``name`` names its arguments."""
+    """Check the batch norm of a unit against the shape [N, C, H, W] of its input; ``name`` names its arguments.
+
+    Raises:
+        TypeError, ValueError: they do not fit each other.
+    """
     C, dtypes = shape[1], (x.dtype, accumulation_type(x.dtype))
     for field in ("bn_weight", "bn_bias", "running_mean", "running_var"):
         t = getattr(unit, field)

@@ -72,6 +72,9 @@ class PreActResNet(nn.Module):
         first_block: block at the very front, where another than ``block`` is wanted.
         memory: what the stages keep for backward, see `PreActStage`.
         block_options: keyword arguments for every block (stride_on, shortcut_input, shortcut_name, backend).
+
+    Raises:
+        ValueError: ``stem`` is none of the two, or the blocks or stages refuse an option.
     """
 
     def __init__(
@@ -110,7 +113,11 @@ class PreActResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
-        """Scores [N, num_classes] of images [N, 3, H, W]."""
+        """Scores [N, num_classes] of images [N, 3, H, W] of the parameters' dtype.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: the images do not fit.
+        """
         x = self.conv1(x.contiguous(memory_format=torch.channels_last))
         if self.pool:
             x = F.max_pool2d(x, 3, 2, 1)
@@ -164,7 +171,7 @@ def create(name: str, num_classes: int = 10, **options: Any) -> PreActResNet:
         options: keyword arguments of `PreActResNet` and its blocks, such as ``backend="eager"``, ``stem="imagenet"``.
 
     Raises:
-        ValueError: there is no network of that name.
+        ValueError: there is no network of that name, or it refuses an option.
     """
     one_of("name", name, names())
     return PreActResNet(num_classes=num_classes, **{**_MODELS[name], **options})

@@ -85,6 +85,9 @@ class BNReLUConv2d(Fused):
         eps, momentum, affine, track_running_stats: as in nn.BatchNorm2d.
         backend: one of `backends.NAMES`.
         device, dtype: of the parameters.
+
+    Raises:
+        ValueError: there is no backend of that name, or nn.Conv2d refuses an argument.
     """
 
     def __init__(
@@ -131,7 +134,7 @@ class BNReLUConv2d(Fused):
         return unit
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """y [N, K, P, Q] of x [N, C, H, W] and a residual of the shape of y.
+        """y [N, K, P, Q] of x [N, C, H, W] and a residual of the shape of y, of the dtype of x where autocast is off.
 
         Raises:
             TypeError, ValueError: an argument does not fit.

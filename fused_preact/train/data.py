@@ -69,6 +69,7 @@ def digits() -> Dataset:
     Each image is enlarged to 32x32 by bilinear interpolation and given three equal channels, since the networks' stem
     reads three. The split is fixed and has the same share of every class on both sides.
     Source: E. Alpaydin, C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository, 1998.
+    Raises UserError where scikit-learn is not installed.
     """
     try:
         from sklearn.datasets import load_digits
@@ -85,7 +86,10 @@ def digits() -> Dataset:
 
 
 class Batches:
-    """The batches of one run, on `device`, normalised to zero mean and unit deviation a channel, channels_last."""
+    """The batches of one run, float32 on `device`, normalised to zero mean and unit deviation a channel, channels_last.
+
+    Raises UserError for a batch of more images than there are.
+    """
 
     def __init__(
         self, dataset: Dataset, batch_size: int, seed: int, padding: int, flip: bool, device: torch.device
