@@ -61,15 +61,16 @@ def _move(mean, var, counts, rows, units, momentum) -> None:
     """`update` as it runs; to compiled code one operator."""
     if recomputing():
         return
-    buffers = [*mean, *var, *counts]
+    # As nn.BatchNorm2d does, this tells autograd of counts alone: plain layers save mean and var for a backward that in
+    # training does not read them, and that would be refused.
     counted = all(count.dtype == torch.int64 for count in counts)
-    if counted and _extension.unavailable is None and buffers[0].is_cpu:
+    if counted and _extension.unavailable is None and [*mean, *var, *counts][0].is_cpu:
         with torch._C._AutoDispatchBelowAutograd():  # an operator of thousands of tensors: each layer costs
             torch.ops.fused_preact._update_running.default(mean, var, counts, rows, units, momentum)
-        torch.autograd.graph.increment_version(buffers)
+        torch.autograd.graph.increment_version(counts)
     else:
         with torch.no_grad():
-            _update(mean, var, counts, rows, units, momentum)
+            _update([t.data for t in mean], [t.data for t in var], counts, rows, units, momentum)
 
 
 def _update(mean, var, counts, rows, units, momentum) -> None:
