@@ -6,7 +6,7 @@ of y. dy is [N, P, Q, K], x [N, H, W, C], the filter's gradient [K, R, S, C].
 Few tiles and many pixels: the pixels are split into parts, and a program makes one tile of one tap from one part. It
 forms dy and the activation while it reads them, in chunks of DEPTH pixels. The parts are kept in the accumulation type
 and `reduce` adds them in order, so results are the same bits in every run. How many parts there are depends on the
-shape alone.
+shape and its tile alone.
 
 Bytes: g (with its x) once for each tap and column of tiles, x once for each tap and row of tiles, mostly from L2, for
 programs that share their pixels run side by side; the parts once out and in.
