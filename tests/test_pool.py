@@ -46,6 +46,32 @@ run(small)
 print(json.dumps(before - megabytes(1)))
 """
 
+FORKED = """
+import os, signal, threading
+from fused_preact import PreActBottleneck, PreActStage
+small, stage = images(1, 32), PreActStage(PreActBottleneck(64, 16))
+batches = [images(N, 32) for N in range(8, 64, 5)]
+stop = threading.Event()
+def work():
+    torch.set_num_threads(1), torch.set_grad_enabled(False)
+    while not stop.is_set():
+        for x in batches:
+            stage(x)
+threads = [threading.Thread(target=work) for _ in range(6)]
+for thread in threads:
+    thread.start()
+results = []
+while len(results) < 16 and not any(results):
+    child = os.fork()
+    if child == 0:
+        signal.alarm(10)
+        run(small)
+        os._exit(0)
+    results.append(os.waitpid(child, 0)[1])
+stop.set()
+print(json.dumps(results))
+"""
+
 
 def run(script: str):
     # glibc then gives back what is freed, where it would keep some of it for itself.
@@ -69,3 +95,8 @@ def test_what_waits_is_given_up_where_memory_is_short():
 def test_what_has_waited_for_ten_seconds_goes_back():
     """A large batch does not stay in memory for good beside small ones."""
     assert run(IDLE) >= 60
+
+
+def test_a_forked_child_calls_while_other_threads_did():
+    """The lock that another thread held when the process was forked is free in the child."""
+    assert run(FORKED) == [0] * 16

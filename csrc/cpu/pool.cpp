@@ -8,6 +8,7 @@
 #include <vector>
 
 #if defined(__linux__)
+#include <pthread.h>
 #include <sys/mman.h>
 #endif
 
@@ -95,7 +96,13 @@ struct ActivationPool::State {
   }
 };
 
-ActivationPool::ActivationPool() : state_(*new State) {}
+ActivationPool::ActivationPool() : state_(*new State) {
+#if defined(__linux__)
+  // A forked child has no other thread than the one that forked: a lock that another held would stay locked in it.
+  static std::mutex& mutex = state_.mutex;
+  pthread_atfork([] { mutex.lock(); }, [] { mutex.unlock(); }, [] { mutex.unlock(); });
+#endif
+}
 
 ActivationPool& ActivationPool::instance() {
   static ActivationPool& pool = *new ActivationPool;
