@@ -65,7 +65,9 @@ def _move(mean, var, counts, rows, units, momentum) -> None:
     # training does not read them, and that would be refused.
     counted = all(count.dtype == torch.int64 for count in counts)
     if counted and _extension.unavailable is None and [*mean, *var, *counts][0].is_cpu:
-        with torch._C._AutoDispatchBelowAutograd():  # an operator of thousands of tensors: each layer costs
+        # An operator of thousands of tensors: each layer costs. no_grad is written in Python: a KeyboardInterrupt that
+        # comes while it is entered would leave gradients off for good.
+        with torch._C._AutoDispatchBelowAutograd():
             torch.ops.fused_preact._update_running.default(mean, var, counts, rows, units, momentum)
         torch.autograd.graph.increment_version(counts)
     else:

@@ -1,5 +1,8 @@
 """running.py: buffers move as nn.BatchNorm2d's do, on the CPU by an operator, elsewhere by torch's lists."""
 
+import itertools
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -166,3 +169,34 @@ def test_a_momentum_of_one_gives_the_batch():
     running.update([mean], [var], [], [rows], [0], 1.0)
     assert torch.equal(mean, rows[MEAN])
     assert torch.equal(var, rows[VARIANCE])
+
+
+@needs_cpu
+def test_an_interrupt_leaves_gradients_on():
+    """Wherever it comes between two calls of the update on the CPU."""
+
+    def update_until(call: int) -> bool:
+        calls, buffers = itertools.count(), norms(torch.float32)
+
+        def interrupt(_frame, event: str, _arg) -> None:
+            if event.endswith("return") and next(calls) == call:
+                sys.setprofile(None)
+                raise KeyboardInterrupt
+
+        before = sys.getprofile()
+        sys.setprofile(interrupt)
+        try:
+            running.update(*buffers, [1, 2, 3], 0.1)
+        except KeyboardInterrupt:
+            return True
+        finally:
+            sys.setprofile(before)
+        return False
+
+    for call in itertools.count():
+        interrupted = update_until(call)
+        on = torch.is_grad_enabled()
+        torch.set_grad_enabled(True)
+        assert on
+        if not interrupted:
+            break
