@@ -28,9 +28,11 @@ def _a(a: Activation) -> Tensor:
 def _dy(dy: Gradient) -> Tensor:
     if dy.norm is None:
         return dy.g
-    _, _, slope, offset = (_column(row) for row in dy.grad)
-    centred = dy.x.to(dy.norm.dtype) - _column(dy.norm[MEAN])
-    return (_column(dy.norm[SCALE]) * dy.g + slope * centred + offset).to(dy.g.dtype)
+    formed = _column(dy.norm[SCALE]) * dy.g
+    if len(dy.grad) > 2:
+        _, _, slope, offset = (_column(row) for row in dy.grad)
+        formed = formed + slope * (dy.x.to(dy.norm.dtype) - _column(dy.norm[MEAN])) + offset
+    return formed.to(dy.g.dtype)
 
 
 def norm_rows(mean: Tensor, variance: Tensor, unbiased: Tensor, affine: Affine) -> Tensor:
@@ -71,10 +73,9 @@ def dgrad(conv: Conv, dy: Gradient, weight: Tensor, x: Activation, add: Tensor |
     wide, rstd, m = dz.to(x.norm.dtype), x.norm[RSTD], dz.numel() // dz.size(1)
     dbeta = wide.sum((0, 2, 3))
     dgamma = (wide * (x.x.to(wide.dtype) - _column(x.norm[MEAN])) * _column(rstd)).sum((0, 2, 3))
-    if batch:
-        slope, offset = -x.norm[SCALE] * rstd * dgamma / m, -x.norm[SCALE] * dbeta / m
-    else:
-        slope, offset = torch.zeros_like(rstd), torch.zeros_like(rstd)
+    if not batch:  # x, which may be infinite or NaN where no output reads it, is no part of dx
+        return Gradient(dz, x.x, x.norm, (dgamma, dbeta))
+    slope, offset = -x.norm[SCALE] * rstd * dgamma / m, -x.norm[SCALE] * dbeta / m
     return Gradient(dz, x.x, x.norm, (dgamma, dbeta, slope, offset))
 
 

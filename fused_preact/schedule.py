@@ -81,7 +81,7 @@ class Gradient(NamedTuple):
     g: Tensor
     x: Tensor | None = None
     norm: Tensor | None = None
-    grad: Sequence[Tensor] | None = None  # dgamma, dbeta, slope, offset, [C] each
+    grad: Sequence[Tensor] | None = None  # dgamma, dbeta and, where they are not zero, slope and offset, [C] each
 
 
 def memory_format(x: Tensor) -> torch.memory_format:

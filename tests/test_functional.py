@@ -123,6 +123,20 @@ def test_nan_stays_nan(backend):
     assert x.grad.isnan().sum() <= 6
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "triton"])
+def test_a_pixel_that_no_output_reads_has_no_gradient(backend, value):
+    """Whatever its value is: with running statistics x is no part of dx but for the mask."""
+    x, weight, *norm = tensors(size=1)
+    x[0, 1, 3, 2] = value
+    x.requires_grad_()
+    y = bn_relu_conv2d(x, weight, *norm, stride=2, backend=backend)
+    assert y.isfinite().all()
+    y.sum().backward()
+    assert x.grad[0, 1, 3, 2] == 0
+    assert x.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
 @pytest.mark.parametrize("pixel", [0, -1], ids=["first", "last"])
 def test_statistics_of_what_is_not_finite(value, pixel, backend):
