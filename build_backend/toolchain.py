@@ -53,7 +53,7 @@ X86_FLAGS = {
 }
 TARGET_FLAGS = ("-DTORCH_TARGET_VERSION=0x020b000000000000",)  # the stable ABI of torch 2.11
 # Of the shared libraries named on the command line a linker drops those that it thinks unused.
-LINK_FLAGS = ("-shared", "-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed")
+LINK_FLAGS = ("-shared", "-pthread", "-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed")
 
 COMPILER_CACHES = ("ccache", "sccache", "distcc", "icecc")
 NO_COMPILER = (

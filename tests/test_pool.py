@@ -64,7 +64,7 @@ results = []
 while len(results) < 16 and not any(results):
     child = os.fork()
     if child == 0:
-        signal.alarm(10)
+        signal.alarm(60)
         run(small)
         os._exit(0)
     results.append(os.waitpid(child, 0)[1])

@@ -145,4 +145,5 @@ def dgrad(conv: Conv, dy: Gradient, weight: Tensor, x: Activation, add: Tensor |
     )  # fmt: skip
     if partial is None:
         return Gradient(dz)
-    return Gradient(dz, x.x, x.norm, _gradients(partial, x.norm, N * H * W, batch))
+    # Without batch statistics x, which may be infinite or NaN where no output reads it, is no part of dx: 0 times dz.
+    return Gradient(dz, x.x if batch else dz, x.norm, _gradients(partial, x.norm, N * H * W, batch))
