@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from . import checks, running
+from . import backends, checks, running
 from .checks import Block, Shortcut, Unit
 
 
@@ -200,8 +200,8 @@ def overwritable(child: nn.Module) -> bool:
 
 
 def add(y: Tensor, residual: Tensor, inplace: bool) -> Tensor:
-    """y + residual, in y where that is allowed."""
-    return y.add_(residual) if inplace else y + residual
+    """y + residual, in y where that is allowed: torch.func.vmap refuses it where it maps the residual alone."""
+    return y.add_(residual) if inplace and not backends.is_transforming() else y + residual
 
 
 def conv_geometry(conv: nn.Conv2d) -> checks.Conv:

@@ -292,6 +292,19 @@ def test_transforms_run_the_plain_layers(transform, grad):
             transform(unit, x)
 
 
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+def test_vmap_over_what_is_added_alone(backend):
+    """The sum is mapped and the layers' result is not: it does not fit into that result, so it is not written there."""
+    unit, block = twins(backend)[0].eval(), PreActBlock(8, 5, backend=backend).eval()
+    x, residuals, weights = torch.randn(2, 8, 4, 5), torch.randn(3, 2, 5, 4, 5), torch.randn(3, 5, 8, 1, 1)
+
+    def projected(weight):
+        return torch.func.functional_call(block, {"shortcut.0.weight": weight}, (x,))
+
+    for call, mapped in (lambda residual: unit(x, residual), residuals), (projected, weights):
+        assert_close(torch.vmap(call)(mapped), torch.stack(list(map(call, mapped))))
+
+
 @pytest.mark.parametrize(
     "name", ["vmap", "grad"]
 )  # torch 2.13 refuses to trace the batch norm of plain layers in a jvp
