@@ -135,6 +135,8 @@ def _alike(name: str, t: Any, x: Tensor, dtypes: Sequence[torch.dtype]) -> None:
         raise TypeError(f"{name} must be {expected}, as x is {x.dtype}; got {t.dtype}")
     if t.device != x.device:
         raise ValueError(f"{name} must be on {x.device}, where x is; got {t.device}")
+    if t.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {t.layout}")
 
 
 def _vector(name: str, t: Any, size: int, what: str, x: Tensor, dtypes: Sequence[torch.dtype]) -> None:

@@ -108,9 +108,9 @@ def call_key(name: str, x: Tensor) -> tuple[Any, ...]:
     device = x.device.type
     casts = device != "meta" and torch.is_autocast_enabled(device)  # meta is asked about in vain
     cast = torch.get_autocast_dtype(device) if casts else None
-    order = memory_format(x) if x.dim() == 4 and x.layout == torch.strided else None
+    order = memory_format(x) if x.dim() == 4 and x.layout == torch.strided else x.layout
     calling = torch.is_grad_enabled(), backends.is_transforming(), cast
-    return x.shape, x.dtype, x.device, x.layout, order, *calling
+    return x.shape, x.dtype, x.device, order, *calling
 
 
 def make_plan(

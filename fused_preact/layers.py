@@ -66,8 +66,8 @@ class Layers(NamedTuple):
 _MEMBERS = ("_modules", "_parameters", "_buffers")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _SETTINGS = (
-    "training", "backend", "shortcut_input", "eps", "momentum", "track_running_stats", "stride", "padding", "dilation",
-    "groups", "padding_mode", "_compiled_call_impl",
+    "training", "backend", "shortcut_input", "shortcut_name", "eps", "momentum", "track_running_stats",
+    "stride", "padding", "dilation", "groups", "padding_mode", "_compiled_call_impl",
 )  # fmt: skip
 
 
@@ -96,7 +96,7 @@ class Watch:
         named = (s["_parameters"].get("weight") for s in states if isinstance(s.get("padding"), str))
         self._named = [weight for weight in named if weight is not None]
         self._parameters = [t for s in states for t in s["_parameters"].values() if t is not None]
-        self._sizes, self._objects = list(self._find_sizes(module)), list(self._find_objects(module))
+        self._sizes, self._objects = list(self._find_sizes()), list(self._find_objects(module))
 
     def holds(self, module: nn.Module) -> bool:
         """Whether it is of this module, and nothing has changed."""
@@ -104,7 +104,7 @@ class Watch:
             return (
                 self._module() is module
                 and all(map(is_, self._find_boxes(module), self._boxes))
-                and all(map(eq, self._find_sizes(module), self._sizes))
+                and all(map(eq, self._find_sizes(), self._sizes))
                 and all(map(is_, self._find_objects(module), self._objects))
             )
         except KeyError:  # an attribute was deleted
@@ -117,8 +117,8 @@ class Watch:
     def _find_boxes(self, module: nn.Module) -> Iterator[Any]:
         return chain.from_iterable(map(itemgetter(*_MEMBERS, *_HOOKS), chain((module.__dict__,), self._states)))
 
-    def _find_sizes(self, module: nn.Module) -> Iterator[Any]:
-        sizes = map(len, chain((module.__dict__,), self._states, self._members, self._hooks))
+    def _find_sizes(self) -> Iterator[Any]:
+        sizes = map(len, chain(self._states, self._members, self._hooks))
         return chain(sizes, map(contains, self._states, repeat("forward")), map(attrgetter("shape"), self._named))
 
     def _find_objects(self, module: nn.Module) -> Iterator[Any]:
@@ -250,7 +250,7 @@ def running_updates(pairs: Iterable[Pair]) -> list[RunningUpdate]:
         mean, var, count = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
         if count is not None:
             update.counts.append(count)
-        if mean is not None and var is not None:
+        if mean is not None:  # then var is there too, or the call is refused
             update.units.append(i)
             update.mean.append(mean)
             update.var.append(var)

@@ -61,7 +61,6 @@ def remembered(module: nn.Module, make: Callable[[], Any]) -> Any:
         return make()
     watch, made = module.__dict__.get(_REMEMBERED) or (None, None)
     if watch is None or not watch.holds(module):
-        module.__dict__.setdefault(_REMEMBERED, None)  # counted among the attributes from here on
         watch, made = Watch(module), make()
         module.__dict__[_REMEMBERED] = (watch, made) if watch.may_last() else None
     return made

@@ -25,6 +25,7 @@ BAD = {
     "x has 3 dimensions": ({"x": torch.randn(6, 5, 4)}, ValueError, r"x must have 4 dimensions.*\(6, 5, 4\)"),
     "x is integer": ({"x": torch.ones(2, 6, 5, 4, dtype=torch.int64)}, TypeError, "x must be one of.*float32.*int64"),
     "x is complex": ({"x": torch.ones(2, 6, 5, 4, dtype=torch.complex64)}, TypeError, "x must be one of.*complex64"),
+    "x is elsewhere": ({"x": torch.ones(2, 6, 5, 4, device="meta")}, ValueError, "bn_weight must be on meta.*got cpu"),
     "x is sparse": ({"x": torch.ones(2, 6, 5, 4).to_sparse()}, TypeError, "x must be a dense tensor.*sparse"),
     "x has no channels": (
         {"x": torch.randn(2, 0, 5, 4)},
@@ -49,6 +50,11 @@ BAD = {
         ValueError,
         "weight must be on cpu.*meta",
     ),
+    "weight is sparse": (
+        {"weight": torch.randn(8, 6, 3, 3).to_sparse()},
+        TypeError,
+        "weight must be a dense tensor, got layout torch.sparse_coo",
+    ),
     "weight is empty": ({"weight": torch.randn(0, 6, 3, 3)}, ValueError, r"weight must not be empty.*\(0, 6, 3, 3\)"),
     "groups do not divide": ({"groups": 4}, ValueError, "groups must divide.*6.*8.*groups=4"),
     "weight is not for these groups": (
@@ -60,6 +66,7 @@ BAD = {
     "groups is zero": ({"groups": 0}, ValueError, "groups must be at least 1, got 0"),
     "stride is zero": ({"stride": 0}, ValueError, "stride must be at least 1, got 0"),
     "stride is a float": ({"stride": 1.5}, TypeError, "stride must be an integer or a pair.*1.5"),
+    "stride is a truth value": ({"stride": True}, TypeError, "stride must be an integer or a pair.*True"),
     "stride is a triple": ({"stride": (1, 1, 1)}, TypeError, r"stride must be an integer or a pair.*\(1, 1, 1\)"),
     "padding is negative": ({"padding": (1, -1)}, ValueError, r"padding must be at least 0, got \(1, -1\)"),
     "padding is a bad word": ({"padding": "full"}, ValueError, "padding must be.*'same' or 'valid', got 'full'"),
@@ -166,12 +173,19 @@ def test_every_backend_gives_the_same_error(backend):
         bn_relu_conv2d(**arguments() | {"weight": torch.randn(8, 7, 3, 3), "backend": backend})
 
 
-def test_a_good_call_does_not_excuse_a_bad_one():
-    """Plans are kept by shape and type: a call that differs in one of them is checked anew."""
+def test_autocast_casts_no_integers():
+    """Filters of integers are refused as they are without it."""
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match=r"weight must be .*; got torch.int64"):
+        bn_relu_conv2d(**arguments() | {"weight": torch.ones(8, 6, 3, 3, dtype=torch.int64)})
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_good_call_does_not_excuse_a_bad_one(name):
+    """Plans are kept by shapes, types and the like: a call that differs in one of them is checked anew."""
+    changes, error, message = BAD[name]
     bn_relu_conv2d(**arguments())
-    for changes in ({"residual": torch.ones(2, 8, 5, 5)}, {"x": torch.randn(2, 7, 5, 4)}, {"bn_bias": torch.zeros(7)}):
-        with pytest.raises(ValueError, match=r"must have|expects"):
-            bn_relu_conv2d(**arguments() | changes)
+    with pytest.raises(error, match=message):
+        bn_relu_conv2d(**arguments() | changes)
 
 
 def test_a_block_names_its_own_attributes():

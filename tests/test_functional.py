@@ -1,3 +1,4 @@
+import contextlib
 import functools
 from dataclasses import replace
 
@@ -5,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from cases import BACKENDS, BY_ID, OTHER_FILTERS, QUADS, UNITS, assert_as_close_as_eager, fused
-from fused_preact import bn_relu_conv2d, explain
+from fused_preact import bn_relu_conv2d, explain, functional
 
 
 def plain(x, weight, bn_weight, bn_bias, mean, var, *, training=False, momentum=0.1, eps=1e-5, **conv):
@@ -93,6 +94,59 @@ def test_arguments_are_not_written_to(backend):
     bn_relu_conv2d(x, weight, *norm, residual=residual, padding=1, training=True, backend=backend).backward(dy)
     for t, old in zip((*given, dy), before, strict=True):
         assert torch.equal(t, old)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_running_statistics_are_only_read_in_eval(backend):
+    """Not even the values that they have are written: autograd would take that for a change, and inf - inf is NaN."""
+    x, weight, *norm = tensors()
+    bn_relu_conv2d(x, weight, *norm, backend=backend)
+    assert [t._version for t in norm[2:]] == [0, 0]
+
+
+@contextlib.contextmanager
+def threads(count):
+    """torch's number of threads for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+OTHER_CALLS = {
+    "backend": (dict(backend="reference"), contextlib.nullcontext()),
+    "eps": (dict(eps=0.5), contextlib.nullcontext()),
+    "training": (dict(training=True), contextlib.nullcontext()),
+    "stride": (dict(stride=2), contextlib.nullcontext()),
+    "order of x": (dict(x=tensors()[0].contiguous(memory_format=torch.channels_last)), contextlib.nullcontext()),
+    "shape of x": (dict(x=tensors()[0][:2]), contextlib.nullcontext()),
+    "type of gamma": (dict(bn_weight=None), contextlib.nullcontext()),
+    "residual": (dict(residual=torch.zeros(3, 5, 4, 3)), contextlib.nullcontext()),
+    "gradients": ({}, torch.no_grad()),
+    "autocast": ({}, torch.autocast("cpu", torch.bfloat16)),
+    "its type": ({}, torch.autocast("cpu", torch.float16)),
+    "threads": ({}, threads(2)),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_CALLS)
+def test_a_plan_is_for_calls_that_differ_in_the_numbers_alone(name):
+    """Whatever else differs is looked at anew, for it may be served by another backend, or computed otherwise."""
+    changes, context = OTHER_CALLS[name]
+    names = "x", "weight", "bn_weight", "bn_bias", "running_mean", "running_var"
+    functional._plans.clear()
+    for scale in 1, 2:
+        bn_relu_conv2d(**{key: scale * t for key, t in zip(names, tensors(), strict=True)})
+    assert len(functional._plans) == 1
+    if name == "its type":
+        with torch.autocast("cpu", torch.bfloat16):
+            bn_relu_conv2d(*tensors())
+    before = len(functional._plans)
+    with context:
+        bn_relu_conv2d(**dict(zip(names, tensors(), strict=True)) | changes)
+    assert len(functional._plans) == before + 1
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -194,6 +248,21 @@ def test_a_checkpoint_of_plain_layers_moves_the_statistics_once():
     call = functools.partial(bn_relu_conv2d, weight=weight, groups=2, training=True, running_mean=mean, running_var=var)
     checkpoint(call, x, use_reentrant=False).sum().backward()
     assert_close(mean, 0.1 * x.mean((0, 2, 3)).detach())
+
+
+def test_a_selective_checkpoint_of_plain_layers():
+    """What the checkpoint has kept, here the result of the batch norm and of the convolution, is not written over."""
+    x, weight, *norm = tensors()
+    kept = [torch.ops.aten.native_batch_norm.default, torch.ops.aten.convolution.default]
+    policy = functools.partial(create_selective_checkpoint_contexts, kept)
+    residual = torch.ones(3, 5, 4, 3)
+    call = functools.partial(bn_relu_conv2d, training=True, residual=residual, backend="eager")
+    gradients = []
+    for again in False, True:
+        leaves = [t.clone().requires_grad_() for t in (x, weight, *norm[:2])]
+        y = checkpoint(call, *leaves, use_reentrant=False, context_fn=policy) if again else call(*leaves)
+        gradients.append(torch.autograd.grad(y.square().sum(), leaves))
+    assert_close(*gradients, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("of", [torch.float32, torch.float16], ids=["fp32", "fp16"])

@@ -1,4 +1,5 @@
 import copy
+import functools
 import io
 import re
 
@@ -8,6 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd import forward_ad
 from torch.testing import assert_close
+from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import fused_preact
 from cases import BACKENDS
@@ -103,6 +106,8 @@ def test_a_residual_is_added(backend):
     assert_close(y, plain(x, residual))
     y.backward(torch.ones_like(y))
     assert torch.equal(residual.grad, torch.ones_like(y))
+    with pytest.raises(ValueError, match=r"residual must have the shape of the output, \(2, 5, 4, 5\)"):
+        unit(x, residual[:1])
 
 
 HOOKS = {
@@ -195,6 +200,32 @@ def test_other_layers_run_as_they_are(change, reason):
     (choice,) = fused_preact.explain(unit, x)
     assert choice.backend == "eager"
     assert re.search(reason, str(choice))
+
+
+def test_a_tensor_of_tensors_is_not_taken_apart():
+    """A parameter that wraps others, as a sharded one does, is for torch's own operators."""
+    unit, _ = twins("auto")
+    unit.conv.weight = nn.Parameter(TwoTensor(unit.conv.weight.detach(), unit.conv.weight.detach()))
+    (choice,) = fused_preact.explain(unit, torch.randn(2, 8, 4, 5))
+    assert choice.others["library"] == "conv.weight is a TwoTensor, not a plain tensor"
+
+
+def test_the_parameters_are_made_as_asked():
+    """Of a type and on a device, of both layers."""
+    unit = BNReLUConv2d(3, 4, 1, bias=True, device="meta", dtype=torch.float64)
+    floating = [t for t in unit.state_dict().values() if t.is_floating_point()]
+    assert {(t.device.type, t.dtype) for t in floating} == {("meta", torch.float64)}
+
+
+def test_a_selective_checkpoint_where_auto_prefers_plain_layers():
+    """What the checkpoint has kept of them is not written over."""
+    kept = [torch.ops.aten.native_batch_norm.default, torch.ops.aten.convolution.default]
+    policy = functools.partial(create_selective_checkpoint_contexts, kept)
+    unit = BNReLUConv2d(8, 4, 3, padding=1, groups=2)
+    x, residual = torch.randn(2, 8, 4, 5, requires_grad=True), torch.ones(2, 4, 4, 5)
+    ys = unit(x, residual), checkpoint(unit, x, residual, use_reentrant=False, context_fn=policy)
+    ours, theirs = (torch.autograd.grad(y.square().sum(), [x, *unit.parameters()]) for y in ys)
+    assert_close(theirs, ours, rtol=0, atol=0)
 
 
 def test_sync_batch_norm_is_not_replaced():

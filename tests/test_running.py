@@ -93,6 +93,16 @@ def test_plain_layers_may_be_differentiated_after_a_fused_call(native, monkeypat
     assert bn.running_mean.sum() > 0.1
 
 
+@pytest.mark.parametrize("update", UPDATES)
+def test_autograd_hears_of_counts(update):
+    """As from nn.BatchNorm2d: what was saved for a backward is not changed in silence."""
+    count, x = torch.tensor(1), torch.ones(2, requires_grad=True)
+    y = x * count
+    update([torch.zeros(2)], [torch.ones(2)], [count], [torch.ones(5, 2)], [0], 0.1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
 def test_nothing_moves_in_a_forward_that_is_repeated():
     """Inside of a backward the statistics of the batch have entered already."""
     mean, var, count = torch.zeros(2), torch.ones(2), torch.tensor(3)

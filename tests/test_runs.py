@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 import fused_preact
-from fused_preact import BNReLUConv2d, PreActBlock, PreActStage, bn_relu_conv2d, functional, tables
+from fused_preact import BNReLUConv2d, PreActBlock, PreActStage, bn_relu_conv2d, functional, runs, tables
 
 
 def x_of(N: int = 2, C: int = 8, size: int = 5) -> torch.Tensor:
@@ -73,6 +73,15 @@ def test_parameters_are_freed_without_a_collection(index):
         assert not any(parameter() is not None for parameter in parameters)
     finally:
         gc.enable()
+
+
+def test_it_is_remembered_from_the_first_call_on():
+    """Nothing is made again where nothing has changed."""
+    made = []
+    for module in modules():
+        for _ in range(3):
+            runs.remembered(module, lambda: made.append(0))
+    assert len(made) == 3
 
 
 def test_what_is_pickled_does_not_tell_what_was_called():
@@ -261,6 +270,11 @@ CHANGES = {
     "average": lambda bn, conv: setattr(bn, "momentum", None),
     "eps": lambda bn, conv: setattr(bn, "eps", 0.5),
     "padding": lambda bn, conv: setattr(conv, "padding", (2, 2)),
+    "stride": lambda bn, conv: setattr(conv, "stride", (2, 2)),
+    "dilation": lambda bn, conv: setattr(conv, "dilation", (2, 2)),
+    "padding mode": lambda bn, conv: setattr(conv, "padding_mode", "circular"),
+    "tracking": lambda bn, conv: setattr(bn, "track_running_stats", False),
+    "forward for another attribute": lambda bn, conv: (delattr(bn, "note"), setattr(bn, "forward", torch.sin)),
     "hook": lambda bn, conv: bn.register_forward_hook(lambda module, given, result: 2 * result),
     "hooks": lambda bn, conv: setattr(bn, "_forward_hooks", {0: lambda module, given, result: 2 * result}),
     "parameters": lambda bn, conv: setattr(conv, "_parameters", {"weight": nn.Parameter(-conv.weight), "bias": None}),
@@ -277,10 +291,39 @@ def test_a_change_between_calls_is_heard(change):
     x = torch.randn(2, 4, 5, 5)
     for module in (ours, theirs):
         torch.manual_seed(1)
+        module.bn.note = "of the user"
         module(x)
         CHANGES[change](module.bn, module.conv)
     assert_close(ours(x), theirs(x))
     assert_close(ours.state_dict(), theirs.state_dict())
+
+
+def test_an_attribute_that_is_gone_is_missed():
+    """As by the plain layers, also where another one has come."""
+    unit = BNReLUConv2d(4, 4, 1)
+    unit(x_of(C=4))
+    del unit.bn.eps
+    unit.bn.note = "of the user"
+    with pytest.raises(AttributeError, match="eps"):
+        unit(x_of(C=4))
+
+
+def test_parameters_of_another_type_are_heard_of():
+    """A module without buffers is converted in place: the parameters stay the same objects."""
+    unit = BNReLUConv2d(4, 4, 1, affine=False, track_running_stats=False)
+    unit(x_of(C=4))
+    unit.double()
+    with pytest.raises(TypeError, match=r"weight must be torch.float32, as x is .*; got torch.float64"):
+        unit(x_of(C=4))
+
+
+def test_the_name_of_a_shortcut_is_heard_of():
+    """The block has a projection under the name that it is told."""
+    block = PreActBlock(4, 4, 2)
+    block(x_of(C=4))
+    block.shortcut_name = "downsample"
+    with pytest.raises(ValueError, match="x must have the output's shape"):
+        block(x_of(C=4))
 
 
 def test_no_graph_of_a_parameter_is_kept():

@@ -93,11 +93,13 @@ def test_missing(tmp_path):
 
 
 def test_somebody_elses(tmp_path):
-    """A file of torch.save with other contents is refused by what it lacks."""
+    """A file of torch.save with other contents is refused, also where it lacks or has one entry more."""
     path = tmp_path / "checkpoint.pt"
-    torch.save(STATE["model"], path)
-    with pytest.raises(UserError, match="expected entries dataset, iteration, model"):
-        checkpoint.load(path)
+    lacking = {key: value for key, value in STATE.items() if key != "rng"}
+    for state in STATE["model"], lacking, {**STATE, "scaler": 1.0}, [STATE]:
+        torch.save(state, path)
+        with pytest.raises(UserError, match="expected entries dataset, iteration, model"):
+            checkpoint.load(path)
 
 
 @pytest.mark.parametrize("write", [torch.save, lambda trap, path: path.write_bytes(pickle.dumps(trap, 2))],
