@@ -1,3 +1,4 @@
+import re
 from collections import Counter
 
 import pytest
@@ -21,6 +22,17 @@ def test_every_case_has_an_eager_baseline(make):
         backends = {contender.backend for contender in contenders(case)}
         assert "eager" in backends
         assert len(backends) > 1
+
+
+@pytest.mark.parametrize("make", LISTS)
+def test_a_label_is_true(make):
+    """It names the batch, the pixels and the dtype of its case, also at another batch."""
+    for case in make():
+        pixels = re.search(r"\b(\d+)x\1,", case.label)
+        assert pixels is None or case.shape[2:] == (int(pixels[1]),) * 2, case.name
+        assert re.search(rf"\bN={case.shape[0]}, {case.dtype}\b", case.label), case.name
+        assert case.at(3).shape == (3, *case.shape[1:])
+    assert cases.host_cost().shape[2:] == (8, 8)
 
 
 def test_default_covers_formats_and_dtypes():

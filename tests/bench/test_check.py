@@ -30,7 +30,9 @@ def test_pose_keeps_relu_inputs_away_from_zero(block):
 
 def test_pose_is_reproducible(block):
     """The same seed poses the same problem, and another seed another."""
+    before = torch.get_rng_state()
     first, again, other = check.pose(block), check.pose(block), check.pose(block, seed=1)
+    assert torch.equal(torch.get_rng_state(), before)  # the numbers that others draw are not disturbed
     assert torch.equal(first.x, again.x)
     assert all(torch.equal(first.state[name], again.state[name]) for name in first.state)
     assert not torch.equal(first.x, other.x)
@@ -65,6 +67,23 @@ def test_wrong_contender_is_named(block):
         check.verify(check.pose(block))
 
 
+@pytest.mark.parametrize(("off", "right"), [(1.9e-3, True), (2.1e-3, False)])
+def test_the_limit_is_twice_the_largest_error_of_eager(off, right, block, monkeypatch):
+    """Of all formats: the two may round differently."""
+    errors = {"eager channels_last": 1e-3, "eager NCHW": 1e-6, "fused channels_last": off, "fused NCHW": 0.0}
+
+    def answers(contender, problem, dtype=None):
+        return {"y": [torch.ones(1) * (1 + (0 if dtype else errors[contender.name]))]}
+
+    monkeypatch.setattr(check, "_answers", answers)
+    problem = check.pose(block)
+    if right:
+        assert check.verify(problem)["fused channels_last"]["y"] == pytest.approx(off, rel=1e-3)
+    else:
+        with pytest.raises(check.CheckError, match="the error of y of fused channels_last"):
+            check.verify(problem)
+
+
 def test_not_a_number_is_wrong(block, monkeypatch):
     """A NaN fails every comparison, so it must not slip through one."""
     monkeypatch.setattr(check, "error", lambda tensors, reference: float("nan"))
@@ -79,6 +98,8 @@ def test_widen_keeps_the_parameters(small_net):
     assert wide.x.shape == (5, 3, 8, 8)
     assert wide.target.shape == (5,)
     assert wide.state is posed.state
+    assert torch.equal(check.widen(posed, replace(small_net, shape=(5, 3, 8, 8))).x, wide.x)
+    assert not torch.equal(wide.x[:2], posed.x)
 
 
 def test_eager_baseline_overwrites_in_place(block):

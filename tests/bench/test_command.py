@@ -4,6 +4,7 @@ import subprocess
 from dataclasses import replace
 
 import pytest
+import torch
 
 from fused_preact.bench import command, environment, picture, report, suite
 from fused_preact.errors import UserError
@@ -136,18 +137,23 @@ def test_malloc_setting_is_told_from_the_environment(monkeypatch, variables, set
 
 def test_another_malloc_runs_in_a_child(monkeypatch, tmp_path):
     """glibc reads its setting at start, so the same command runs again with the variables set, and both mean two."""
-    calls = []
+    calls, codes = [], iter([0, 0, 1])
 
     def fake(argv, env):
         calls.append((argv, env))
-        return subprocess.CompletedProcess(argv, 0)
+        return subprocess.CompletedProcess(argv, next(codes))
 
     monkeypatch.setattr(command.subprocess, "run", fake)
-    assert command.run(parse("--malloc=both", "--only=resnet-110", "--threads=2", f"--output={tmp_path / 'r'}")) == 0
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "1")
+    options = "--only=resnet-110", "--threads=2", "--memory", "--budget=0.5"
+    assert command.run(parse("--malloc=both", *options, f"--output={tmp_path / 'r'}")) == 0
     for (argv, env), malloc, stem in zip(calls, ("default", "tuned"), ("r", "r-tuned"), strict=True):
         assert argv[1:4] == ["-m", "fused_preact", "bench"]
-        assert {f"--malloc={malloc}", f"--output={tmp_path / stem}", "--only=resnet-110", "--threads=2"} <= set(argv)
+        assert {f"--malloc={malloc}", f"--output={tmp_path / stem}", *options} == set(argv[4:])
         assert environment.TUNED_MALLOC.items() <= env.items() or malloc == "default"
+        assert "MALLOC_ARENA_MAX" not in env
+    assert command.run(parse("--full", f"--output={tmp_path / 'r.1'}")) == 1  # both; wrong in the first
+    assert [argv[4:] for argv, _ in calls[2:]] == [["--malloc=default", f"--output={tmp_path / 'r.1'}", "--full"]]
 
 
 def test_a_child_that_is_killed_is_one_clear_error(monkeypatch, tmp_path):
@@ -178,6 +184,48 @@ def test_each_case_is_on_disk_when_it_is_done(monkeypatch, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         command.run(parse(f"--output={tmp_path / 'result'}"))
     assert [case["label"] for case in json.loads((tmp_path / "result.json").read_text())["cases"]] == ["block"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], suite.Settings()),
+        (["--full"], suite.Settings("full", 5.0, compiled=True, memory=True)),
+        (["--table"], suite.Settings("table", 0.5, strict=False)),
+        (["--memory", "--budget=2"], suite.Settings(budget=2.0, memory=True)),
+    ],
+    ids=["default", "full", "table", "options"],
+)
+def test_what_the_options_mean(arguments, expected):
+    """The time of a case, and what is measured besides, follow from how much was asked for."""
+    assert command._settings(parse(*arguments)) == expected
+
+
+@pytest.mark.usefixtures("broken")
+def test_a_grid_goes_on_without_a_wrong_case(monkeypatch, tmp_path, block):
+    """It has no picture; the exit code says that something is missing, and the file says what."""
+    monkeypatch.setattr(command, "table_cases", lambda: [block, replace(block, backends=("eager",))])
+    assert command.run(parse("--table", "--budget=0.01", f"--output={tmp_path / 'v1.2'}")) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["v1.2.json"]
+    document = json.loads((tmp_path / "v1.2.json").read_text())
+    assert len(document["cases"]) == len(document["left_out"]) == 1
+
+
+def test_threads_are_those_asked_for(monkeypatch, tmp_path):
+    """Of torch, while a case is measured."""
+    before, seen = torch.get_num_threads(), []
+
+    def interrupted(*_):
+        seen.append(torch.get_num_threads())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(suite, "measure", interrupted)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            command.run(parse(f"--threads={before + 1}", f"--output={tmp_path / 'r'}"))
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [before + 1]
 
 
 def test_slow_bf16_is_explained():

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fused_preact import PreActBottleneck, PreActStage
 from fused_preact.bench import cases, cuda_net, device
-from fused_preact.bench.contenders import Contender
+from fused_preact.bench.contenders import Contender, Problem
 
 PEAKS = {"fused fast": 40, "fused lean": 20, "fused min": 10, "eager": 80}  # bytes an image
 
@@ -110,6 +110,20 @@ def test_largest_batch(limit, most, expected):
     assert cuda_net.largest_batch(peaks, limit, fits) == expected
     assert len(tried) <= cuda_net.TRIALS
     assert all(batch <= 90 for batch in tried)
+
+
+def test_compiled_is_not_asked_for_a_graph(monkeypatch):
+    """It makes one of its own; its ratios are to plain layers in and out of one."""
+    monkeypatch.setattr(cuda_net, "_call", lambda contender, problem: contender.backend)
+    monkeypatch.setattr(device, "captured", lambda call: f"captured {call}")
+    took = {"eager": 6.0, "captured eager": 4.0, "compiled": 2.0}
+    monkeypatch.setattr(device, "seconds", lambda runs, rounds, repeats: [[took[run]] * rounds for run in runs])
+    problem = Problem(cases.resnet1001(64, "bf16"), torch.empty(0), torch.empty(0), {})
+    eager = Contender("eager", "channels_last")
+    found = cuda_net._times(problem, [eager, replace(eager, backend="compiled")])
+    assert set(found["seconds"]) == {"eager", "eager in a graph", "compiled"}
+    ratios = {label: {name: r["median"] for name, r in each.items()} for label, each in found["ratios"].items()}
+    assert ratios == {"compiled": {"eager": 3.0, "eager in a graph": 2.0}}
 
 
 def test_the_other_nets_are_those_that_they_are_called():

@@ -1,38 +1,122 @@
-"""The measurements on a CUDA device, as far as a machine without one can tell."""
+"""Times and memory of a CUDA device, with one that is made up: a clock that calls move on, and bytes that they take."""
 
 import pytest
 import torch
 
-from fused_preact.bench import cuda
-from fused_preact.cli import main
+from fused_preact.bench import device
+from fused_preact.bench.measure import Step
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
-def test_no_device_is_one_sentence(capsys):
-    """Without a GPU the command says so, and fails."""
-    assert main(["bench", "--device", "cuda"]) != 0
-    assert "torch finds no CUDA device" in "".join(capsys.readouterr())
+class FakeCuda:
+    """The part of torch.cuda that is used: milliseconds, the peak of memory, and its limit."""
+
+    def __init__(self):
+        self.now, self.peak, self.share, self.shares = 0.0, 0, 1.0, []
+
+    def Event(self, enable_timing):  # noqa: N802  (torch's name)
+        assert enable_timing
+        return FakeEvent(self)
+
+    def limit(self, share):
+        self.share = share
+        self.shares.append(share)
+
+    def take(self, milliseconds=0.0, size=0):
+        """What a call does."""
+        self.now += milliseconds
+        self.peak = max(self.peak, size)
+        if size > self.share * 1000:
+            raise torch.OutOfMemoryError("CUDA out of memory")
 
 
-@pytest.mark.parametrize(
-    ("kernel", "expected"),
-    [
-        ("void fused_preact::cuda::correlate<64, MmaTf32, ActivationSource, ForwardEpilogue>(...)", 7),
-        ("void fused_preact::cuda::correlate<64, MmaTf32, GradientSource, DgradEpilogue>(...)", 9),
-        ("void fused_preact::cuda::wgrad_kernel<MmaTf32>(...)", 7),
-        ("void fused_preact::cuda::gradients_kernel<1, Fma>(..., DgradEpilogue<Fma>::Output, WgradParams<Fma>)", 9),
-        ("void fused_preact::cuda::statistics_kernel<float>(...)", 2),
-        ("void fused_preact::cuda::dx_kernel<float>(...)", 6),
-        ("void at::native::elementwise_kernel<...>", None),
-    ],
-)
-def test_least_bytes_of_a_kernel(kernel, expected):
-    """dgrad reads dy and x and writes dz; dx reads dz and x and writes dx; and so on; what is not ours is left out."""
-    assert cuda.minimum_bytes(kernel, x=2, y=5) == expected
+class FakeEvent:
+    """A moment of the device."""
+
+    def __init__(self, cuda):
+        self.cuda = cuda
+
+    def record(self):
+        self.at = self.cuda.now
+
+    def elapsed_time(self, later):
+        return later.at - self.at
 
 
-def test_units_are_those_of_a_bottleneck():
-    """Three convolutions a stage, whose outputs are what the next one reads."""
-    labels = [case.label for case in cuda.units()]
-    assert labels[:3] == ["64->16, 1x1, 32x32", "16->16, 3x3, 32x32", "16->64, 1x1, 32x32"]
-    assert len(labels) == len(set(labels)) == 9
+@pytest.fixture
+def cuda(monkeypatch):
+    """torch.cuda of a device with 1000 bytes."""
+    fake = FakeCuda()
+    properties = type("Properties", (), {"total_memory": 1000})
+    replacements = {
+        "Event": fake.Event,
+        "synchronize": lambda: None,
+        "empty_cache": lambda: None,
+        "current_device": lambda: 0,
+        "get_device_properties": lambda _: properties,
+        "reset_peak_memory_stats": lambda: setattr(fake, "peak", 0),
+        "max_memory_allocated": lambda: fake.peak,
+        "set_per_process_memory_fraction": fake.limit,
+    }
+    for name, replacement in replacements.items():
+        monkeypatch.setattr(torch.cuda, name, replacement)
+    return fake
+
+
+def test_seconds_are_those_of_one_call(cuda):
+    """In alternation, so many calls between two events, after one of each that is not timed."""
+    log = []
+
+    def run(name, milliseconds):
+        log.append(name)
+        cuda.take(milliseconds if len(log) > 2 else 1000.0)
+
+    found = device.seconds([lambda: run("a", 2.0), lambda: run("b", 6.0)], rounds=3, repeats=2)
+    assert found == [[pytest.approx(0.002)] * 3, [pytest.approx(0.006)] * 3]
+    assert "".join(log) == "ab" + "aabb" * 3
+
+
+def test_the_peak_is_that_of_a_call_after_the_first(cuda):
+    """What the first call sets up once, and what was there before, is not a step's."""
+    sizes = iter([900, 300])
+    assert device.peak_bytes(lambda: cuda.take(size=next(sizes))) == 300
+
+
+def test_what_fits_is_tried(cuda):
+    """With torch held to the limit, which is lifted again whatever happens; only want of memory means no."""
+    assert device.fits(lambda: cuda.take(size=400), limit=500)
+    assert not device.fits(lambda: cuda.take(size=600), limit=500)
+    assert device.fits(lambda: cuda.take(size=1000), limit=5000)  # more than the device has
+
+    def fail():
+        raise RuntimeError("another error")
+
+    with pytest.raises(RuntimeError, match="another error"):
+        device.fits(fail, limit=500)
+    assert cuda.shares == [0.5, 1.0, 0.5, 1.0, 1.0, 1.0, 0.5, 1.0]
+
+
+def test_a_call_is_a_whole_step(monkeypatch):
+    """The gradients of the step before are dropped, then forward, then backward of what it gave."""
+    log = []
+    trial = Step(lambda: log.append("prepare"), lambda: log.append("forward") or 7, log.append)
+    monkeypatch.setattr(device, "step", lambda *_: trial)
+    assert device.call_of(None, None, None)() == ()
+    assert log == ["prepare", "forward", 7]
+
+
+def test_what_is_captured_was_called_before(monkeypatch):
+    """As often as `Recorded` does it: what is set up on first use cannot be captured."""
+    log = []
+
+    class Recorder:
+        def warm_up(self, call, inputs):
+            log.append("warm up")
+
+        def record(self, call, inputs):
+            return (), lambda: log.append("replay")
+
+    monkeypatch.setattr(device, "CudaGraph", Recorder)
+    replay = device.captured(lambda: ())
+    assert log == ["warm up"] * device.WARM_UP
+    replay()
+    assert log[-1] == "replay"
