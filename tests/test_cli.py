@@ -23,6 +23,8 @@ def test_runs_as_a_module():
     result = subprocess.run([sys.executable, "-m", "fused_preact", "info"], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert fused_preact.__version__ in result.stdout
+    wrong = [sys.executable, "-m", "fused_preact", "bench", "--only=nothing"]
+    assert subprocess.run(wrong, capture_output=True).returncode == 2
 
 
 @pytest.mark.parametrize("arguments", [[], ["fly"], ["info", "--fly"]], ids=["none", "unknown", "unknown option"])
@@ -52,6 +54,28 @@ def test_an_error_for_the_user_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr(info, "run", fail)
     assert cli.main(["info"]) == 2
     assert capsys.readouterr().err == "fused-preact: --data: expected a folder, got a file\n"
+
+
+def test_an_error_of_the_system_is_one_line(monkeypatch, capsys):
+    """As of a full disk."""
+
+    def fail(_arguments):
+        raise OSError(28, "No space left on device", "a file")
+
+    monkeypatch.setattr(info, "run", fail)
+    assert cli.main(["info"]) == 2
+    assert capsys.readouterr().err == "fused-preact: [Errno 28] No space left on device: 'a file'\n"
+
+
+def test_only_the_command_that_is_asked_for_is_imported():
+    """`info` answers where the libraries of the others are missing."""
+    code = "import sys, fused_preact.cli as c; c.main(['info']); sys.exit('fused_preact.train.command' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+def test_as_many_threads_as_there_may_be():
+    """The limit itself is one of them."""
+    assert cli.thread_count(str(cli.MOST_THREADS)) == cli.MOST_THREADS
 
 
 def test_an_unknown_option_is_told_by_its_command(capsys):

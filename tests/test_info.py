@@ -45,6 +45,29 @@ def test_without_the_binary_it_says_how_to_get_it(monkeypatch):
     assert facts["instruction set"].startswith("none")
 
 
+def test_the_table_is_that_of_the_gpu_where_there_is_one(monkeypatch):
+    """It is what `auto` goes by there."""
+    monkeypatch.setattr(tables, "device_name", lambda kind: f"a {kind}")
+    assert "on a cuda: " in info.facts()["measured calls"]
+
+
+def test_built_and_supported_are_told_apart(monkeypatch):
+    """What this processor lacks is seen by comparing the two."""
+    sets = _extension.InstructionSets("avx2", ["avx512", "avx2", "baseline"], ["avx2", "baseline"])
+    monkeypatch.setattr(_extension, "unavailable", None)
+    monkeypatch.setattr(_extension, "instruction_sets", lambda: sets)
+    expected = "avx2 (built: avx512, avx2, baseline; this processor: avx2, baseline)"
+    assert info.facts()["instruction set"] == expected
+
+
+def test_a_binary_that_is_not_there_or_cannot_be_loaded(monkeypatch, tmp_path):
+    """Each has its own sentence, in place of an error of the import."""
+    monkeypatch.setattr(_extension, "BINARY", tmp_path / "_C.abi3.so")
+    assert _extension._load() == "_C.abi3.so is not built: run `pip install -e .` in the source folder"
+    _extension.BINARY.write_text("no binary")
+    assert _extension._load().startswith(f"torch {torch.__version__} cannot load _C.abi3.so: ")
+
+
 def test_widest_supported_instruction_set_is_chosen_first():
     """Built and supported are in one order, widest first; the baseline runs everywhere."""
     sets = _extension.instruction_sets()

@@ -1,5 +1,6 @@
 """What was measured on a device: how it is kept, and that what comes with the package can be used."""
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -58,12 +59,67 @@ def test_the_nearest_batch_decides(folder):
     assert tables.best(problem(4, (4, 4))) is None
 
 
+def test_compiled_code_goes_by_the_largest_batch(folder):
+    """It is to serve any."""
+    calls = {"a": {N: {"best": best} for N, best in (("4", "eager"), ("128", "library"), ("64", "cpu"))}}
+    tables.save({"device": tables.device_name("cpu"), "calls": calls, "tiles": {}})
+    assert tables._best("cpu", None, "a", None) == "library"
+
+
+def test_each_gpu_has_its_own_table(folder, monkeypatch):
+    """Two of one machine may be of different kinds; without an index it is the current one."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
+    tables._gpu.cache_clear()
+    try:
+        assert [tables.device_name("cuda", index) for index in (0, 1, None)] == ["GPU 0", "GPU 1", "GPU 2"]
+        asked = problem(4)._replace(device=torch.device("cuda", 1))
+        for index, best in (1, "cuda"), (2, "eager"):
+            calls, tiles = {tables.call_key(asked): {"4": {"best": best}}}, {"k": [index] * 5}
+            tables.save({"device": f"GPU {index}", "calls": calls, "tiles": tiles})
+        assert tables.best(asked) == "cuda"
+        assert tables.best(asked._replace(device=torch.device("cuda"))) == "eager"
+        assert tables.tile(torch.device("cuda", 1), "k") == [1] * 5
+    finally:
+        tables._gpu.cache_clear()
+
+
+def test_tiles_are_added_to_those_of_the_file(folder):
+    """As calls are."""
+    for key in "ab":
+        tables.save({"device": "d", "calls": {}, "tiles": {key: [1, 2, 3, 4, 5]}})
+    assert set(tables.load("d")["tiles"]) == {"a", "b"}
+
+
+def test_names_of_files_are_plain():
+    """Letters, digits and single hyphens, whatever a device is called."""
+    assert tables.file_name("A(R) GPU: 80 GB (PCIe)") == "a-r-gpu-80-gb-pcie.json"
+
+
+def test_where_the_user_s_tables_are(monkeypatch):
+    """In the cache folder of the platform; an empty variable counts as none."""
+    spec = importlib.util.find_spec("fused_preact.tables")
+    fresh = importlib.util.module_from_spec(spec)  # the one that is imported has an empty folder in all tests
+    spec.loader.exec_module(fresh)
+    for value, expected in ("/somewhere", "/somewhere"), ("", "/home/a/.cache"), (None, "/home/a/.cache"):
+        monkeypatch.setenv("HOME", "/home/a")
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+        if value is not None:
+            monkeypatch.setenv("XDG_CACHE_HOME", value)
+        assert fresh.folder() == Path(expected, "fused_preact")
+
+
 def test_the_key_tells_calls_apart():
     """By every convolution and how often it occurs, but not by N."""
     calls = [(), ((4, 4),), ((4, 4), (4, 4)), ((8, 4), (4, 8)), ((8, 4), (4, 8), (8, 4), (4, 8))]
     assert len({tables.call_key(problem(2, *convolutions)) for convolutions in calls}) == len(calls)
     assert tables.call_key(problem(2, (4, 4))) == tables.call_key(problem(3, (4, 4)))
-    assert tables.call_key(problem(2)._replace(inference=True)) != tables.call_key(problem(2))
+    for change in dict(inference=True), dict(dtype=torch.bfloat16), dict(format="contiguous"), dict(shape=(2, 5, 8, 8)):
+        assert tables.call_key(problem(2)._replace(**change)) != tables.call_key(problem(2))
+    (conv, weight), *_ = problem(2, (4, 4)).convolutions
+    strided = problem(2)._replace(convolutions=((conv._replace(stride_h=2), weight),))
+    assert tables.call_key(strided) != tables.call_key(problem(2, (4, 4)))
 
 
 DAMAGED = {

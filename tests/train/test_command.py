@@ -1,5 +1,6 @@
 """`fused-preact train` as a person runs it."""
 
+import contextlib
 import json
 import signal
 import subprocess
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from fused_preact import cli
-from fused_preact.train import checkpoint
+from fused_preact.train import checkpoint, command
 
 # A quick run: a small net, a few iterations.
 QUICK = ["--model", "resnet20", "--batch-size", "8", "--iterations", "8", "--threads", "1", "--no-tensorboard"]
@@ -22,8 +23,8 @@ def train(*arguments):
 
 def start(*arguments):
     """The same in a process of its own."""
-    command = [sys.executable, "-m", "fused_preact", "train", *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    argv = [sys.executable, "-m", "fused_preact", "train", *map(str, arguments)]
+    return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def metrics(folder):
@@ -108,6 +109,52 @@ def test_a_run_is_not_overwritten_by_accident(tmp_path, capsys):
     assert (folder / "notes.txt").read_text() == "mine"
 
 
+def test_overwriting_leaves_nothing_of_the_run_before(tmp_path):
+    """No metrics, no picture, no events, and no half of a checkpoint."""
+    (tmp_path / "tensorboard").mkdir()
+    old = [tmp_path / name for name in ("checkpoint.pt.tmp", "curve.png", "metrics.jsonl", "tensorboard/events")]
+    for path in old:
+        path.write_text("of the run before")
+    assert train(*QUICK, "--iterations", 1, "--out", tmp_path, "--overwrite") == 0
+    assert not any(path.exists() and path.read_bytes() == b"of the run before" for path in old)
+    assert not (tmp_path / "checkpoint.pt.tmp").exists()
+    assert not (tmp_path / "tensorboard").exists()
+
+
+def test_a_run_that_is_stopped_says_how_it_goes_on(tmp_path, monkeypatch, capsys):
+    """The folder is quoted for a shell, and the exit code is that of the signal; --data may be elsewhere then."""
+    loaded, load = [], command.load
+    monkeypatch.setattr(command, "load", lambda data: loaded.append(data) or load("digits"))
+    folder = tmp_path / "my run"
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "_signals", lambda: contextlib.nullcontext([15]))
+        assert train(*QUICK, "--iterations", 3, "--out", folder) == 128 + 15
+    assert f"fused-preact train --resume --out '{folder}'\n" in capsys.readouterr().out
+    assert train("--resume", "--out", folder, "--data", "elsewhere", "--iterations", 2, "--no-tensorboard") == 0
+    assert loaded == ["digits", "elsewhere"]
+    assert train("--resume", "--out", folder, "--iterations", 1, "--no-tensorboard") == 2
+    assert "--iterations: expected 2 or more, which are done, got 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_acts_as_usual(number):
+    """The first one is noted; who asks again wants it now, and after the run all is as it was."""
+    usual = []
+    before = signal.signal(number, lambda *_: usual.append(number))
+    try:
+        with command._signals() as received:
+            signal.raise_signal(number)
+            assert (received, usual) == ([number], [])
+            signal.raise_signal(number)
+            assert (received, usual) == ([number], [number])
+        with command._signals() as received:
+            pass
+        signal.raise_signal(number)
+        assert (received, usual) == ([], [number] * 2)
+    finally:
+        signal.signal(number, before)
+
+
 def test_nothing_is_overwritten_for_a_run_that_cannot_start(tmp_path, monkeypatch, capsys):
     """What is missing is said before what was there is gone."""
     (tmp_path / "checkpoint.pt").write_text("of a long run")
@@ -151,6 +198,7 @@ def test_a_finished_run_can_be_lengthened(tmp_path, capsys):
         ),
         (["--resume"], "--resume: expected --out with the folder of the run"),
         (["--resume", "--model", "resnet20"], "checkpoint.pt: no such checkpoint; leave out --resume"),
+        (["--resume", "--model", "resnet20", "--data", "my/cifar"], "runs/resnet20-cifar/checkpoint.pt: no such"),
         (
             ["--resume", "--overwrite", "--model", "resnet20"],
             "--overwrite: discards the run that --resume goes on with",

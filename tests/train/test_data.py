@@ -86,6 +86,17 @@ def test_a_batch_depends_on_seed_and_iteration_alone(dataset):
     assert not torch.equal(x, other)
 
 
+def test_no_two_streams_of_random_numbers_are_the_same(dataset, monkeypatch):
+    """The order of an epoch, and the shifts of an iteration, for each seed."""
+    seeds, make = [], np.random.default_rng
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: seeds.append(tuple(seed)) or make(seed))
+    for seed in 0, 1:
+        batches = Batches(dataset, 700, seed, 4, True, torch.device("cpu"))
+        for iteration in range(4):
+            batches.at(iteration)
+    assert len(seeds) == len(set(seeds)) == 2 * (2 + 4)
+
+
 def test_batches_are_normalised_and_labelled(dataset):
     """What is trained on is (pixel - mean)/std in channels_last, beside its own label."""
     batches = Batches(dataset, 64, seed=0, padding=0, flip=False, device=CPU)

@@ -40,16 +40,22 @@ def run(one: Trainer, steps: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 def test_the_first_calls_and_the_replays_each_happen_once():
     """A call changes what the function changes once, and its results are its own, whichever way it runs."""
-    total = torch.zeros(())
+    total, warm_ups = torch.zeros(()), []
+
+    class Counting(Tape):
+        def warm_up(self, function, inputs):
+            warm_ups.append(inputs)
+            return super().warm_up(function, inputs)
 
     def function(x, y):
         total.add_(x.sum())
         return x * y, total + 0
 
-    replay = Recorded(function, Tape())
+    replay = Recorded(function, Counting())
     results = [replay(torch.tensor(float(i)), torch.tensor(2.0)) for i in range(STEPS)]
     assert [product.item() for product, _ in results] == [2.0 * i for i in range(STEPS)]
     assert [result.item() for _, result in results] == [sum(range(i + 1)) for i in range(STEPS)]
+    assert len(warm_ups) == WARM_UP
 
 
 def test_an_input_of_another_shape_is_refused():

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fused_preact.errors import UserError
-from fused_preact.train import checkpoint
+from fused_preact.train import checkpoint, loop
 from fused_preact.train.data import Images
 from fused_preact.train.loop import Run
 from fused_preact.train.record import Recorder
@@ -84,6 +84,26 @@ def test_a_step_is_sgd_on_the_batch(dataset):
         torch.testing.assert_close(parameter.detach(), before[name] - 0.02 * (parameter.grad + 1e-3 * before[name]))
 
 
+def test_the_optimizer_is_that_of_the_settings(dataset):
+    """One group with every parameter: decay is of all of them, as in the paper's code."""
+    one = trainer(dataset, momentum=0.5, weight_decay=2e-3, nesterov=True)
+    (group,) = one.optimizer.param_groups
+    assert (group["momentum"], group["weight_decay"], group["nesterov"]) == (0.5, 2e-3, True)
+    assert group["lr"] is one.lr
+    assert len(group["params"]) == len(list(one.model.parameters()))
+
+
+def test_an_evaluation_between_steps_leaves_training_as_it_was(dataset):
+    """Steps are in training mode whatever was before, and evaluation computes in the type of training."""
+    one, seen = trainer(dataset, amp="bf16"), []
+    one.model.linear.register_forward_hook(lambda layer, given, y: seen.append((layer.training, y.dtype)))
+    one.step()
+    one.evaluate()
+    one.step()
+    assert seen[0] == seen[-1] == (True, torch.bfloat16)
+    assert set(seen[1:-1]) == {(False, torch.bfloat16)}
+
+
 def test_a_memory_mode_keeps_less_and_computes_the_same(dataset):
     """The setting reaches the net: fewer activations are kept for the same loss and gradients."""
     kept, losses, gradients = {}, {}, {}
@@ -129,6 +149,33 @@ def test_intervals_and_summary(dataset, tmp_path):
     assert (summary.error, summary.best_error) == (tests[-1]["error"], min(row["error"] for row in tests))
     assert next(row for row in tests if row["iteration"] == summary.best_iteration)["error"] == summary.best_error
     assert 0 < 40 / summary.images_per_second < summary.seconds
+
+
+def test_figures_are_of_their_iteration_and_of_training_alone(dataset, tmp_path, monkeypatch):
+    """On a CPU each row is there after its step, with the rate of that step; no save or evaluation is timed."""
+    now, rows = [0.0], []
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: now[0])
+
+    def takes(seconds, what):
+        def run(*given):
+            now[0] += seconds
+            return what(*given)
+
+        return run
+
+    one = run(trainer(dataset, iterations=4, milestones=[2], eval_every=2, save_every=1, warmup=1), tmp_path)
+    errors = iter([(1.0, 0.25), (1.0, 0.5)])
+    one.trainer.step = takes(0.5, one.trainer.step)
+    one.trainer.evaluate = takes(100.0, lambda: next(errors))
+    monkeypatch.setattr(checkpoint, "save", takes(10.0, lambda *_: None))
+    summary = one.until_done(stop=lambda: rows.append(len(one.recorder.of("train"))))
+    assert rows == [1, 2, 3, 4]
+    train = one.recorder.of("train")
+    assert [row["images_per_second"] for row in train] == [16.0] * 4  # 8 in half a second
+    assert [row["lr"] for row in train] == pytest.approx([0.01, 0.1, 0.01, 0.01], rel=1e-12)
+    assert summary.images_per_second == 16.0
+    assert summary.seconds == 4 * 0.5 + 2 * 100 + 5 * 10
+    assert (summary.error, summary.best_error, summary.best_iteration) == (0.5, 0.25, 2)
 
 
 def test_a_loss_that_is_not_finite(dataset, tmp_path):

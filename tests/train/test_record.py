@@ -4,6 +4,7 @@ import json
 import sys
 
 import pytest
+from matplotlib.figure import Figure
 
 from fused_preact.errors import UserError
 from fused_preact.train.record import Recorder, draw
@@ -36,6 +37,14 @@ def test_rows_behind_the_checkpoint_are_taken_back(tail, tmp_path):
     again = Recorder(tmp_path, start=2, tensorboard=False)
     again.add("train", 3, loss=30.0)
     assert [row["loss"] for row in lines(tmp_path)] == [1.0, 2.0, 30.0] == [row["loss"] for row in again.rows]
+
+
+def test_a_line_without_its_end_is_not_written_on(tmp_path):
+    """It may be half a number; what comes next begins a line of its own."""
+    first, half = '{"split": "train", "iteration": 1, "loss": 1.0}', '{"split": "train", "iteration": 2, "loss": 2.0}'
+    (tmp_path / "metrics.jsonl").write_text(f"{first}\n{half}")
+    Recorder(tmp_path, start=2, tensorboard=False).add("train", 3, loss=3.0)
+    assert [row["iteration"] for row in lines(tmp_path)] == [1, 3]
 
 
 @pytest.mark.parametrize("line", ["", "{}", "[1]", "7"])
@@ -71,8 +80,12 @@ def test_tensorboard_asked_for_and_missing(tmp_path, monkeypatch):
 def test_curve(tmp_path, monkeypatch):
     """A picture where matplotlib is installed; else none, and no error."""
     rows = [{"split": "train", "iteration": 1, "loss": 1.0}, {"split": "test", "iteration": 1, "error": 0.1}]
-    pytest.importorskip("matplotlib")
     assert draw(rows, tmp_path / "curve.png", "a run")
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    draw(rows, tmp_path / "curve.png", "a run")
+    (loss,), (error,) = (axes.lines for axes in figures[0].axes)
+    assert [(*line.get_xdata(), *line.get_ydata()) for line in (loss, error)] == [(1, 1.0), (1, 10.0)]  # percent
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert not draw(rows, tmp_path / "none.png", "a run")

@@ -20,6 +20,7 @@ def test_the_recipe_of_the_paper():
     assert (chosen.recipe, chosen.batch_size, chosen.iterations) == ("paper", 128, 64_000)
     assert (chosen.momentum, chosen.weight_decay, chosen.nesterov) == (0.9, 1e-4, False)
     assert (chosen.padding, chosen.flip) == (4, True)
+    assert (chosen.eval_every, chosen.save_every) == (CIFAR // 128, 100)  # an epoch
     rates = {0: 0.1, 31_999: 0.1, 32_000: 0.01, 47_999: 0.01, 48_000: 0.001, 63_999: 0.001}
     for iteration, rate in rates.items():
         assert chosen.lr_at(iteration) == pytest.approx(rate, rel=1e-12)
@@ -37,6 +38,11 @@ def test_digits_have_a_shorter_recipe_without_mirroring():
     chosen = settings.resolve({"model": "resnet20", "data": "digits"}, 1437, flip=False)
     assert (chosen.recipe, chosen.flip) == ("digits", False)
     assert chosen.iterations < 1000
+
+
+def test_a_batch_may_be_all_images():
+    """And no more."""
+    assert cifar(batch_size=CIFAR).eval_every == 1
 
 
 def test_warm_up():
@@ -68,6 +74,13 @@ def test_flags_replace_parts_and_milestones_follow_the_length():
         ({"memory": "tiny"}, "--memory: expected one of fast, lean, min, got tiny"),
         ({"threads": 0}, "--threads: expected at least 1, got 0"),
         ({"seed": -1}, "--seed: expected at least 0, got -1"),
+        ({"seed": 2**63}, r"--seed: expected less than 2\^63, got 9223372036854775808"),
+        ({"weight_decay": -0.1}, "--weight-decay: expected at least 0, got -0.1"),
+        ({"warmup": -1}, "--warmup: expected at least 0, got -1"),
+        ({"warmup_lr": 0.0}, "--warmup-lr: expected more than 0, got 0.0"),
+        ({"milestones": [10, 10]}, r"--milestones: expected increasing iterations, got \[10, 10\]"),
+        ({"milestones": [-1]}, r"--milestones: expected increasing iterations, got \[-1\]"),
+        ({"eval_every": 0}, "--eval-every: expected at least 1, got 0"),
         ({"padding": -1}, "--padding: expected at least 0, got -1"),
         ({"save_every": 0}, "--save-every: expected at least 1, got 0"),
     ],
@@ -83,12 +96,17 @@ def test_resuming_keeps_what_was_trained():
     """A resumed run has the settings it began with; flags that change nothing about them may be repeated."""
     before = cifar(seed=3, threads=2)
     given = {"model": "resnet110", "seed": 3, "threads": 1, "memory": "lean", "iterations": 70_000}
+    free = {"data": "elsewhere", "backend": "library", "cuda_graph": True, "device": "cuda", "eval_every": 1}
+    assert settings.resume(asdict(before), {**free, "save_every": 2}, "run").backend == "library"
     after = settings.resume(asdict(before), given, "run")
     assert (after.threads, after.memory, after.iterations) == (1, "lean", 70_000)
     assert {**asdict(after), "threads": 2, "memory": "fast", "iterations": 64_000} == asdict(before)
 
 
-@pytest.mark.parametrize(("name", "value"), [("model", "resnet20"), ("seed", 1), ("batch_size", 32), ("amp", "bf16")])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("model", "resnet20"), ("seed", 1), ("batch_size", 32), ("amp", "bf16"), ("lr", 0.2), ("flip", False)],
+)
 def test_resuming_refuses_another_run(name, value):
     """A different net, seed, batch or precision would not go on with the same run."""
     flag = settings.flag(name)
