@@ -183,7 +183,7 @@ class _Stage(torch.autograd.Function):
             dx if need_x else None,
             dy if need_residual else None,
             None,
-            *(grad if need else None for grad, need in zip(parameters, flat, strict=False)),
+            *(grad if need else None for grad, need in zip(parameters, flat, strict=True)),
         )
 
 

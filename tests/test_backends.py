@@ -109,6 +109,15 @@ def test_what_the_cuda_kernels_are_asked_for_by_name(gpu, options, reason):
     assert backends.choose("cuda", asked) == "cuda"
 
 
+def test_the_heaviest_convolution_decides_about_the_cuda_kernels(gpu):
+    """Up to the limit and no further, wherever it stands in the block."""
+    (conv, _), *_ = on_cuda().convolutions
+    for channels, expected in (128, "cuda"), (129, "eager"):
+        heavy, light = (conv, (channels, 1024, 1, 1)), (conv, (8, 8, 1, 1))
+        for convolutions in (heavy, light), (light, heavy):
+            assert backends.choose("auto", on_cuda()._replace(convolutions=convolutions)) == expected
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
@@ -269,6 +278,46 @@ def test_a_memory_mode_goes_before_what_was_measured(folder, memory):
     with torch.no_grad():
         assert fused_preact.explain(stage.eval(), x)[0].backend == "eager"
     assert fused_preact.explain(stage, x)[0].backend == ("eager" if memory == "fast" else "cpu")
+
+
+def test_what_was_measured_is_not_for_an_x_that_autocast_would_round(folder):
+    """A table is of calls whose x has the type of the convolution already."""
+    x, weight = (t.contiguous(memory_format=torch.channels_last) for t in arguments())
+    with torch.autocast("cpu", torch.bfloat16):
+        (choice,) = fused_preact.explain(bn_relu_conv2d, x.bfloat16(), weight, training=True)
+        calls = {tables.call_key(choice.problem): {"2": {"best": "library", "seconds": {}}}}
+        tables.save({"device": tables.device_name("cpu"), "calls": calls, "tiles": {}})
+        for given, expected in (x.bfloat16(), "library"), (x, "eager"):
+            (choice,) = fused_preact.explain(bn_relu_conv2d, given, weight, training=True)
+            assert choice.backend == expected
+    with torch.autocast("cpu", torch.bfloat16):
+        (choice,) = fused_preact.explain(PreActStage(PreActBlock(4, 4), memory="lean"), x)
+    assert choice.backend != "eager"  # its stream stays in float32
+
+
+@pytest.mark.parametrize("training", [(False, False), (True, False), (False, True), (True, True)])
+def test_inference_has_no_batch_statistics(training):
+    """A call without gradients that still trains a batch norm is measured as training is."""
+    block = PreActBlock(4, 4)
+    block.bn1.train(training[0]), block.bn2.train(training[1])
+    with torch.no_grad():
+        (choice,) = fused_preact.explain(block, torch.randn(2, 4, 5, 5))
+    assert choice.problem.inference is not any(training)
+    (choice,) = fused_preact.explain(block, torch.randn(2, 4, 5, 5))
+    assert not choice.problem.inference
+
+
+def test_a_long_explanation_is_short():
+    """Up to four calls that are served alike are named, of more the first two and the last."""
+    for count, expected in (4, "0, 1, 2, 3: library\n"), (5, "0, 1, ... 4 (5 calls): library\n"):
+        net = torch.nn.Sequential(*(PreActBlock(4, 4, backend="library") for _ in range(count)))
+        assert str(fused_preact.explain(net, torch.randn(2, 4, 5, 5))).startswith(expected)
+
+
+def test_explain_takes_arguments_by_name():
+    """As the module itself does."""
+    with pytest.raises(ValueError, match="residual must have the shape"):
+        fused_preact.explain(BNReLUConv2d(4, 4, 1), torch.randn(2, 4, 5, 5), residual=torch.randn(1, 4, 5, 5))
 
 
 def test_explain_on_several_threads():

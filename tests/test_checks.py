@@ -3,7 +3,7 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_map_only
 
-from fused_preact import BNReLUConv2d, PreActBlock, bn_relu_conv2d
+from fused_preact import BNReLUConv2d, PreActBlock, PreActStage, bn_relu_conv2d
 from fused_preact.backends import NAMES
 
 
@@ -57,6 +57,16 @@ BAD = {
     ),
     "weight is empty": ({"weight": torch.randn(0, 6, 3, 3)}, ValueError, r"weight must not be empty.*\(0, 6, 3, 3\)"),
     "groups do not divide": ({"groups": 4}, ValueError, "groups must divide.*6.*8.*groups=4"),
+    "groups do not divide the output": (
+        {"groups": 3, "weight": torch.randn(8, 2, 3, 3)},
+        ValueError,
+        "groups must divide.*6.*8.*groups=3",
+    ),
+    "x is not for these groups": (
+        {"x": torch.randn(2, 8, 5, 4), "weight": torch.randn(8, 3, 3, 3), "groups": 2},
+        ValueError,
+        "x must have 6 channels, as its batch norm and convolution have; got 8",
+    ),
     "weight is not for these groups": (
         {"groups": 2},
         ValueError,
@@ -74,6 +84,11 @@ BAD = {
         {"padding": "same", "stride": 2},
         ValueError,
         "padding='same' needs a stride of 1",
+    ),
+    "padding='same' with a stride in one direction": (
+        {"padding": "same", "stride": (1, 2)},
+        ValueError,
+        r"padding='same' needs a stride of 1, got stride=\(1, 2\)",
     ),
     "padding='same' with an even filter": (
         {"padding": "same", "weight": torch.randn(8, 6, 2, 3)},
@@ -207,6 +222,32 @@ def test_a_block_names_its_own_attributes():
         block(torch.randn(2, 4, 5, 5))
     with pytest.raises(ValueError, match=r"x must have more than one value per channel in training"):
         PreActBlock(4, 4)(torch.randn(1, 4, 1, 1))
+
+
+def test_a_stage_names_its_own_attributes():
+    """And the block that they are in."""
+    stage = PreActStage(PreActBlock(4, 4, 2), PreActBlock(4, 4))
+    with pytest.raises(ValueError, match=r"the input of 0.bn2 must have more than one value per channel"):
+        stage(torch.randn(1, 4, 2, 2))
+    stage[0].eval()
+    with pytest.raises(ValueError, match=r"the input of 1.bn1 must have more than one value per channel"):
+        stage(torch.randn(1, 4, 2, 2))
+    stage[1].conv2.stride = (2, 2)
+    with pytest.raises(
+        ValueError, match=r"the input of 1.bn1 must have the output's shape \(2, 4, 2, 2\), to be added"
+    ):
+        stage(torch.randn(2, 4, 7, 7))
+    stage = PreActStage(PreActBlock(4, 4), PreActBlock(4, 8, 2))
+    stage[1].shortcut[0].stride = (1, 1)
+    with pytest.raises(ValueError, match=r"1.shortcut must give the shape of the output, \(2, 8, 4, 4\)"):
+        stage(torch.randn(2, 4, 7, 7))
+
+
+def test_a_bias_has_the_type_of_x():
+    """Unlike the batch norm's parameters, which may be wider."""
+    given = {key: t.bfloat16() for key, t in arguments().items() if key in ("x", "weight")}
+    with pytest.raises(TypeError, match=r"bias must be torch.bfloat16, as x is .*; got torch.float32"):
+        bn_relu_conv2d(**arguments() | given | {"bias": torch.zeros(8)})
 
 
 def test_channels_that_are_symbols():

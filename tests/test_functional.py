@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from cases import BACKENDS, BY_ID, OTHER_FILTERS, QUADS, UNITS, assert_as_close_as_eager, fused
-from fused_preact import bn_relu_conv2d, explain, functional
+from fused_preact import PreActBlock, bn_relu_conv2d, explain, functional
 
 
 def plain(x, weight, bn_weight, bn_bias, mean, var, *, training=False, momentum=0.1, eps=1e-5, **conv):
@@ -239,6 +239,31 @@ def test_autocast_does_not_round_in_front_of_the_batch_norm():
     assert "round x to torch.bfloat16 in front of the batch norm" in choice.others["library"]
     assert not of_bfloat16.problem.rounded
     assert of_half.problem.rounded  # to eight bits of eleven
+
+
+def test_autocast_leaves_float64():
+    """As it does for a convolution."""
+    x, weight, *norm = (t.double() for t in tensors())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(bn_relu_conv2d(x, weight, *norm), bn_relu_conv2d(x, weight, *norm).double())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_each_gradient_has_the_type_of_its_parameter(backend):
+    """gamma and beta may be of different types."""
+    x, weight, gamma, beta, *_ = tensors()
+    leaves = [x.bfloat16(), weight.bfloat16(), gamma, beta.bfloat16()]
+    y = bn_relu_conv2d(*(leaf.requires_grad_() for leaf in leaves), training=True, backend=backend)
+    assert [grad.dtype for grad in torch.autograd.grad(y.sum(), leaves)] == [leaf.dtype for leaf in leaves]
+
+
+@pytest.mark.parametrize("memory", ["fast", "lean"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_what_runs_from_block_to_block(dtype, memory):
+    """What a mode rebuilds it rebuilds from float32 or better."""
+    block = PreActBlock(4, 4).to(dtype).layers().block()
+    plan = functional.make_plan(torch.randn(2, 4, 5, 5, dtype=dtype), [block], memory=memory)
+    assert plan.stream == (dtype if memory == "fast" or dtype == torch.float64 else torch.float32)
 
 
 def test_a_checkpoint_of_plain_layers_moves_the_statistics_once():

@@ -143,6 +143,13 @@ def test_what_a_hook_has_kept_is_not_overwritten():
     x = torch.randn(2, 8, 4, 5)
     unit(x)
     assert kept[0].min() < 0
+    kept.clear()
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, out: kept.append(out))
+    try:
+        twins("library")[0](x)
+    finally:
+        handle.remove()
+    assert kept[0].min() < 0
 
 
 def test_global_hooks_run():
@@ -347,6 +354,14 @@ def test_transforms_in_compiled_code(name):
     x = torch.randn(3, 8, 4, 5)
     transform = TRANSFORMS[name]
     assert_close(torch.compile(lambda x: transform(unit, x), backend="eager")(x), transform(unit, x))
+
+
+def test_what_is_not_the_default_is_shown():
+    """By print(module), as torch's own layers do it."""
+    assert "backend" not in repr(BNReLUConv2d(4, 4, 1))
+    assert "backend='library'" in repr(PreActBlock(4, 4, backend="library"))
+    assert "memory" not in repr(PreActStage(PreActBlock(4, 4)))
+    assert "memory='lean'" in repr(PreActStage(PreActBlock(4, 4), memory="lean"))
 
 
 def test_settings_that_are_integers():

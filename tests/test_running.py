@@ -94,6 +94,14 @@ def test_plain_layers_may_be_differentiated_after_a_fused_call(native, monkeypat
 
 
 @pytest.mark.parametrize("update", UPDATES)
+def test_an_average_without_a_count_stays(update):
+    """As in nn.BatchNorm2d, whose momentum is then zero."""
+    mean, var = torch.zeros(2), torch.ones(2)
+    update([mean], [var], [], [torch.full((5, 2), 9.0)], [0], None)
+    assert (mean.tolist(), var.tolist()) == ([0, 0], [1, 1])
+
+
+@pytest.mark.parametrize("update", UPDATES)
 def test_autograd_hears_of_counts(update):
     """As from nn.BatchNorm2d: what was saved for a backward is not changed in silence."""
     count, x = torch.tensor(1), torch.ones(2, requires_grad=True)

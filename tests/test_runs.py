@@ -226,7 +226,7 @@ def test_plans_do_not_pile_up():
     for size in range(10):
         assert plans.find((size,), lambda size=size: size) == size
         assert plans.find((size,), lambda: pytest.fail("known already")) == size
-    assert len(plans) <= 3
+        assert len(plans) <= 3
 
 
 def test_one_compilation_for_batches_of_any_size():
@@ -272,6 +272,10 @@ CHANGES = {
     "padding": lambda bn, conv: setattr(conv, "padding", (2, 2)),
     "stride": lambda bn, conv: setattr(conv, "stride", (2, 2)),
     "dilation": lambda bn, conv: setattr(conv, "dilation", (2, 2)),
+    "groups": lambda bn, conv: (
+        setattr(conv, "groups", 2),
+        setattr(conv.weight, "data", conv.weight.data[:, :2].clone()),
+    ),
     "padding mode": lambda bn, conv: setattr(conv, "padding_mode", "circular"),
     "tracking": lambda bn, conv: setattr(bn, "track_running_stats", False),
     "forward for another attribute": lambda bn, conv: (delattr(bn, "note"), setattr(bn, "forward", torch.sin)),
@@ -315,6 +319,52 @@ def test_parameters_of_another_type_are_heard_of():
     unit.double()
     with pytest.raises(TypeError, match=r"weight must be torch.float32, as x is .*; got torch.float64"):
         unit(x_of(C=4))
+
+
+def test_a_global_hook_is_heard_of():
+    """It sees the layers of modules that ran before it was there."""
+    unit, seen = BNReLUConv2d(4, 4, 1), []
+    unit(x_of(C=4))
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, out: seen.append(type(module)))
+    try:
+        unit(x_of(C=4))
+    finally:
+        handle.remove()
+    assert seen == [nn.BatchNorm2d, nn.Conv2d, BNReLUConv2d]
+
+
+def test_another_memory_mode_is_heard_of():
+    """The same stage keeps less from the next call on."""
+    stage, kept = PreActStage(*(PreActBlock(4, 4) for _ in range(3))), []
+    for memory in "fast", "lean", "fast":
+        stage.memory, storages = memory, set()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=storages: s.add(t.data_ptr()) or t, lambda t: t):
+            stage(x_of(C=4))
+        kept.append(len(storages))
+    assert kept[1] < kept[0] == kept[2]
+
+
+def test_another_input_of_the_shortcut_is_heard_of():
+    """As the plain layers hear of it."""
+    ours, theirs = (PreActBlock(4, 4, 2, backend=backend) for backend in ("auto", "eager"))
+    theirs.load_state_dict(ours.state_dict())
+    for block in ours, theirs:
+        block.eval()(x_of(C=4))
+        block.shortcut_input = "raw"
+    x = x_of(C=4)
+    assert_close(ours(x), theirs(x))
+
+
+def test_averages_of_all_batches_are_each_by_its_own_count():
+    """A batch norm may have counted more batches than another of its block."""
+    ours, theirs = (PreActBlock(4, 4, backend=backend) for backend in ("auto", "eager"))
+    theirs.load_state_dict(ours.state_dict())
+    x = x_of(C=4)
+    for block in ours, theirs:
+        block.bn1.momentum = block.bn2.momentum = None
+        block.bn2.num_batches_tracked.fill_(3)
+        block(x)
+    assert_close(ours.state_dict(), theirs.state_dict())
 
 
 def test_the_name_of_a_shortcut_is_heard_of():

@@ -354,6 +354,23 @@ def test_selective_checkpoint(backend):
     assert_close(results[1], results[0])
 
 
+@pytest.mark.parametrize("memory", ["fast", "lean"])
+def test_vmap_in_a_mode(memory):
+    """A transform runs the plain layers, whatever was asked to be kept."""
+    stage = PreActStage(PreActBlock(8, 8), PreActBlock(8, 8), memory=memory).eval()
+    xs = torch.randn(3, 2, 8, 5, 4)
+    assert_close(torch.vmap(stage)(xs), torch.stack([stage(x) for x in xs]))
+
+
+def test_y_is_kept_only_where_it_is_read():
+    """To rebuild what the last block read; the first one's x is there."""
+    for count, kept in (1, False), (2, True):
+        stage, pointers = PreActStage(*(PreActBlock(8, 8) for _ in range(count)), memory="lean"), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, p=pointers: p.append(t.data_ptr()) or t, lambda t: t):
+            y = stage(torch.randn(2, 8, 5, 4).contiguous(memory_format=torch.channels_last))
+        assert (y.data_ptr() in pointers) is kept
+
+
 def test_sums_and_multiples_of_a_stage_keep_its_mode():
     """stage + stage and stage * 2 are stages, as slices are."""
     stage = PreActStage(PreActBlock(8, 8), memory="lean")
