@@ -257,6 +257,18 @@ def test_each_gradient_has_the_type_of_its_parameter(backend):
     assert [grad.dtype for grad in torch.autograd.grad(y.sum(), leaves)] == [leaf.dtype for leaf in leaves]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_statistics_do_not_depend_on_the_type_of_gamma(backend):
+    """Those of a bfloat16 x in float32 buffers have the digits of float32."""
+    found = []
+    for dtype in torch.float32, torch.bfloat16:
+        x, weight, gamma, beta, *statistics = tensors()
+        parameters = weight.bfloat16(), gamma.to(dtype), beta.to(dtype)
+        bn_relu_conv2d(x.bfloat16(), *parameters, *statistics, training=True, backend=backend)
+        found.append(statistics)
+    assert_close(found[1], found[0], rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("memory", ["fast", "lean"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_what_runs_from_block_to_block(dtype, memory):
@@ -288,6 +300,14 @@ def test_a_selective_checkpoint_of_plain_layers():
         y = checkpoint(call, *leaves, use_reentrant=False, context_fn=policy) if again else call(*leaves)
         gradients.append(torch.autograd.grad(y.square().sum(), leaves))
     assert_close(*gradients, rtol=0, atol=0)
+
+
+def test_vmap_over_the_residual_alone():
+    """The sum is mapped and the convolution's result is not: it is not written there."""
+    x, weight, *norm = tensors()
+    residuals = torch.randn(2, 3, 5, 4, 3)
+    ys = torch.vmap(lambda residual: bn_relu_conv2d(x, weight, *norm, residual=residual))(residuals)
+    assert_close(ys, bn_relu_conv2d(x, weight, *norm, backend="eager") + residuals)
 
 
 @pytest.mark.parametrize("of", [torch.float32, torch.float16], ids=["fp32", "fp16"])

@@ -326,6 +326,11 @@ def test_modes_that_cannot_be_had():
         PreActStage(memory="tiny")
     with pytest.raises(ValueError, match=r"memory='min' needs blocks of three.*block 0 is a PreActBlock of 2"):
         PreActStage(*basics("auto"), memory="min")
+    stage = PreActStage(PreActBlock(8, 8))
+    for memory, message in ("min", "needs blocks of three"), ("tiny", "memory must be one of"):
+        stage.memory = memory
+        with pytest.raises(ValueError, match=message):
+            stage(torch.randn(2, 8, 4, 4))
 
 
 def test_bad_input_names_the_block():

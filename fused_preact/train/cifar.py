@@ -165,8 +165,9 @@ def _decode(archive: Archive, batch: Batch, content: bytes) -> tuple[np.ndarray,
             f"--data: {batch.name}: expected {batch.images} images of {PIXELS} uint8 pixels and as many labels, "
             f"got {pixels.dtype} {list(pixels.shape)} and {list(labels.shape)}"
         )
-    if labels.min() < 0 or labels.max() >= archive.classes:
-        raise UserError(f"--data: {batch.name}: expected labels from 0 to {archive.classes - 1}, got {labels.max()}")
+    wrong = labels[(labels < 0) | (labels >= archive.classes)]
+    if wrong.size:
+        raise UserError(f"--data: {batch.name}: expected labels from 0 to {archive.classes - 1}, got {wrong[0]}")
     return pixels, labels
 
 

@@ -54,6 +54,48 @@ def test_baseline_is_the_fastest_eager(block):
     assert rows["fused NCHW", "saved_bytes"]["ratio"]["median"] == 1.5
 
 
+def test_a_goal_is_reached_by_the_median(block):
+    """Not by the best rounds."""
+    case = replace(block, layouts=("channels_last",), goals={"fast": {"total": 2.0}})
+    entrants = contenders.contenders(case)
+    samples = {"auto": (1.0, 1.0, 1.0, 1.0, 1.0), "eager": (1.5, 1.5, 1.9, 3.0, 3.0)}
+    times = [Times(samples[c.backend], samples[c.backend]) for c in entrants]
+    (row,) = [row for row in suite._rows(case, entrants, times, [1, 2]) if row["goal"] is not None]
+    assert row["ratio"]["median"] < 2.0 < row["ratio"]["high"]
+    assert row["reached"] is False
+
+
+def test_against_fast_is_of_a_whole_step(small_net):
+    """Forward alone does not pay for what backward makes again."""
+    case = replace(small_net, memory=("fast", "lean"))
+    entrants = contenders.contenders(case)
+    totals = {"fast": 2.0, "lean": 4.0}
+    times = [Times((1.0,), (totals[c.memory],)) for c in entrants]
+    (row,) = [row for row in suite._rows(case, entrants, times, [1] * 3) if row["quantity"] == "against_fast"]
+    assert row["ratio"]["median"] == 0.5
+
+
+def test_a_net_takes_longer(block, small_net, monkeypatch):
+    """It is checked on few images and timed on its own, with three times the time and as few rounds as three."""
+    asked, sizes = [], []
+
+    def alternate(steps, *limits):
+        asked.append(limits)
+        return [Times((1.0,), (2.0,)) for _ in steps]
+
+    def step(contender, problem, module):
+        sizes.append(len(problem.x))
+        return contenders.step(contender, problem, module)
+
+    monkeypatch.setattr(suite, "alternate", alternate)
+    monkeypatch.setattr(suite, "step", step)
+    settings = suite.Settings(budget=2.0, rounds=(5, 50))
+    for case in block, replace(small_net, shape=(3, 3, 8, 8)):
+        suite.measure(case, settings)
+    assert asked == [(2.0, (5, 50)), (6.0, (3, 50))]
+    assert sizes == [4] * 4 + [3] * 2
+
+
 def test_memory_modes_are_contenders(small_net):
     """Each keeps fewer bytes than the one before, is compared with eager and with fast, and has goals of its own."""
     goals = {"fast": {"total": 1.5}, "lean": {"saved_bytes": 1.0, "against_fast": 2.0}}

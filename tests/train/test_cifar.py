@@ -9,6 +9,7 @@ import pickle
 import struct
 import tarfile
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -157,6 +158,63 @@ def test_code_in_a_pickle_does_not_run(listed, python, tmp_path):
     with pytest.raises(UserError, match="expected NumPy arrays only" if listed else "truncated or altered"):
         cifar.read(folder, [archive])
     assert not (tmp_path / "sprung").exists()
+
+
+def test_other_numpy_functions_are_not_called_either(python):
+    """Of NumPy a file gets what arrays are made of, and no function that opens files."""
+    archive, folder = python
+    content = b"cnumpy\nfromfile\n."
+    (folder / "data_batch_1").write_bytes(content)
+    first = replace(archive.train[0], md5=hashlib.md5(content).hexdigest())
+    with pytest.raises(UserError, match=r"asks for numpy.fromfile; expected NumPy arrays only"):
+        cifar.read(folder, [replace(archive, train=(first, *archive.train[1:]))])
+
+
+@pytest.mark.parametrize(
+    ("size", "labels", "message"),
+    [
+        (3072, [1] * 6, r"expected 7 images of 3072 uint8 pixels and as many labels, got uint8 \[7, 3072\] and \[6\]"),
+        (3071, [1] * 7, r"expected 7 images of 3072 uint8 pixels and as many labels, got uint8 \[7, 3071\] and \[7\]"),
+        (3072, [1] * 6 + [10], "expected labels from 0 to 9, got 10"),
+        (3072, [1] * 6 + [-1], "expected labels from 0 to 9, got -1"),
+    ],
+    ids=["labels", "pixels", "large label", "negative label"],
+)
+def test_a_pickle_of_something_else(size, labels, message, python):
+    """Whatever its checksum, it holds so many images and labels of the classes."""
+    archive, folder = python
+    content = python2_pickle(np.zeros((7, size), np.uint8), labels, b"labels")
+    (folder / "data_batch_1").write_bytes(content)
+    first = replace(archive.train[0], md5=hashlib.md5(content).hexdigest())
+    with pytest.raises(UserError, match=f"data_batch_1: {message}"):
+        cifar.read(folder, [replace(archive, train=(first, *archive.train[1:]))])
+
+
+def test_a_file_that_cannot_be_read(python, monkeypatch):
+    """What the system says is told, with the folder."""
+    archive, folder = python
+
+    def denied(_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", denied)
+    with pytest.raises(UserError, match=r"cifar-10-batches-py: cannot be read: Permission denied"):
+        cifar.read(folder, [archive])
+
+
+def test_the_labels_of_cifar_100_are_the_hundred_fine_ones():
+    """The coarse ones lie beside them."""
+    found = {archive.file: (archive.classes, archive.labels) for archive in cifar.PUBLISHED[2:]}
+    assert found == {"cifar-100-python.tar.gz": (100, b"fine_labels"), "cifar-100-binary.tar.gz": (100, 2)}
+
+
+def test_an_archive_beside_what_it_unpacked_to(tmp_path):
+    """They are one data set, and what is unpacked is read."""
+    archive, contents, images = small(cifar.PUBLISHED[0])
+    unpack(archive, contents, tmp_path)
+    (tmp_path / archive.file).write_bytes(b"half of a download")
+    dataset = cifar.read(tmp_path, [archive])
+    assert torch.equal(dataset.test.labels, torch.from_numpy(images["test"][0][1]))
 
 
 @pytest.mark.parametrize("change", ["truncated", "longer"])
