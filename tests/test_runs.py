@@ -345,14 +345,14 @@ def test_another_memory_mode_is_heard_of():
 
 
 def test_another_input_of_the_shortcut_is_heard_of():
-    """As the plain layers hear of it."""
-    ours, theirs = (PreActBlock(4, 4, 2, backend=backend) for backend in ("auto", "eager"))
-    theirs.load_state_dict(ours.state_dict())
-    for block in ours, theirs:
-        block.eval()(x_of(C=4))
+    """By a block that is fused and by one that is not."""
+    x, raw = x_of(C=4), PreActBlock(4, 4, 2, shortcut_input="raw", backend="eager").eval()
+    for backend in "auto", "eager":
+        block = PreActBlock(4, 4, 2, backend=backend).eval()
+        block.load_state_dict(raw.state_dict())
+        block(x)
         block.shortcut_input = "raw"
-    x = x_of(C=4)
-    assert_close(ours(x), theirs(x))
+        assert_close(block(x), raw(x))
 
 
 def test_averages_of_all_batches_are_each_by_its_own_count():
