@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, repeat
 from operator import attrgetter, contains, eq, getitem, is_, itemgetter
@@ -84,7 +83,6 @@ class Watch:
             states.append(waiting.pop().__dict__)
             waiting += filter(_is_plain, states[-1]["_modules"].values())
         # The module has this in its own dictionary: to hold either would leave them to the collector of cycles.
-        self._module = weakref.ref(module)
         self._own = [name for name in _SETTINGS if name in states[0]]
         self._states = states[1:]
         self._settings = tuple(zip(*((s, name) for s in self._states for name in _SETTINGS if name in s), strict=True))
@@ -99,11 +97,10 @@ class Watch:
         self._sizes, self._objects = list(self._find_sizes()), list(self._find_objects(module))
 
     def holds(self, module: nn.Module) -> bool:
-        """Whether it is of this module, and nothing has changed."""
+        """Whether nothing has changed in the module, or in a copy that shares all that is compared."""
         try:
             return (
-                self._module() is module
-                and all(map(is_, self._find_boxes(module), self._boxes))
+                all(map(is_, self._find_boxes(module), self._boxes))
                 and all(map(eq, self._find_sizes(), self._sizes))
                 and all(map(is_, self._find_objects(module), self._objects))
             )
