@@ -1,6 +1,7 @@
 """The build: decisions of the in-tree backend, and what the compiled objects and the binary promise."""
 
 import importlib
+import platform
 import re
 import shlex
 import shutil
@@ -131,6 +132,45 @@ def test_a_compiler_in_a_folder_with_a_blank(toolchain, monkeypatch, tmp_path):
     assert shlex.split(toolchain.find_compiler()) == [str(folder / "c++")]
 
 
+def test_a_compiler_with_arguments(toolchain, monkeypatch):
+    """CXX may have some, as behind a cache."""
+    monkeypatch.setenv("CXX", "c++ -m64 '-DA=b c'")
+    assert shlex.split(toolchain.find_compiler()) == ["c++", "-m64", "-DA=b c"]
+
+
+@pytest.mark.parametrize(
+    ("machine", "expected"),
+    [("x86_64", ["avx512_bf16", "avx512", "avx2", "baseline"]), ("aarch64", ["baseline"])],
+)
+def test_instruction_sets_are_those_of_the_machine(toolchain, monkeypatch, machine, expected):
+    """The widest first; flags of one processor are errors of the compiler on another."""
+    monkeypatch.setattr(toolchain.platform, "machine", lambda: machine)
+    assert toolchain.instruction_sets() == expected
+
+
+def test_a_build_waits_for_another_and_says_when_it_failed(toolchain, monkeypatch, tmp_path):
+    """Both write into one folder; MAX_JOBS is heard, as by torch's own extensions."""
+    log, codes = [], iter([0, 1])
+
+    def run(command, check):
+        log.append(list(map(str, command[1:])))
+        return subprocess.CompletedProcess(command, next(codes))
+
+    monkeypatch.setattr(toolchain, "_find_ninja", lambda: "ninja")
+    monkeypatch.setattr(toolchain.fcntl, "flock", lambda file, how: log.append(how))
+    monkeypatch.setattr(toolchain.subprocess, "run", run)
+    objects = tmp_path / "objects"
+    tools = toolchain.Toolchain(toolchain.Torch(tmp_path, "2.13.0"), "g++", ROOT / "csrc", objects, ["baseline"])
+    monkeypatch.delenv("MAX_JOBS", raising=False)
+    tools.build(tmp_path / "new" / "C.so")
+    assert log == [toolchain.fcntl.LOCK_EX, ["-C", str(objects)]]
+    assert (objects / "build.ninja").read_text() == tools.ninja_file(tmp_path / "new" / "C.so")
+    monkeypatch.setenv("MAX_JOBS", "3")
+    with pytest.raises(CompileError, match="fused_preact did not compile: the compiler's own message stands above"):
+        tools.build(tmp_path / "new" / "C.so")
+    assert log[-1] == ["-C", str(objects), "-j", "3"]
+
+
 def test_nvcc_is_told_of_the_compiler_behind_a_cache(toolchain, nvcc, tmp_path):
     """And not of its options."""
     (tmp_path / "lib").mkdir()
@@ -162,6 +202,8 @@ def test_every_source_is_compiled(toolchain, nvcc, tmp_path):
     torch = toolchain.Torch(tmp_path, "2.13.0")
     text = toolchain.Toolchain(torch, "g++", ROOT / "csrc", tmp_path, ["baseline"], cuda).ninja_file(tmp_path / "C.so")
     compiled = set(re.findall(r"^build \S+\.o: (?:compile|cuda) (\S+)$", text, re.MULTILINE))
+    # ninja reads which headers each one includes, and compiles what a change of one of them concerns.
+    assert text.count(" -MMD -MF $out.d ") == text.count("  depfile = $out.d\n  deps = gcc\n") == 2
     assert compiled == {str(path) for path in (ROOT / "csrc").rglob("*.c*") if path.suffix in (".cpp", ".cu")}
 
 
@@ -220,12 +262,31 @@ def test_without_nvcc_cuda_is_left_out_unless_asked_for(nvcc, monkeypatch):
         nvcc.find()
 
 
-def test_architectures_are_checked(backend):
-    """A compute capability that is none, or too old, is named before anything is compiled."""
-    command = [sys.executable, "setup.py", "-q", "build_ext", "--cuda-archs", "9.0,7.5", "--inplace"]
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("--cuda-archs", "9.0,7.5", "expected numbers like 9.0, from 8.0 on"),
+        ("--cuda-archs", "9.05", "expected numbers like 9.0, from 8.0 on"),
+        ("--cuda-archs", "sm_90", "expected numbers like 9.0, from 8.0 on"),
+        ("--isas", "avx1024,baseline", "expected baseline and any of "),
+        ("--isas", "", "expected baseline and any of "),
+    ],
+)
+def test_options_are_checked(option, value, expected):
+    """What is not known, too old, or lacks the part that runs everywhere is named before anything is compiled."""
+    command = [sys.executable, "setup.py", "-q", "build_ext", f"{option}={value}", "--inplace"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode != 0
-    assert "--cuda-archs: expected numbers like 9.0, from 8.0 on, got 9.0,7.5" in result.stderr
+    assert f"{option}: {expected}" in result.stderr
+    assert f", got {value}\n" in result.stderr
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="there is one instruction set here")
+def test_the_baseline_is_not_left_out():
+    """The binary would not load on a processor without the others."""
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--isas=avx2", "--inplace"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert "--isas: expected baseline and any of avx512_bf16,avx512,avx2,baseline, got avx2" in result.stderr
 
 
 has_cuda = pytest.mark.skipif(
