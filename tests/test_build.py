@@ -104,6 +104,14 @@ def test_finds_the_torch_that_isolation_hides(torch_location, tmp_path):
     assert Path(out.strip()) == Path(torch.__file__).parent
 
 
+def test_the_environment_is_not_what_the_build_puts_first(torch_location, monkeypatch, tmp_path):
+    """pip's isolated build names its own folders in PYTHONPATH, and the question is what lies behind them."""
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").touch()
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert not torch_location._origin_in_environment().startswith(str(tmp_path))
+
+
 def test_no_compiler_is_one_sentence_before_any_download(backend, pretend, monkeypatch):
     """A machine without a C++ compiler is told so at once, not after gigabytes of torch."""
     pretend(None, None)
