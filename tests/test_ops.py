@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import pytest
@@ -56,6 +57,17 @@ def test_opcheck(name, layout, backend):
     for leaf in sample.leaves().values():
         leaf.requires_grad_()
     torch.library.opcheck(forward, forward_arguments(sample, backend), test_utils=tests)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck_of_float64_in_another_order(backend):
+    """Statistics are float64 then, and an order that is neither of the two that results have is not kept."""
+    sample = BY_ID["basic-residual"].draw(0, torch.float64)
+    x = sample.x.transpose(2, 3).contiguous().transpose(2, 3)
+    sample = dataclasses.replace(sample, x=x)
+    forward, backward = ops._operators(backend)
+    torch.library.opcheck(forward, forward_arguments(sample, backend), test_utils="test_faketensor")
+    torch.library.opcheck(backward, backward_arguments(sample, backend), test_utils="test_faketensor")
 
 
 @pytest.mark.parametrize("backend", BACKENDS[1:])

@@ -114,9 +114,9 @@ def test_overwriting_leaves_nothing_of_the_run_before(tmp_path):
     (tmp_path / "tensorboard").mkdir()
     old = [tmp_path / name for name in ("checkpoint.pt.tmp", "curve.png", "metrics.jsonl", "tensorboard/events")]
     for path in old:
-        path.write_text("of the run before")
+        path.write_text("of the run before\n")
     assert train(*QUICK, "--iterations", 1, "--out", tmp_path, "--overwrite") == 0
-    assert not any(path.exists() and path.read_bytes() == b"of the run before" for path in old)
+    assert not any(path.exists() and path.read_bytes() == b"of the run before\n" for path in old)
     assert not (tmp_path / "checkpoint.pt.tmp").exists()
     assert not (tmp_path / "tensorboard").exists()
 
