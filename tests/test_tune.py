@@ -196,7 +196,7 @@ def test_every_backend_that_serves_is_measured(monkeypatch):
 
     monkeypatch.setattr(tune, "alternate", alternate)
     found = tune.measure(block_problem(), PreActBlock(4, 4), 1.0)
-    served = [name for name in ("cpu", "library") if backends.obstacle(name, block_problem()) is None]
+    served = [name for name in ("cpu", "cuda", "triton", "library") if backends.obstacle(name, block_problem()) is None]
     assert timed == ["eager", *served]
     assert found == {"best": "eager", "seconds": {name: 1.0 + i for i, name in enumerate(timed)}}
 
