@@ -8,108 +8,9 @@
 // accumulators then pass through its own rows of shared memory, from where the epilogue takes them in pieces of 16 bytes.
 // Bytes: source read once a column of blocks (but for the rims that strips share, which come from the L2 cache).
 #pragma once
-#include "slab.h"
+#include "correlation.h"
 
 namespace fused_preact::cuda {
-
-constexpr int kWarpPixels = 32;
-constexpr int kBoxPixels = 1 << kLogPixels;
-constexpr int kMostWindows = 4;
-constexpr int kMostSummed = 64;  // values that a lane sums in float
-
-// Blocks that share a multiprocessor, by their registers.
-constexpr int resident_blocks(int columns) { return columns == 16 ? 4 : 3; }
-
-template <class Op, class Source>
-struct Correlation {
-  using S = typename Op::Storage;
-  Source source;
-  FilterView<S> filter;
-  Window windows[kMostWindows];
-  int window_count, columns;  // Columns of blocks
-  Runs runs;
-  StripLayout strip;
-  int strip_pixels;   // of the largest strip
-  int chunk, chunks;  // channels of a chunk
-  SlabLayout slab;
-  bool resident;  // every chunk's slab has a place
-  Teams teams;
-  uint32_t* counters;
-
-  __host__ __device__ int slabs() const { return resident ? chunks : 1; }
-  __host__ __device__ int strips_bytes() const { return 2 * strip.bytes; }
-  __host__ __device__ int tables() const { return 2 * strip_pixels + kBoxPixels; }
-};
-
-template <class S, int Columns>
-struct Staging {
-  static constexpr int kRows = 16, kLd = Columns + (Columns > 16 ? 8 : 4);  // spreads rows over the banks
-  static constexpr int kBytes = kWarps * kRows * kLd * static_cast<int>(sizeof(float));
-  static constexpr int kPieces = Columns / kLanes<S>;  // of a pixel
-  static constexpr int kPasses = kRows * kPieces / 32;
-  // Tiles between two stores of the lanes' sums: a lane has kPieces pieces of a tile. Wide accumulators leave the sums no
-  // registers beyond a tile.
-  static constexpr int kTiles = Columns > 16 ? 1 : kMostSummed / kPieces;
-  static_assert(kPieces <= 32 && 32 % kPieces == 0 && kPasses >= 1);
-  static_assert(kBytes >= 3 * kThreads * static_cast<int>(sizeof(double)), "it is also the room of sum_members");
-};
-
-// Shared memory of a block of `Columns` channels.
-template <int Columns, class Epilogue, class Op, class Source>
-size_t shared_bytes(const Correlation<Op, Source>& c) {
-  using Rows = Staging<typename Op::Storage, Columns>;
-  return c.strips_bytes() + c.slabs() * c.slab.bytes + Rows::kBytes +
-         Columns * (kWarps * sizeof(float4) + sizeof(typename Epilogue::Total)) + c.tables() * sizeof(int);
-}
-
-template <int Columns, class Op, class Source>
-void lay_out(Correlation<Op, Source>& c, int log_pieces) {
-  int pixels = 0, taps = 0;
-  for (int i = 0; i < c.window_count; ++i) {
-    pixels = maximum(pixels, c.windows[i].strip_pixels());
-    taps = maximum(taps, c.windows[i].taps());
-  }
-  c.strip = StripLayout(log_pieces, pixels, c.source.tensors());
-  c.strip_pixels = pixels;
-  c.chunk = kLanes<typename Op::Storage> << log_pieces;
-  c.chunks = ceil_div(c.filter.D, c.chunk);
-  c.slab = SlabLayout(minimum(ceil_div(c.filter.N, 16) * 16, Columns), taps, c.strip);
-}
-
-// Chooses the chunk, the largest that leaves room for other blocks, and whether the filter stays; the tiles in runs for so
-// many blocks at once.
-template <int Columns, class Epilogue, class Op, class Source>
-void plan_shared(Correlation<Op, Source>& c, int64_t blocks) {
-  constexpr int kLeast = 1, kMost = 3;  // pieces of a chunk, as powers of two
-  int log_pieces = maximum(log2_ceil(ceil_div(c.filter.D, kLanes<typename Op::Storage>), kMost), kLeast);
-  c.resident = false;
-  lay_out<Columns>(c, log_pieces);
-  while (log_pieces > kLeast && shared_bytes<Columns, Epilogue>(c) > kWantShared) lay_out<Columns>(c, --log_pieces);
-  while (shared_bytes<Columns, Epilogue>(c) > kMostShared) {
-    bool smaller = false;
-    for (int i = 0; i < c.window_count; ++i) smaller |= shrink(c.windows[i]);
-    if (!smaller) throw std::runtime_error("the CUDA kernels have no room for a filter of this size");
-    lay_out<Columns>(c, log_pieces);
-  }
-  c.resident = c.window_count == 1;
-  if (shared_bytes<Columns, Epilogue>(c) > kWantShared) c.resident = false;
-  int64_t tiles = 0;
-  for (int i = 0; i < c.window_count; ++i) {
-    c.windows[i].first_tile = static_cast<int>(minimum<int64_t>(tiles, INT32_MAX));
-    tiles += c.windows[i].tiles();
-  }
-  c.columns = ceil_div(c.filter.N, Columns);
-  c.runs = Runs(tiles, c.columns, blocks);
-  c.teams = Teams(c.runs.count(), Columns * sizeof(typename Epilogue::Total));
-}
-
-// Whether blocks have 16 columns: all channels, or there would be too few blocks. Else they have 64.
-template <class Op, class Source>
-bool is_narrow(const Correlation<Op, Source>& c) {
-  int64_t tiles = 0;
-  for (int i = 0; i < c.window_count; ++i) tiles += c.windows[i].tiles();
-  return c.filter.N <= 16 || tiles * ceil_div(c.filter.N, 64) < multiprocessors();
-}
 
 // acc += the strip's pixels of this warp times the slab, over `bytes` of each pixel, for its `columns` in groups of 16;
 // the slab has `tap_bytes` a tap.
@@ -197,6 +98,50 @@ __device__ __forceinline__ void finish_tile(const Block (&acc)[2][Columns / 16],
   }
 }
 
+// Loads a window's slabs, for columns from n0 on: of every chunk where all have a place, else of this one.
+template <class Op, class Source>
+__device__ __forceinline__ void load_slabs(const Correlation<Op, Source>& p, const Window& w, int n0, int chunk,
+                                           std::byte* slabs) {
+  for (int i = 0; i < p.slabs(); ++i) {
+    const int first = (p.resident ? i : chunk) * p.chunk;
+    if (p.filter.along)
+      load_slab<Op, true, 2>(p.filter, p.slab, w, n0, first, slabs + i * p.slab.bytes);
+    else
+      load_slab<Op, false, 1>(p.filter, p.slab, w, n0, first, slabs + i * p.slab.bytes);
+  }
+}
+
+// acc += a strip of one chunk times its slab.
+template <int Columns, class Op, class Source>
+__device__ __forceinline__ void multiply_chunk(Block (&acc)[2][Columns / 16], const Correlation<Op, Source>& p,
+                                               const Window& w, int chunk, const std::byte* strip,
+                                               const std::byte* slabs) {
+  const int depth = minimum(p.filter.D - chunk * p.chunk, p.chunk) * static_cast<int>(sizeof(typename Op::Storage));
+  multiply_strip<Columns, Op>(acc, w, strip, slabs + (p.resident ? chunk : 0) * p.slab.bytes, p.strip.pixel_bytes(),
+                              depth, p.slab.tap_bytes, p.slab.columns);
+}
+
+// Adds the sums of the warps to the totals.
+template <int Columns, class Total>
+__device__ __forceinline__ void add_sums(const float4* sums, Total* totals) {
+  if (threadIdx.x < Columns)
+#pragma unroll 1
+    for (int warp = 0; warp < kWarps; ++warp) totals[threadIdx.x].add(sums[warp * Columns + threadIdx.x]);
+}
+
+// Writes the slot of a group, for columns from n0 on, and merges the groups; staging is room for that.
+template <int Columns, class Op, class Source, class Output, class Total>
+__device__ __forceinline__ void merge_totals(const Correlation<Op, Source>& p, const Output& output, int group, int n0,
+                                             const Total* totals, float* staging) {
+  const int n = n0 + threadIdx.x;
+  if (threadIdx.x < Columns && n < p.filter.N) output.slots.write(group, n, totals[threadIdx.x]);
+  merge_groups(p.counters + n0 / Columns * p.teams.counters(), p.teams, group,
+               [&](int first, int count, int step, bool finish) {
+                 output.slots.template merge<kThreads>(reinterpret_cast<double*>(staging), n0,
+                                                       minimum(n0 + Columns, p.filter.N), first, count, step, finish);
+               });
+}
+
 // The epilogue of a thread, of tensors with channels() channels. read(at, c): what lies beside the piece at channel c of the
 // pixel that begins at value `at`. write(v, beside, at, c, start): the piece, at -1 outside of the tensor; all lanes of a warp
 // call it together, with start > 0 at the first of a tile: so many lanes then have different channels. Where that has no
@@ -207,45 +152,20 @@ __device__ __forceinline__ void correlate_block(const Correlation<Op, Source>& p
                                                 const typename Epilogue::Output& output, int block) {
   using S = typename Op::Storage;
   using Rows = Staging<S, Columns>;
-  std::byte* const strips = shared_memory();
-  std::byte* const slabs = strips + p.strips_bytes();
-  float* const staging = reinterpret_cast<float*>(slabs + p.slabs() * p.slab.bytes);
-  float4* const sums = reinterpret_cast<float4*>(staging + Rows::kBytes / sizeof(float));
   using Total = typename Epilogue::Total;
-  Total* const totals = reinterpret_cast<Total*>(sums + kWarps * Columns);  // each of one thread
-  int* const targets = reinterpret_cast<int*>(totals + Columns);
-  int* const sources = targets + kBoxPixels;  // two tables, of a tile and the next
-
+  const CorrelationMemory<Columns, Op, Source, Total> m(p);
   const int group = block / p.columns, n0 = block % p.columns * Columns;
   const int begin = p.runs.begin(group), end = p.runs.end(group);
-  const auto window_of = [&](int t) {
-    int i = 0;
-    while (i + 1 < p.window_count && t >= p.windows[i + 1].first_tile) ++i;
-    return i;
-  };
-  const auto table_of = [&](int t) { return sources + (t & 1) * p.strip_pixels; };
   const auto index_source = [&](int t) {
-    if (t >= end) return;
-    const Window& w = p.windows[window_of(t)];
-    w.index_source<kThreads>(w.tile(t), table_of(t));
+    if (t < end) p.index_source(t, m.sources);
   };
   const auto copy = [&](int t, int chunk, int which) {
-    if (t < end) {
-      const Window& w = p.windows[window_of(t)];
-      if (w.taps() > 0)
-        copy_strip<kThreads>(p.source, chunk * p.chunk, p.strip, strips + which * p.strip.bytes, w.strip_pixels(),
-                             w.source_corner(w.tile(t)), table_of(t));
-    }
+    if (t < end) p.copy_chunk(t, chunk, which, m.strips, m.sources);
     cp_async_commit();
   };
 
   Epilogue epilogue(output);
-  if (threadIdx.x < Columns) totals[threadIdx.x] = Total{};
-  const auto add_sums = [&] {
-    if (threadIdx.x < Columns)
-#pragma unroll 1
-      for (int warp = 0; warp < kWarps; ++warp) totals[threadIdx.x].add(sums[warp * Columns + threadIdx.x]);
-  };
+  if (threadIdx.x < Columns) m.totals[threadIdx.x] = Total{};
   Block acc[2][Columns / 16];
   int loaded_window = -1, loaded_chunk = -1, unstored = 0;
   bool stored = false;
@@ -258,39 +178,32 @@ __device__ __forceinline__ void correlate_block(const Correlation<Op, Source>& p
     const int next_t = last ? t + 1 : t, next_chunk = last ? 0 : chunk + 1;
     copy(next_t, next_chunk, which ^ 1);
     if (t >= begin) {
-      const int window = window_of(t);
+      const int window = p.window_of(t);
       const Window& w = p.windows[window];
       const auto rows = p.source.rows(own_channel<Source>(p.strip, chunk * p.chunk));
       if (window != loaded_window || (!p.resident && chunk != loaded_chunk)) {
-        for (int i = 0; i < p.slabs(); ++i) {
-          const int first = (p.resident ? i : chunk) * p.chunk;
-          if (p.filter.along)
-            load_slab<Op, true, 2>(p.filter, p.slab, w, n0, first, slabs + i * p.slab.bytes);
-          else
-            load_slab<Op, false, 1>(p.filter, p.slab, w, n0, first, slabs + i * p.slab.bytes);
-        }
+        load_slabs(p, w, n0, chunk, m.slabs);
         loaded_window = window, loaded_chunk = chunk;
       }
       cp_async_wait<1>();
-      std::byte* const strip = strips + which * p.strip.bytes;
-      if (w.taps() > 0) form_strip<kThreads>(p.source, rows, p.strip, strip, w.strip_pixels(), table_of(t));
+      std::byte* const strip = m.strips + which * p.strip.bytes;
+      if (w.taps() > 0)
+        form_strip<kThreads>(p.source, rows, p.strip, strip, w.strip_pixels(), p.table_of(t, m.sources));
       if (chunk == 0) clear(acc[0]), clear(acc[1]);
       __syncthreads();
-      if (stored) add_sums();
+      if (stored) add_sums<Columns>(m.sums, m.totals);
       stored = false;
       if (last) {
-        w.index_target<kThreads>(w.tile(t), kBoxPixels, targets);
+        w.index_target<kThreads>(w.tile(t), kBoxPixels, m.targets);
         index_source(t + 2);  // in place of that of this tile
       }
-      const int depth = minimum(p.filter.D - chunk * p.chunk, p.chunk) * static_cast<int>(sizeof(S));
-      multiply_strip<Columns, Op>(acc, w, strip, slabs + (p.resident ? chunk : 0) * p.slab.bytes, p.strip.pixel_bytes(),
-                                  depth, p.slab.tap_bytes, p.slab.columns);
+      multiply_chunk<Columns>(acc, p, w, chunk, strip, m.slabs);
       __syncthreads();
       if (last) {
         if constexpr (Rows::kTiles == 1) epilogue.restart();
-        finish_tile<Columns, S>(acc, w.target_corner(w.tile(t)), targets, n0, staging, epilogue);
+        finish_tile<Columns, S>(acc, w.target_corner(w.tile(t)), m.targets, n0, m.staging, epilogue);
         if (output.has_sums() && (++unstored == Rows::kTiles || t + 1 == end)) {
-          epilogue.store_sums(sums + threadIdx.x / 32 * Columns, threadIdx.x % 32, Rows::kPieces);
+          epilogue.store_sums(m.sums + threadIdx.x / 32 * Columns, threadIdx.x % 32, Rows::kPieces);
           stored = true, unstored = 0;  // others read them behind the next barrier
         }
       }
@@ -299,14 +212,8 @@ __device__ __forceinline__ void correlate_block(const Correlation<Op, Source>& p
   }
   if (!output.has_sums()) return;
   __syncthreads();
-  add_sums();
-  const int n = n0 + threadIdx.x;
-  if (threadIdx.x < Columns && n < p.filter.N) output.slots.write(group, n, totals[threadIdx.x]);
-  merge_groups(p.counters + n0 / Columns * p.teams.counters(), p.teams, group,
-               [&](int first, int count, int step, bool finish) {
-                 output.slots.template merge<kThreads>(reinterpret_cast<double*>(staging), n0,
-                                                       minimum(n0 + Columns, p.filter.N), first, count, step, finish);
-               });
+  add_sums<Columns>(m.sums, m.totals);
+  merge_totals<Columns>(p, output, group, n0, m.totals, m.staging);
 }
 
 template <int Columns, class Op, class Source, class Epilogue>
