@@ -96,6 +96,16 @@ __device__ __forceinline__ void add_bias(const WgradParams<Op>& p, int group, in
   *slot = sum;
 }
 
+// Writes the accumulators of a lane: its vectors are 32 apart, from `own` on.
+template <int Count>
+__device__ __forceinline__ void store_units(const Block (&acc)[Count], float4* own) {
+#pragma unroll
+  for (int i = 0; i < Count * 2; ++i) {
+    const float (&d)[4] = acc[i / 2][i % 2];
+    own[i * 32] = {d[0], d[1], d[2], d[3]};
+  }
+}
+
 // Adds the accumulators of the warps that share units, in order, into those of the first of them.
 template <int Count>
 __device__ __forceinline__ void add_splits(Block (&acc)[Count], float4* shared, int splits, int split, int unit_warp) {
@@ -103,12 +113,7 @@ __device__ __forceinline__ void add_splits(Block (&acc)[Count], float4* shared, 
   float4* const own = shared + unit_warp * Count * 2 * 32 + lane;
   for (int from = 1; from < splits; ++from) {
     __syncthreads();
-    if (split == from)
-#pragma unroll
-      for (int i = 0; i < Count * 2; ++i) {
-        const float (&d)[4] = acc[i / 2][i % 2];
-        own[i * 32] = {d[0], d[1], d[2], d[3]};
-      }
+    if (split == from) store_units(acc, own);
     __syncthreads();
     if (split == 0)
 #pragma unroll
@@ -246,12 +251,7 @@ __device__ __forceinline__ void wgrad_block(const WgradParams<Op>& p, int block)
   add_splits(acc, reinterpret_cast<float4*>(stages), p.splits, split, unit_warp);
   if (split == 0) {
     const int64_t slot = static_cast<int64_t>(group) * columns + column;
-    float4* const to = p.slots + slot * slot_vectors<Op, Taps>(p) + unit_warp * U::kCount * 2 * 32 + threadIdx.x % 32;
-#pragma unroll
-    for (int i = 0; i < U::kCount * 2; ++i) {
-      const float (&d)[4] = acc[i / 2][i % 2];
-      to[i * 32] = {d[0], d[1], d[2], d[3]};
-    }
+    store_units(acc, p.slots + slot * slot_vectors<Op, Taps>(p) + unit_warp * U::kCount * 2 * 32 + threadIdx.x % 32);
   }
   merge_groups(p.counters + column * p.teams.counters(), p.teams, group,
                [&](int first, int count, int step, bool finish) {
