@@ -3,6 +3,7 @@
 // Layout: all [pixels][C]. One thread has one piece of every n-th pixel, so that it reads the rows of its channels once; it
 // reads two pixels ahead. dx may be dy.g.
 // Bytes: dz, x and add read once, dx written once.
+#include "elementwise.h"
 #include "product.h"
 #include "source.h"
 
@@ -10,7 +11,7 @@ namespace fused_preact::cuda {
 
 namespace {
 
-constexpr int kThreads = 256, kAhead = 2, kBlocks = 3;
+constexpr int kAhead = 2;
 
 // In place of a product, of which the source asks the storage type.
 template <class S>
@@ -24,18 +25,18 @@ struct DxParams {
   const S* add;  // or null
   S* dx;
   int64_t pixels;
-  int log_pieces, columns;  // pieces of a block; blocks beside each other
+  PieceGrid grid;
   bool aligned;
 };
 
 template <class S>
 __global__ __launch_bounds__(kThreads, kBlocks) void dx_kernel(const __grid_constant__ DxParams<S> p) {
   constexpr int L = kLanes<S>;
-  const int C = p.source.C, column = blockIdx.x % p.columns;
-  const int c = ((column << p.log_pieces) + static_cast<int>(threadIdx.x & ((1 << p.log_pieces) - 1))) * L;
-  const int64_t step = static_cast<int64_t>(gridDim.x / p.columns) * (kThreads >> p.log_pieces);
-  const int64_t start =
-      static_cast<int64_t>(blockIdx.x / p.columns) * (kThreads >> p.log_pieces) + (threadIdx.x >> p.log_pieces);
+  const int C = p.source.C, column = blockIdx.x % p.grid.columns;
+  const int c = ((column << p.grid.log_pieces) + static_cast<int>(threadIdx.x & ((1 << p.grid.log_pieces) - 1))) * L;
+  const int64_t step = static_cast<int64_t>(gridDim.x / p.grid.columns) * (kThreads >> p.grid.log_pieces);
+  const int64_t start = static_cast<int64_t>(blockIdx.x / p.grid.columns) * (kThreads >> p.grid.log_pieces) +
+                        (threadIdx.x >> p.grid.log_pieces);
   const bool forms = p.source.tensors() == 2;
   const auto rows = p.source.rows(c);
   for (int64_t first = start; first < p.pixels; first += kAhead * step) {
@@ -70,20 +71,15 @@ __global__ __launch_bounds__(kThreads, kBlocks) void dx_kernel(const __grid_cons
 void dx(Dtype dtype, int64_t pixels, int64_t C, const Gradient& dy, const void* add, void* to, Workspace& workspace) {
   with_storage(dtype, [&](auto s) {
     using S = decltype(s);
-    constexpr int L = kLanes<S>;
     const GradientSource<Elementwise<S>> source(dy, C);
-    const int log_pieces = log2_ceil(ceil_div<int64_t>(C, L), 5);
-    const int64_t columns = ceil_div<int64_t>(C, L << log_pieces), rows = kThreads >> log_pieces;
-    const int64_t most = maximum<int64_t>(multiprocessors() * kBlocks / columns, 1);
-    const int64_t groups = minimum(ceil_div(pixels, rows * kAhead), most);
+    const PieceGrid grid = PieceGrid::of(s, C);
     const DxParams<S> p{source,
                         static_cast<const S*>(add),
                         static_cast<S*>(to),
                         pixels,
-                        log_pieces,
-                        static_cast<int>(columns),
+                        grid,
                         source.aligned && is_aligned(add) && is_aligned(to)};
-    launch(dx_kernel<S>, static_cast<unsigned>(groups * columns), kThreads, 0,
+    launch(dx_kernel<S>, static_cast<unsigned>(grid.groups(pixels, kAhead) * grid.columns), kThreads, 0,
            static_cast<cudaStream_t>(workspace.stream), p);
   });
 }

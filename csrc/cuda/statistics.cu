@@ -3,6 +3,7 @@
 // Layout: x [pixels][C]. One block is a run of pixels of up to 32 pieces of channels: a thread has one piece of every n-th
 // pixel, and reads four of them ahead. The last block merges (merge.h).
 // Bytes: x read once.
+#include "elementwise.h"
 #include "moments.h"
 #include "product.h"
 
@@ -10,13 +11,14 @@ namespace fused_preact::cuda {
 
 namespace {
 
-constexpr int kThreads = 256, kWarps = kThreads / 32, kAhead = 4, kBlocks = 3;
+constexpr int kWarps = kThreads / 32, kAhead = 4;
 
 template <class S>
 struct StatisticsParams {
   const S* x;
   int64_t pixels;
-  int C, log_pieces, columns;  // pieces of a block; blocks beside each other
+  int C;
+  PieceGrid grid;
   bool aligned;
   Teams teams;
   uint32_t* counters;
@@ -27,11 +29,11 @@ template <class S>
 __global__ __launch_bounds__(kThreads, kBlocks) void statistics_kernel(const __grid_constant__ StatisticsParams<S> p) {
   constexpr int L = kLanes<S>;
   float4* const shared = reinterpret_cast<float4*>(shared_memory());
-  const int group = blockIdx.x / p.columns, column = blockIdx.x % p.columns;
-  const int pieces = 1 << p.log_pieces, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int group = blockIdx.x / p.grid.columns, column = blockIdx.x % p.grid.columns;
+  const int pieces = 1 << p.grid.log_pieces, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int first = column * pieces * L, c = first + static_cast<int>(threadIdx.x & (pieces - 1)) * L;
   const int64_t begin = p.pixels * group / p.teams.groups, end = p.pixels * (group + 1) / p.teams.groups;
-  const int step = kThreads >> p.log_pieces;
+  const int step = kThreads >> p.grid.log_pieces;
 
   MomentSums<L> sums;
   // Every lane takes as many steps, since they share an origin.
@@ -40,7 +42,7 @@ __global__ __launch_bounds__(kThreads, kBlocks) void statistics_kernel(const __g
     int64_t pixel[kAhead];
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
-      pixel[i] = base + i * step + (threadIdx.x >> p.log_pieces);
+      pixel[i] = base + i * step + (threadIdx.x >> p.grid.log_pieces);
       if (pixel[i] < end) piece[i] = load_piece(p.x + pixel[i] * p.C, c, p.C, p.aligned);
     }
 #pragma unroll
@@ -91,20 +93,18 @@ void statistics(Dtype dtype, int64_t pixels, int64_t C, const void* x, const Aff
   with_storage(dtype, [&](auto s) {
     using S = decltype(s);
     constexpr int L = kLanes<S>, kPixelsAThread = 8;
-    const int log_pieces = log2_ceil(ceil_div<int64_t>(C, L), 5);
-    const int64_t columns = ceil_div<int64_t>(C, L << log_pieces), least = (kThreads >> log_pieces) * kPixelsAThread;
-    const int64_t most = maximum<int64_t>(multiprocessors() * kBlocks / columns, 1);
-    const Teams teams(minimum(ceil_div(pixels, least), most), MomentSlots::bytes(1, L << log_pieces));
+    const PieceGrid grid = PieceGrid::of(s, C);
+    const int channels = L << grid.log_pieces;  // of a block
+    const Teams teams(grid.groups(pixels, kPixelsAThread), MomentSlots::bytes(1, channels));
     StatisticsParams<S> p{static_cast<const S*>(x),
                           pixels,
                           static_cast<int>(C),
-                          log_pieces,
-                          static_cast<int>(columns),
+                          grid,
                           C % L == 0 && is_aligned(x),
                           teams,
-                          take_counters(workspace, teams, columns),
+                          take_counters(workspace, teams, grid.columns),
                           MomentSlots(workspace, teams.groups, C, pixels, next, rows)};
-    launch(statistics_kernel<S>, teams.groups * p.columns, kThreads, shared_bytes(L << log_pieces),
+    launch(statistics_kernel<S>, teams.groups * grid.columns, kThreads, shared_bytes(channels),
            static_cast<cudaStream_t>(workspace.stream), p);
   });
 }
