@@ -73,8 +73,7 @@ void forward(const Conv& conv, Dtype dtype, const Activation& x, const Weight& w
     Correlation<Op, Source> c{
         Source(x, conv.C),
         {weight.data, weight.stride_k, weight.stride_c, weight.stride_r, weight.stride_s, conv, K, C}};
-    c.windows[0] = window(conv.N, Axis::forward(conv.H, conv.P, conv.R, conv.stride_h, conv.pad_h),
-                          Axis::forward(conv.W, conv.Q, conv.S, conv.stride_w, conv.pad_w), kLogPixels);
+    c.windows[0] = forward_window(conv);
     c.window_count = 1;
     const bool aligned = conv.K % kLanes<S> == 0 && is_aligned(y) && is_aligned(residual);
     launch_correlate<ForwardEpilogue<Op>>(c, workspace, [&](const Teams& teams) {

@@ -307,8 +307,7 @@ void with_wgrad(const Conv& conv, const Gradient& dy, const Activation& x, const
                 Workspace& workspace, int64_t blocks, int64_t taken, const Body& body) {
   using S = typename Op::Storage;
   WgradParams<Op> p{GradientSource<Op>(dy, conv.K), ActivationSource<Op>(x, conv.C)};
-  p.window = window(conv.N, Axis::forward(conv.H, conv.P, conv.R, conv.stride_h, conv.pad_h),
-                    Axis::forward(conv.W, conv.Q, conv.S, conv.stride_w, conv.pad_w), kLogPixels);
+  p.window = forward_window(conv);
   p.dweight = static_cast<S*>(dweight.data), p.dbias = static_cast<S*>(dbias);
   p.stride_k = dweight.stride_k, p.stride_c = dweight.stride_c;
   p.stride_r = dweight.stride_r, p.stride_s = dweight.stride_s;
