@@ -120,8 +120,8 @@ struct Kernels {
   // All of the tensors, none of them empty, from one to another of f32, bf16 and, where the device computes in it, f16.
   void (*convert)(Dtype from, Dtype to, const Conversion* tensors, int64_t count, Workspace&);
 
-  // to[n][j][i] = from[n][i][j] for N matrices [rows][columns] of values of two, four or eight bytes: what makes NHWC of
-  // NCHW and back. Null where torch does it as well.
+  // to[n][j][i] = from[n][i][j] for N matrices [rows][columns] of values of two, four or eight bytes: what makes NHWC
+  // of NCHW and back. Null where torch does it as well.
   void (*permute)(int64_t value_bytes, int64_t N, int64_t rows, int64_t columns, const void* from, void* to,
                   Workspace&);
 };

@@ -37,7 +37,8 @@ struct Stage {
   std::vector<Tensor> bias;    // empty, or one for each unit
 
   size_t units() const { return training.size(); }
-  // x itself is always at hand. A later block's input is its output minus its branch where the shortcut is the identity.
+  // x itself is always at hand. A later block's input is its output minus its branch where the
+  // shortcut is the identity.
   bool keeps_input(size_t block) const;
   bool keeps_hidden(const Chain&, size_t unit) const;
   bool needs_y() const { return blocks.size() > 1 && !keeps_input(blocks.size() - 1); }  // that forward returned

@@ -17,8 +17,8 @@ ScalarType accumulation_type(ScalarType);
 size_t element_size(ScalarType);  // bytes, of a type that a kernel has
 Dtype kernel_dtype(ScalarType);   // throws for a type that no kernel has
 
-// Uninitialised, on the device of `like`: an activation [N, C, H, W] in dense NHWC or NCHW, and a contiguous tensor. Large
-// activations are taken from the pool, where there is one.
+// Uninitialised, on the device of `like`: an activation [N, C, H, W] in dense NHWC or NCHW, and a contiguous tensor.
+// Large activations are taken from the pool, where there is one.
 Tensor empty_nhwc(const Tensor& like, ScalarType, int64_t N, int64_t C, int64_t H, int64_t W, Pool*);
 Tensor empty_nchw(const Tensor& like, ScalarType, int64_t N, int64_t C, int64_t H, int64_t W, Pool*);
 Tensor empty(const Tensor& like, ScalarType, std::initializer_list<int64_t> sizes);

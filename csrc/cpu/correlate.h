@@ -9,9 +9,9 @@ namespace fused_preact::cpu::FUSED_PREACT_ISA {
 // large stride the hardware does not foresee.
 constexpr int64_t kAhead = 2 * kRows;
 
-// How many bytes ahead they ask for what was last touched a step ago and is in no cache: further than the tiles that are
-// being worked on, and no more than stays in the second level cache until it is read. Waiting for it at the start of each
-// tile would take as long as the products of a 1x1 convolution.
+// How many bytes ahead they ask for what was last touched a step ago and is in no cache: further than the tiles that
+// are being worked on, and no more than stays in the second level cache until it is read. Waiting for it at the start
+// of each tile would take as long as the products of a 1x1 convolution.
 constexpr int64_t kFar = 1 << 16;
 
 template <class S>
@@ -19,9 +19,10 @@ FUSED_PREACT_INLINE void prefetch_far(const S* x, int64_t n) {
   prefetch(x + kFar / int64_t{sizeof(S)}, n);
 }
 
-// A sum over the depth is cut into runs of at most this many products. All pixels of the tile take one run of the panel
-// before the next, so that the run's weights stay in the first level cache; and the sum of runs has the rounding error of
-// a blocked product. Beside the rounding of bf16 that error is nothing, and runs of pairs are as long as the cache allows.
+// A sum over the depth is cut into runs of at most this many products. All pixels of the tile take one run of the
+// panel before the next, so that the run's weights stay in the first level cache; and the sum of runs has the
+// rounding error of a blocked product. Beside the rounding of bf16 that error is nothing, and runs of pairs are as
+// long as the cache allows.
 template <class E>
 constexpr int64_t kRun = kPair<E> > 1 ? 432 : 144;
 
@@ -30,9 +31,9 @@ struct Taps {
   int64_t top, bottom, left, right;
 };
 
-// Those that are inside of the image for `count` pixels of a tile, from its pixel p on: of one position, or in one or two
-// rows, for any of them. The others read padding: to leave out whole rows takes a twelfth off the products of a 3x3 filter
-// on 8x8 pixels.
+// Those that are inside of the image for `count` pixels of a tile, from its pixel p on: of one position, or in one or
+// two rows, for any of them. The others read padding: to leave out whole rows takes a twelfth off the products of a
+// 3x3 filter on 8x8 pixels.
 inline Taps taps_inside(const Window& w, const Tile& tile, uint32_t p, uint32_t count) {
   const uint32_t cols = tile.cols, rows = tile.rows;
   if (tile.by_position) {
@@ -69,8 +70,8 @@ struct Run {
   const E* weights;
   bool is_first, is_last;
 
-  // Without the taps that are outside of the image for `count` pixels from p on. A value has `width` weights. Out of line: it
-  // is to take no registers from the products.
+  // Without the taps that are outside of the image for `count` pixels from p on. A value has `width` weights. Out of
+  // line: it is to take no registers from the products.
   __attribute__((noinline)) void clip(const Window& w, const Tile& tile, int64_t p, int64_t count, int64_t row_stride,
                                       int64_t width) {
     const Taps inside = taps_inside(w, tile, p, count);
@@ -103,7 +104,8 @@ FUSED_PREACT_INLINE void finish_block(const T* totals, int64_t p, Sink& sink, st
   sink.template block<M, V>(p, acc, each);
 }
 
-// Whether the sums that an epilogue keeps over the blocks of a tile are to settle after the block of M pixels from p on.
+// Whether the sums that an epilogue keeps over the blocks of a tile are to settle after the
+// block of M pixels from p on.
 template <int M>
 FUSED_PREACT_INLINE bool settles_after(int64_t p) {
   return uint32_t(p) % (4 * kRows) >= 4 * kRows - M;

@@ -3,7 +3,8 @@
 // The transpose of a convolution of stride (a, b) is a*b convolutions of stride 1, one for each class of input pixels
 // (h mod a, w mod b), with the filter taps that reach the class, in reverse. Each runs like forward, over strips of dy,
 // which are formed from dz' and x' of the unit behind while they are read.
-// The epilogue applies the mask to the registers of a block, writes dz and adds up dbeta = sum dz and sum dz*(x - mean).
+// The epilogue applies the mask to the registers of a block, writes dz and adds up
+// dbeta = sum dz and sum dz*(x - mean).
 // Bytes: dy (or dz' and x') and x read once, add read once, dz written once.
 #include "product.h"
 #include "source.h"

@@ -19,7 +19,8 @@ const std::vector<InstructionSet>& instruction_sets();
 // The name of the one in use: at load the first that is supported.
 const char* isa();
 
-// Uses another one; throws std::runtime_error for a name that is not built or not supported. Calls under way keep theirs.
+// Uses another one; throws std::runtime_error for a name that is not built or not supported.
+// Calls under way keep theirs.
 void set_isa(const std::string& name);
 
 // The kernels in use, with the calling thread's scratch memory.

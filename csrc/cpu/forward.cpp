@@ -1,8 +1,8 @@
 // forward: y = conv(a, weight) + bias + residual, and the batch norm rows that the next unit needs of y.
 //
 // Layout: x, residual, y NHWC; the filter is packed once a call. One job is a group of tiles (for few groups: and a
-// part of the output channels); a tile is at most kMostPixels output pixels or one row of them, by position some more, whose
-// strip of activations stays in the first or second level cache while all panels of output channels pass over it.
+// part of the output channels); a tile is at most kMostPixels output pixels or one row of them, by position some more,
+// whose strip of activations stays in the first or second level cache while all panels of output channels pass over it.
 // Bytes: x and residual read once (but for the rows that neighbouring tiles share), y written once.
 #include "moments.h"
 #include "product.h"
@@ -12,8 +12,8 @@ namespace fused_preact::cpu::FUSED_PREACT_ISA {
 
 namespace {
 
-// A y of so many bytes has left the cache since its memory was last used, a step ago. Reading its lines only to overwrite
-// them would take as long as the products of a 1x1 convolution.
+// A y of so many bytes has left the cache since its memory was last used, a step ago. Reading its lines only to
+// overwrite them would take as long as the products of a 1x1 convolution.
 constexpr int64_t kLeastStreamed = int64_t{2} << 20;
 
 // Whether a tensor of so many values is one that passes the cache by.
@@ -22,7 +22,8 @@ bool is_streamed(int64_t values) {
   return values * int64_t{sizeof(S)} >= kLeastStreamed;
 }
 
-// Whether y, of [pixels][K], may and should be written past the cache. Rounded values are read back for their statistics.
+// Whether y, of [pixels][K], may and should be written past the cache. Rounded values are read
+// back for their statistics.
 template <class S>
 bool streams(const void* y, int64_t pixels, int64_t K) {
   const bool whole_lines = K * int64_t{sizeof(S)} % kCacheLine == 0 && reinterpret_cast<intptr_t>(y) % kCacheLine == 0;

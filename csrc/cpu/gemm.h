@@ -4,8 +4,8 @@
 //   outer:     acc[m][v] += sum_p        a[p][m] * b[p*ldb + v]                               (wgrad)
 //
 // m counts pixels (or rows of dW), v vectors of output channels. The accumulators must stay in registers: they are a
-// local array that only pack expansions in one inlined function touch; with loops over them the compiler leaves
-// them in memory. Operands are of type E: the accumulation type, or, where the processor multiplies pairs of bf16, bf16 in
+// local array that only pack expansions in one inlined function touch; with loops over them the compiler leaves them in
+// memory. Operands are of type E: the accumulation type, or, where the processor multiplies pairs of bf16, bf16 in
 // multiply, whose pairs lie next to each other, and BFloat16Pair in outer.
 #pragma once
 #include <utility>
@@ -14,8 +14,9 @@
 
 namespace fused_preact::cpu::FUSED_PREACT_ISA {
 
-// Register block: kRows x kColumns accumulators. Sixteen registers hold twelve, two columns and a broadcast. Of thirty-two
-// sixteen are as many as hide the latency of four multiply-adds a cycle; more rows than eight run out of address registers.
+// Register block: kRows x kColumns accumulators. Sixteen registers hold twelve, two columns and a broadcast. Of
+// thirty-two sixteen are as many as hide the latency of four multiply-adds a cycle; more rows than eight run
+// out of address registers.
 constexpr int kColumns = 2;
 constexpr int kRows = kRegisters == 32 ? 8 : 6;
 

@@ -1,7 +1,7 @@
 // gradients: dgrad and wgrad of one convolution, in turns, so that what both read comes from memory once.
 //
-// A job is a run of wgrad's groups and of dgrad's groups over the same pixels; the one that has done the smaller part of
-// its tiles goes on. Groups, tiles and sums are those of the two kernels alone, and so is every bit of the results.
+// A job is a run of wgrad's groups and of dgrad's groups over the same pixels; the one that has done the smaller part
+// of its tiles goes on. Groups, tiles and sums are those of the two kernels alone, and so is every bit of the results.
 // Bytes: dy (or dz' and x'), x and add read once, dz written once, dW written and read once a group.
 #include "walk.h"
 

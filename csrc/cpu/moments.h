@@ -42,8 +42,8 @@ struct Moments {
   }
 };
 
-// Sums over a run of values of one vector of channels, about an origin near their mean, which keeps the digits of channels
-// with a large mean: of d = value - origin, and of d*d. To settle every few values.
+// Sums over a run of values of one vector of channels, about an origin near their mean, which keeps the digits of
+// channels with a large mean: of d = value - origin, and of d*d. To settle every few values.
 template <class T>
 struct RunSums {
   Vec<T> origin;

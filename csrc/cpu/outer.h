@@ -1,9 +1,9 @@
 // What one tile gives to the outer products of wgrad: its strip of activations, and its dy as a block of columns.
 //
-// One step of the sum is a pixel. Where the processor multiplies pairs of bf16 it is two: pixels that follow each other in
-// a row of the tile, the last one of an odd row with zeros. The strip of pairs holds, beside each value, the one that the
-// next pixel reads with the same tap, `stride_w` columns further on; where rows are odd, the columns of their last pixel
-// stand once more at the end, paired with zeros. By position the two are the same pixel of two images.
+// One step of the sum is a pixel. Where the processor multiplies pairs of bf16 it is two: pixels that follow each other
+// in a row of the tile, the last one of an odd row with zeros. The strip of pairs holds, beside each value, the one
+// that the next pixel reads with the same tap, `stride_w` columns further on; where rows are odd, the columns of their
+// last pixel stand once more at the end, paired with zeros. By position the two are the same pixel of two images.
 #pragma once
 #include "gemm.h"
 #include "source.h"
@@ -15,8 +15,8 @@ namespace fused_preact::cpu::FUSED_PREACT_ISA {
 template <class S>
 using OuterOperand = std::conditional_t<std::is_same_v<Native<S>, BFloat16>, BFloat16Pair, Accumulate<S>>;
 
-// The dy of one tile for the channels from `begin` on: in place, or formed into `block`, [pixels][width], its last vector
-// filled up with zeros, in the order of the tile.
+// The dy of one tile for the channels from `begin` on: in place, or formed into `block`, [pixels][width], its last
+// vector filled up with zeros, in the order of the tile.
 template <class E, class S>
 const E* gather_columns(E* block, int64_t& ld, const GradientSource<S>& dy, const Window& w, const Tile& tile,
                         int64_t begin, int64_t width) {
@@ -35,7 +35,8 @@ const E* gather_columns(E* block, int64_t& ld, const GradientSource<S>& dy, cons
   return block;
 }
 
-// activation.pixels has a pointer a step, dy a row of `width` values, `ld` apart. Lives in the scratch memory of the thread.
+// activation.pixels has a pointer a step, dy a row of `width` values, `ld` apart. Lives in the
+// scratch memory of the thread.
 template <class E>
 struct OuterOperands {
   int64_t steps, ld;
@@ -88,7 +89,8 @@ struct OuterOperands<BFloat16Pair> {
   }
 
  private:
-  // Rows of the tile and their pixels; rows of the strip and the values in each, without and with the columns at the end.
+  // Rows of the tile and their pixels; rows of the strip and the values in each, without and
+  // with the columns at the end.
   struct Sizes {
     int64_t tile_rows, tile_cols, rows, row, pair_row;
   };

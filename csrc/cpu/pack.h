@@ -1,7 +1,8 @@
 // Filters in the order in which multiply reads them and outer writes them.
 //
-// Packed: panels of up to kColumns vectors of output channels; in a panel, depth rows (r, s, c) of its vectors. The last
-// vector is filled up with zeros. Where a product takes pairs of rows, the two values of a lane are next to each other.
+// Packed: panels of up to kColumns vectors of output channels; in a panel, depth rows (r, s, c) of its
+// vectors. The last vector is filled up with zeros. Where a product takes pairs of rows, the two values of a
+// lane are next to each other.
 #pragma once
 #include "gemm.h"
 #include "tile.h"
@@ -88,8 +89,8 @@ FUSED_PREACT_INLINE bool side_by_side(const PackedRow* rows, int n) {
   return result;
 }
 
-// Asks for the lines of a panel's weights, from `data` on, in one stream: a filter was last used a step ago, and is read
-// or written in an order that no hardware foresees.
+// Asks for the lines of a panel's weights, from `data` on, in one stream: a filter was last used a step ago, and is
+// read or written in an order that no hardware foresees.
 template <class Pointer>
 FUSED_PREACT_INLINE void prefetch_panel(const FilterView<Pointer>& f, Pointer data, int64_t channels, int64_t depth) {
   constexpr bool kWrites = !std::is_const_v<std::remove_pointer_t<Pointer>>;
@@ -139,16 +140,16 @@ void for_each_panel(const Panels<T>& panels, const Body& body) {
   for (int64_t panel = 0; panel < panels.count(); ++panel) body(panel);
 }
 
-// The order in which for_each_weights takes the rows: that of the packed filter (null) where the output channels are stored
-// side by side.
+// The order in which for_each_weights takes the rows: that of the packed filter (null) where the output channels
+// are stored side by side.
 template <class Pointer>
 const PackedRow* order_of_rows(const FilterView<Pointer>& f, Workspace& workspace) {
   return f.step_outer == 1 || f.depth() == 0 ? nullptr : rows_as_stored(f, workspace);
 }
 
-// Calls visit(stored index, packed vector, n) for every vector of one panel: n output channels, `step_outer` apart in the
-// stored filter. Where kLanes rows are stored side by side, square(stored index, rows, packed vector) takes whole vectors of
-// all of them at once: a transpose. Both are to hold what they use by value.
+// Calls visit(stored index, packed vector, n) for every vector of one panel: n output channels, `step_outer` apart in
+// the stored filter. Where kLanes rows are stored side by side, square(stored index, rows, packed vector) takes whole
+// vectors of all of them at once: a transpose. Both are to hold what they use by value.
 template <class T, class Pointer, class Visit, class Square>
 void for_each_weights(int64_t panel, const FilterView<Pointer>& f, const PackedRow* rows, const Visit& visit,
                       const Square& square) {

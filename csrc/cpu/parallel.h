@@ -12,8 +12,8 @@ void parallel_for(int64_t n, void (*body)(void* context, int64_t begin, int64_t 
 // Threads that torch is set to use.
 int64_t num_threads();
 
-// Uninitialised memory of the calling thread, 64-byte aligned. It grows, is never given back while the thread lives, and
-// is valid until the same thread asks again: one call a body.
+// Uninitialised memory of the calling thread, 64-byte aligned. It grows, is never given back while the thread lives,
+// and is valid until the same thread asks again: one call a body.
 void* thread_scratch(size_t bytes);
 
 }  // namespace fused_preact::cpu

@@ -1,8 +1,8 @@
 // permute: to[n][j][i] = from[n][i][j], which is what makes NHWC of NCHW and back.
 //
-// Layout: from [N][rows][columns], to [N][columns][rows], dense. Squares of as many rows and columns as a vector has lanes are
-// turned in registers. One job is a run of the longer dimension, a square wide for each step, over all of the shorter: so
-// reads or writes are whole rows, and the others as many streams as the shorter dimension has lines.
+// Layout: from [N][rows][columns], to [N][columns][rows], dense. Squares of as many rows and columns as a vector has
+// lanes are turned in registers. One job is a run of the longer dimension, a square wide for each step, over all of the
+// shorter: so reads or writes are whole rows, and the others as many streams as the shorter dimension has lines.
 // Values are moved, not computed with: no bit changes, whatever type they are of.
 // Bytes: each value read once and written once.
 #include "tile.h"

@@ -1,5 +1,5 @@
-// The product that forward and each class of dgrad are: a window's strips times a packed filter, panel by panel; of taps
-// (correlate.h) or of quads (winograd.h).
+// The product that forward and each class of dgrad are: a window's strips times a packed filter, panel by panel; of
+// taps (correlate.h) or of quads (winograd.h).
 #pragma once
 #include "correlate.h"
 #include "pack.h"
@@ -7,8 +7,8 @@
 
 namespace fused_preact::cpu::FUSED_PREACT_ISA {
 
-// A product's tile: as many pixels as make a strip of kTileBytes, within limits. Tiles are worked on in at most kMostGroups
-// groups, each with sums of its own.
+// A product's tile: as many pixels as make a strip of kTileBytes, within limits. Tiles are worked on in at most
+// kMostGroups groups, each with sums of its own.
 constexpr int64_t kTileBytes = 1 << 15, kLeastPixels = 64, kMostPixels = 256, kMostGroups = 64;
 
 template <class E>
@@ -24,8 +24,8 @@ struct ProductCut : Cut<E> {
   }
 };
 
-// A packed filter, and how the window that it meets is cut. A job makes the Strip of a tile, and multiplies it by one panel
-// after the other.
+// A packed filter, and how the window that it meets is cut. A job makes the Strip of a tile, and multiplies it by
+// one panel after the other.
 template <class E>
 class Product : public ProductCut<E> {
   using T = Accumulate<E>;

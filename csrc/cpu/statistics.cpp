@@ -11,8 +11,8 @@ namespace {
 // The origin of a tile's sums is the mean of its first kAround pixels.
 constexpr int64_t kTilePixels = 64, kAround = 8, kFew = 32, kMostGroups = 64;
 
-// add(i, which) for each i of [first, last), `which` of four sums side by side: that hides the latency of an addition, and
-// keeps each sum short.
+// add(i, which) for each i of [first, last), `which` of four sums side by side: that hides the latency of an addition,
+// and keeps each sum short.
 template <class Add>
 FUSED_PREACT_INLINE void side_by_side(int64_t first, int64_t last, const Add& add) {
   for (; first + 4 <= last; first += 4) add(first, 0), add(first + 1, 1), add(first + 2, 2), add(first + 3, 3);

@@ -3,17 +3,17 @@
 // A strip is a run of operand rows of one image, already normalised (or the formed dy), with its zero padding, in the
 // type E of the product: [rows][cols][C]. An output pixel reads R rows of it, S*C contiguous values in each.
 //
-// The pixels of a tile come image by image, or position by position: the same pixel of all its images, then the next one.
-// Then all pixels of a register block have the same taps inside of the image, the others are left out, and the strip, whole
-// images, has no padding: a 3x3 filter on 4x4 pixels takes 100 taps an image instead of 144.
+// The pixels of a tile come image by image, or position by position: the same pixel of all its images, then the next
+// one. Then all pixels of a register block have the same taps inside of the image, the others are left out, and the
+// strip, whole images, has no padding: a 3x3 filter on 4x4 pixels takes 100 taps an image instead of 144.
 #pragma once
 #include "gemm.h"
 #include "parallel.h"
 
 namespace fused_preact::cpu::FUSED_PREACT_ISA {
 
-// How output pixel (i, j) of a grid [P][Q] reads an image [H][W] of C channels: the R x S pixels from row i*stride_h + top,
-// column j*stride_w + left on; those outside of the image are zero.
+// How output pixel (i, j) of a grid [P][Q] reads an image [H][W] of C channels: the R x S pixels from row
+// i*stride_h + top, column j*stride_w + left on; those outside of the image are zero.
 struct Window {
   int64_t N, H, W, C, P, Q, R, S, stride_h, stride_w, top, left;
 
@@ -41,8 +41,8 @@ inline Window forward_window(const Conv& c) {
   return flattened({c.N, c.H, c.W, c.C, c.P, c.Q, c.R, c.S, c.stride_h, c.stride_w, -c.pad_h, -c.pad_w});
 }
 
-// The output pixels [i0, i0 + rows) x [j0, j0 + cols) of `images` images from n on: whole rows, or a part of a flattened
-// one; of more than one image all of them, so that the pixels follow each other in an NHWC tensor.
+// The output pixels [i0, i0 + rows) x [j0, j0 + cols) of `images` images from n on: whole rows, or a part of a
+// flattened one; of more than one image all of them, so that the pixels follow each other in an NHWC tensor.
 struct Tile {
   int64_t n, images, i0, rows, j0, cols;
   bool by_position;
@@ -81,8 +81,9 @@ inline bool reads_much_padding(const Window& w) {
   return 10 * inside <= 9 * (w.P * w.R * w.Q * w.S);
 }
 
-// How many images make a tile by position, in whole register blocks where there are several tiles; or 0 where they are so
-// few that short blocks cost what the padding does. Pairs of bf16 want whole ones: a product is two there, a load is not.
+// How many images make a tile by position, in whole register blocks where there are several tiles; or 0 where
+// they are so few that short blocks cost what the padding does. Pairs of bf16 want whole ones: a product is
+// two there, a load is not.
 template <class E>
 int64_t images_by_position(const Window& w) {
   constexpr int64_t kLeast = sizeof(E) == 2 ? kRows : 4;
@@ -94,17 +95,18 @@ int64_t images_by_position(const Window& w) {
   return images < kLeast || (images < kRows && !reads_much_padding(w)) ? 0 : images;
 }
 
-// From one image to the next in a strip by position. The pixels of a register block, and then those of an outer product,
-// are this far apart: an odd number of cache lines, nine more than a multiple of sixteen, keeps them in different sets.
+// From one image to the next in a strip by position. The pixels of a register block, and then those of an
+// outer product, are this far apart: an odd number of cache lines, nine more than a multiple of sixteen,
+// keeps them in different sets.
 template <class E>
 int64_t image_stride(const Window& w) {
   constexpr int64_t kLine = kCacheLine / int64_t{sizeof(E)};
   return (ceil_div(ceil_div(w.H * w.W * w.C, kLine) - 9, 16) * 16 + 9) * kLine;
 }
 
-// Cuts a window into tiles of about `pixels` output pixels, or by position into tiles of so many images. Small images share
-// one anyway, since each tile reads all weights. A tile of whole rows has a multiple of `step`, but at the end of an image;
-// there is room for multiples of `step` everywhere. The cut depends on the shape alone.
+// Cuts a window into tiles of about `pixels` output pixels, or by position into tiles of so many images. Small images
+// share one anyway, since each tile reads all weights. A tile of whole rows has a multiple of `step`, but at the end of
+// an image; there is room for multiples of `step` everywhere. The cut depends on the shape alone.
 class Tiling {
  public:
   Tiling(const Window& w, int64_t pixels, int64_t images_by_position = 0, int64_t step = 1)
@@ -214,9 +216,9 @@ void gather(Operand<E>& operand, E* strip, const Window& w, const Tile& tile, co
 // Parts of [0, n): part i of `parts` is [cut(n, parts, i), cut(n, parts, i + 1)).
 inline int64_t cut(int64_t n, int64_t parts, int64_t i) { return n * i / parts; }
 
-// body(job) for each job of [0, jobs). A thread takes the jobs of its own share first, which from kernel to kernel is about
-// the same part of the tensors, and so in its cache; then those that are left of the others', so that one that the system
-// holds up does not keep the others waiting. Which thread does a job changes no result.
+// body(job) for each job of [0, jobs). A thread takes the jobs of its own share first, which from kernel to kernel is
+// about the same part of the tensors, and so in its cache; then those that are left of the others', so that one that
+// the system holds up does not keep the others waiting. Which thread does a job changes no result.
 template <class Body>
 void parallel(int64_t jobs, const Body& body) {
   constexpr int64_t kMostShares = 64;

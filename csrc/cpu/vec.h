@@ -40,8 +40,8 @@ struct VecOf {
 template <class T>
 using Vec = typename VecOf<T>::type;
 
-// A vector type V of T as it lies in memory. Accesses through it are accesses to T for the compiler, which so knows that
-// they change no pointer and no size; after a memcpy it would read all of these again.
+// A vector type V of T as it lies in memory. Accesses through it are accesses to T for the compiler, which so knows
+// that they change no pointer and no size; after a memcpy it would read all of these again.
 template <class T, class V>
 struct InMemory {
   typedef V type __attribute__((aligned(alignof(T))));
@@ -162,8 +162,8 @@ FUSED_PREACT_INLINE Vec<float> load(const BFloat16Pair* from) {
   return (Vec<float>)(bits << 16) + (Vec<float>)(bits & 0xffff0000u);
 }
 
-// Rounds to nearest even; a NaN stays a (quiet) NaN. The instruction takes values below the least normal one for zero, as do
-// the products of pairs.
+// Rounds to nearest even; a NaN stays a (quiet) NaN. The instruction takes values below the least normal one for zero,
+// as do the products of pairs.
 FUSED_PREACT_INLINE HalfBits rounded(Vec<float> v) {
 #if defined(__AVX512BF16__)
   return (HalfBits)_mm512_cvtneps_pbh((__m512)v);
@@ -177,8 +177,8 @@ FUSED_PREACT_INLINE HalfBits rounded(Vec<float> v) {
 
 FUSED_PREACT_INLINE void store(BFloat16* to, Vec<float> v) { store_as(&to->bits, rounded(v)); }
 
-// Stores past the cache, which so need not read what is overwritten: for whole cache lines, written soon after each other.
-// `to` is aligned to the vector. Other threads see it after a fence.
+// Stores past the cache, which so need not read what is overwritten: for whole cache lines, written soon after each
+// other. `to` is aligned to the vector. Other threads see it after a fence.
 template <class T>
 FUSED_PREACT_INLINE void stream(T* to, Vec<T> v) {
 #if defined(__AVX512F__)

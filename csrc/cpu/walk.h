@@ -4,8 +4,8 @@
 
 namespace fused_preact::cpu::FUSED_PREACT_ISA {
 
-// A prepared call: `tiles` in `groups`, each with sums of its own; where there are few groups, each in `splits` parts of
-// its columns. start(g, part) comes before run(g, part, t) of its tiles, which come in order.
+// A prepared call: `tiles` in `groups`, each with sums of its own; where there are few groups, each in `splits` parts
+// of its columns. start(g, part) comes before run(g, part, t) of its tiles, which come in order.
 struct Walk {
   int64_t tiles, groups, splits;
   const void* call;

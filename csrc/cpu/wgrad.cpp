@@ -3,8 +3,8 @@
 // Reads x through the same strips as forward, so the activation is recomputed, not loaded; dy is formed into a block
 // [pixels][channels of this job]. dW is laid out like a packed filter, so that a row of it is a channel of the
 // strip and its vectors are output channels: an outer product a pixel.
-// Where Winograd's filtering serves (winograd.h), a step is a quad, and dW is that of the transformed filter until the groups
-// are added up.
+// Where Winograd's filtering serves (winograd.h), a step is a quad, and dW is that of the transformed filter until
+// the groups are added up.
 // Every group of tiles has a dW of its own, stored by its first tile; the groups are added up in order at the end.
 // Bytes: x and dy (or dz' and x') read once, dW written and read once a group.
 #include "walk.h"
@@ -17,8 +17,8 @@ namespace {
 
 constexpr int64_t kTileBytes = 1 << 16, kLeastPixels = 64, kMostPixels = 128;
 
-// A group's dW costs a write and a read a weight; so many pixels a group make that small beside the products: more where
-// it does not stay in the second level cache. Its memory is bounded too.
+// A group's dW costs a write and a read a weight; so many pixels a group make that small beside the products: more
+// where it does not stay in the second level cache. Its memory is bounded too.
 constexpr int64_t kPixelsPerGroup = 256, kPixelsPerLargeGroup = 1024, kMostCachedBytes = 1 << 17;
 constexpr int64_t kMostGroups = 32, kMostPartialBytes = int64_t(1) << 26;
 
@@ -77,8 +77,8 @@ inline Steps steps_of(const Window& w, const Tile& tile, int64_t r, int64_t s, i
   return {rows.begin * in_row, rows.count() * in_row, tile.images, in_image};
 }
 
-// Adds to dw, or of a group's first tile stores in it. Not inlined: its loop needs more address registers than its caller
-// leaves it.
+// Adds to dw, or of a group's first tile stores in it. Not inlined: its loop needs more address registers
+// than its caller leaves it.
 template <class E, int M, int V, int... I>
 __attribute__((noinline)) void outer_block(Accumulate<E>* dw, bool is_first, const OuterOperands<E>& x, int64_t offset,
                                            int64_t column, const Steps& steps, std::integer_sequence<int, I...>) {
@@ -91,8 +91,8 @@ __attribute__((noinline)) void outer_block(Accumulate<E>* dw, bool is_first, con
   (store(dw + I * kLanes<T>, acc[I]), ...);
 }
 
-// Adds one tile of quads to one position of one panel of the transformed dW; the columns of a position are `width` after
-// those of the last.
+// Adds one tile of quads to one position of one panel of the transformed dW; the columns of a position are `width`
+// after those of the last.
 template <class T>
 void add_position(T* dw, bool is_first, const OuterOperands<T>& x, int64_t s, int64_t C, int64_t column,
                   int64_t columns) {

@@ -4,8 +4,8 @@
 
 namespace fused_preact::cpu::FUSED_PREACT_ISA {
 
-// The lanes of a vector of float, widened. One vector type of twice the width would say the same, but GCC takes such a one
-// apart into single values.
+// The lanes of a vector of float, widened. One vector type of twice the width would say the same, but GCC takes such a
+// one apart into single values.
 struct WideFloat {
   Vec<double> low = {}, high = {};
 };

@@ -9,12 +9,12 @@
 //        0 -1  1  0         .5 -.5  .5           1 -1
 //        0 -1  0  1          0   0   1           0  1
 //
-// The transforms are additions, and halves: of small integers all of this is exact. The 2x2 outputs are a quad. Its values
-// are [16][channels], position by position, quad after quad: to the products of gemm.h a position is a filter of one tap.
-// A value that is not finite reaches the outputs that read it and no others, and all taps of its channel in dw; an infinity
-// at times as NaN.
-// Bytes of a tile: its quads are four times its strip, and stay in the second level cache while all panels pass over them;
-// the products of a panel are four times its block.
+// The transforms are additions, and halves: of small integers all of this is exact. The 2x2 outputs are a quad. Its
+// values are [16][channels], position by position, quad after quad: to the products of gemm.h a position is a filter of
+// one tap. A value that is not finite reaches the outputs that read it and no others, and all taps of its channel in
+// dw; an infinity at times as NaN.
+// Bytes of a tile: its quads are four times its strip, and stay in the second level cache while all panels pass over
+// them; the products of a panel are four times its block.
 #pragma once
 #include "correlate.h"
 #include "outer.h"
@@ -24,16 +24,18 @@ namespace fused_preact::cpu::FUSED_PREACT_ISA {
 
 constexpr int64_t kPositions = 16;
 
-// From one position to the next in a filter: a row more than its channels, which keeps positions in different sets of a cache.
+// From one position to the next in a filter: a row more than its channels, which keeps positions in
+// different sets of a cache.
 inline int64_t position_rows(int64_t C) { return C + 1; }
 
-// With fewer channels than this the transforms cost what the products save. With fewer quads the filter's does: more are
-// needed of one that is read from the cache of all cores, or from memory.
+// With fewer channels than this the transforms cost what the products save. With fewer quads the filter's does: more
+// are needed of one that is read from the cache of all cores, or from memory.
 constexpr int64_t kLeastChannels = 16, kLeastQuads = 48, kLeastQuadsOfLarge = 128, kLargeFilterBytes = int64_t{8} << 20;
 
-// Whether a product of operands E with a filter of so many output channels is made this way. Pairs of bf16 are multiplied
-// about as fast as this multiplies float, and would be rounded once more. Of small images a sum over taps leaves out what
-// reads padding, and quads do not: they are to take 1.4 times fewer products, as on 4x4 and 7x7 pixels but not on 5x5.
+// Whether a product of operands E with a filter of so many output channels is made this way. Pairs of bf16 are
+// multiplied about as fast as this multiplies float, and would be rounded once more. Of small images a sum over
+// taps leaves out what reads padding, and quads do not: they are to take 1.4 times fewer products, as on 4x4 and
+// 7x7 pixels but not on 5x5.
 template <class E>
 bool takes_winograd(const Window& w, int64_t outer) {
   if (!std::is_same_v<E, Accumulate<E>> || w.R != 3 || w.S != 3 || w.stride_h != 1 || w.stride_w != 1) return false;
@@ -137,7 +139,8 @@ FUSED_PREACT_INLINE void transform_output(const V (&m)[4], V& first, V& second) 
   second = middle + m[3];
 }
 
-// body(pixel, below, right) for each quad of a tile: its first pixel, and whether it has a second row and a second column.
+// body(pixel, below, right) for each quad of a tile: its first pixel, and whether it has a second
+// row and a second column.
 template <class Body>
 FUSED_PREACT_INLINE void for_each_quad(const Tile& tile, const Body& body) {
   for (int64_t n = 0; n < tile.images; ++n)
@@ -211,8 +214,8 @@ OuterOperands<T> outer_quads(const Cut<T>& cut, const Tile& tile, const Activati
   return {whole_quads(tile).pixels() / 4, stride, scratch.operand, dy};
 }
 
-// G w G' of one panel: positions (s, c) in place of taps (r, s, c). Of a row of all channels there are `taps` values, and
-// `positions` to the next position.
+// G w G' of one panel: positions (s, c) in place of taps (r, s, c). Of a row of all channels there are `taps` values,
+// and `positions` to the next position.
 template <class T>
 void transform_filter(T* u, int64_t positions, const T* w, int64_t taps) {
   const auto three = [](const Vec<T>& a, const Vec<T>& b, const Vec<T>& c, Vec<T>(&to)[4])
@@ -232,7 +235,8 @@ void transform_filter(T* u, int64_t positions, const T* w, int64_t taps) {
   }
 }
 
-// Its transpose, G' u G: the taps of one panel of dW, `step` values each; positions(s, i) is the vector at i of one of those.
+// Its transpose, G' u G: the taps of one panel of dW, `step` values each; positions(s, i) is the
+// vector at i of one of those.
 template <class T, class Positions>
 void transform_filter_gradient(T* taps, int64_t step, const Positions& positions) {
   const auto four = [](const Vec<T>& a, const Vec<T>& b, const Vec<T>& c, const Vec<T>& d, Vec<T>(&to)[3])
@@ -267,8 +271,9 @@ const T* pack_positions(const FilterView<const S*>& f, Workspace& workspace) {
   return to;
 }
 
-// A sum over channels is cut into runs as in correlate. They are shorter, for the outputs are differences of these sums: with
-// runs of 64 their error is about that of the sum over taps, with runs of 32 it is smaller, but wide layers take longer.
+// A sum over channels is cut into runs as in correlate. They are shorter, for the outputs are differences of
+// these sums: with runs of 64 their error is about that of the sum over taps, with runs of 32 it is smaller, but
+// wide layers take longer.
 constexpr int64_t kQuadRun = 64;
 
 template <class T, int M, int V, int... I>
@@ -280,7 +285,8 @@ FUSED_PREACT_INLINE void multiply_quads(T* products, int64_t stride, const T* co
   (store(products + I / V * stride + I % V * kLanes<T>, acc[I]), ...);
 }
 
-// As correlate, for a tile of quads and a panel of a transformed filter. `products` holds a quad for each of the tile's.
+// As correlate, for a tile of quads and a panel of a transformed filter. `products` holds a
+// quad for each of the tile's.
 template <class T, class Sink>
 FUSED_PREACT_INLINE void correlate_quads(const Operand<T>& quads, const Tile& tile, int64_t C, const T* panel,
                                          int64_t columns, T* products, T* block, Sink& sink) {

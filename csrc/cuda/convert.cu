@@ -1,7 +1,8 @@
-// convert: many tensors from one storage type to another in few launches, such as the weights of a stage under autocast.
+// convert: many tensors from one storage type to another in few launches, such as the weights
+// of a stage under autocast.
 //
-// Layout: of each tensor `count` values in a row. One block is a run of kRun values of one tensor, found by its number among
-// the runs of all. Bytes: each value read once and written once.
+// Layout: of each tensor `count` values in a row. One block is a run of kRun values of one tensor, found by its number
+// among the runs of all. Bytes: each value read once and written once.
 #include <stdexcept>
 
 #include "product.h"

@@ -1,11 +1,13 @@
 // The loop that forward and dgrad share: correlation of a source with a filter, as a matrix product a tile.
 //
-// A block takes a run of tiles and `Columns` output channels. For each tile, and each chunk of the summed channels, it has
-//   the strip of source pixels in shared memory (copied while the one before is multiplied; formed in place), by a table of
-//   where its pixels lie, made once a tile,
+// A block takes a run of tiles and `Columns` output channels. For each tile, and each chunk of
+// the summed channels, it has
+//   the strip of source pixels in shared memory (copied while the one before is multiplied; formed in place), by a
+//   table of where its pixels lie, made once a tile,
 //   the filter's slab [tap][column][chunk], loaded once where all chunks have room, else when it changes,
-// and multiplies them tap by tap: the strip serves all taps, without im2col. A warp has 32 pixels of the tile; its
-// accumulators then pass through its own rows of shared memory, from where the epilogue takes them in pieces of 16 bytes.
+// and multiplies them tap by tap: the strip serves all taps, without im2col. A warp has 32 pixels of the
+// tile; its accumulators then pass through its own rows of shared memory, from where the epilogue takes
+// them in pieces of 16 bytes.
 // Bytes: source read once a column of blocks (but for the rims that strips share, which come from the L2 cache).
 #pragma once
 #include "correlation.h"
@@ -52,7 +54,8 @@ __device__ __forceinline__ void multiply_strip(Block (&acc)[2][Columns / 16], co
     }
 }
 
-// Hands the accumulators of this warp to the epilogue, in pieces; targets: where the tile's pixels lie behind its corner, or -1.
+// Hands the accumulators of this warp to the epilogue, in pieces; targets: where the tile's pixels lie
+// behind its corner, or -1.
 template <int Columns, class S, class Epilogue>
 __device__ __forceinline__ void finish_tile(const Block (&acc)[2][Columns / 16], int64_t corner, const int* targets,
                                             int n0, float* staging, Epilogue& epilogue) {
@@ -142,10 +145,11 @@ __device__ __forceinline__ void merge_totals(const Correlation<Op, Source>& p, c
                });
 }
 
-// The epilogue of a thread, of tensors with channels() channels. read(at, c): what lies beside the piece at channel c of the
-// pixel that begins at value `at`. write(v, beside, at, c, start): the piece, at -1 outside of the tensor; all lanes of a warp
-// call it together, with start > 0 at the first of a tile: so many lanes then have different channels. Where that has no
-// pixel of the tensor, no other of the warp and the tile has one: a box is full up to some line, row and image.
+// The epilogue of a thread, of tensors with channels() channels. read(at, c): what lies beside the piece at channel c
+// of the pixel that begins at value `at`. write(v, beside, at, c, start): the piece, at -1 outside of the tensor; all
+// lanes of a warp call it together, with start > 0 at the first of a tile: so many lanes then have different
+// channels. Where that has no pixel of the tensor, no other of the warp and the tile has one: a box is full up to
+// some line, row and image.
 // store_sums: those of what a warp has written since the last, or since restart, for the Total of each channel.
 template <int Columns, class Op, class Source, class Epilogue>
 __device__ __forceinline__ void correlate_block(const Correlation<Op, Source>& p,

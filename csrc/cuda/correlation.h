@@ -60,8 +60,8 @@ struct Staging {
   static constexpr int kBytes = kWarps * kRows * kLd * static_cast<int>(sizeof(float));
   static constexpr int kPieces = Columns / kLanes<S>;  // of a pixel
   static constexpr int kPasses = kRows * kPieces / 32;
-  // Tiles between two stores of the lanes' sums: a lane has kPieces pieces of a tile. Wide accumulators leave the sums no
-  // registers beyond a tile.
+  // Tiles between two stores of the lanes' sums: a lane has kPieces pieces of a tile. Wide accumulators leave the sums
+  // no registers beyond a tile.
   static constexpr int kTiles = Columns > 16 ? 1 : kMostSummed / kPieces;
   static_assert(kPieces <= 32 && 32 % kPieces == 0 && kPasses >= 1);
   static_assert(kBytes >= 3 * kThreads * static_cast<int>(sizeof(double)), "it is also the room of sum_members");
@@ -110,8 +110,8 @@ void lay_out(Correlation<Op, Source>& c, int log_pieces) {
   c.slab = SlabLayout(minimum(ceil_div(c.filter.N, 16) * 16, Columns), taps, c.strip);
 }
 
-// Chooses the chunk, the largest that leaves room for other blocks, and whether the filter stays; the tiles in runs for so
-// many blocks at once.
+// Chooses the chunk, the largest that leaves room for other blocks, and whether the filter stays; the tiles in runs
+// for so many blocks at once.
 template <int Columns, class Epilogue, class Op, class Source>
 void plan_shared(Correlation<Op, Source>& c, int64_t blocks) {
   constexpr int kLeast = 1, kMost = 3;  // pieces of a chunk, as powers of two

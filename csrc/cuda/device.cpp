@@ -18,8 +18,8 @@ namespace {
 
 constexpr size_t kAlignment = 256, kLeastBytes = size_t{1} << 20;
 
-// One tensor that is cut into pieces, and another one when it is full. All work is queued on one stream, so pieces may be
-// handed out again as soon as the kernel that used them is queued, and a tensor may be given back then.
+// One tensor that is cut into pieces, and another one when it is full. All work is queued on one stream, so pieces may
+// be handed out again as soon as the kernel that used them is queued, and a tensor may be given back then.
 class TensorScratch final : public Scratch {
  public:
   explicit TensorScratch(const Tensor& like) : guard_(like.get_device_index()), like_(like) {

@@ -5,8 +5,8 @@
 
 namespace fused_preact::cuda {
 
-// The kernels, on the device of `like` and torch's current stream there. As long as a copy of the result lives, that device
-// is the current one, and scratch memory, which comes from torch's allocator, stays.
+// The kernels, on the device of `like` and torch's current stream there. As long as a copy of the result lives, that
+// device is the current one, and scratch memory, which comes from torch's allocator, stays.
 Device device(const Tensor& like);
 
 }  // namespace fused_preact::cuda

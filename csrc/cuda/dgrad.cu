@@ -2,8 +2,8 @@
 //
 // The transpose of a convolution of stride (a, b) is a*b correlations of stride 1, one for each class of input pixels
 // (h mod a, w mod b), with the filter taps that reach the class, in reverse: the windows of one launch (correlate.h).
-// dy is formed from dz' and x' of the unit behind while it is read. The epilogue applies the mask, writes dz, and adds up
-// sum dz and sum dz*(x - mean), merged by the last block (merge.h).
+// dy is formed from dz' and x' of the unit behind while it is read. The epilogue applies the mask, writes dz, and adds
+// up sum dz and sum dz*(x - mean), merged by the last block (merge.h).
 // Bytes: dy (or dz' and x') read once a column of blocks, x and add read once, dz written once.
 #include "dgrad.h"
 

@@ -1,7 +1,7 @@
 // dx: the gradient of a chain's input, dx = dy + add, with dy formed from dz and x of the first batch norm.
 //
-// Layout: all [pixels][C]. One thread has one piece of every n-th pixel, so that it reads the rows of its channels once; it
-// reads two pixels ahead. dx may be dy.g.
+// Layout: all [pixels][C]. One thread has one piece of every n-th pixel, so that it reads the rows of its channels
+// once; it reads two pixels ahead. dx may be dy.g.
 // Bytes: dz, x and add read once, dx written once.
 #include "elementwise.h"
 #include "product.h"

@@ -1,8 +1,8 @@
 // Sums over the blocks of a launch, in a fixed order and in the same launch.
 //
-// Each group of pixels has a slot of partial results in global memory. Groups stand in teams; the last block of a team to
-// arrive merges its slots into the first of them, and the last team to be merged merges those. Who is last does not change
-// the order in which slots are merged, so results are the same bits every time.
+// Each group of pixels has a slot of partial results in global memory. Groups stand in teams; the last block of a team
+// to arrive merges its slots into the first of them, and the last team to be merged merges those. Who is last does not
+// change the order in which slots are merged, so results are the same bits every time.
 #pragma once
 #include <stdexcept>
 
@@ -14,8 +14,8 @@ struct Teams {
   int groups = 1, size = 1;
 
   Teams() = default;
-  // Slots of `bytes`. Few are one team: to find out who is last takes as long as to read them. Of many the square root makes
-  // both steps equally long.
+  // Slots of `bytes`. Few are one team: to find out who is last takes as long as to read them. Of many the square root
+  // makes both steps equally long.
   Teams(int64_t of, int64_t bytes) : groups(static_cast<int>(of)) {
     constexpr int64_t kFew = 64, kFewBytes = 256 * 1024;
     if (groups <= kFew && groups * bytes <= kFewBytes)
@@ -27,8 +27,8 @@ struct Teams {
   __host__ __device__ int counters() const { return groups > 1 ? 1 + count() : 0; }
 };
 
-// Tiles in equal runs, one for each group of pixels, of which `columns` blocks take a part each: as many as `blocks` at once
-// have, or tiles.
+// Tiles in equal runs, one for each group of pixels, of which `columns` blocks take a part each: as many as
+// `blocks` at once have, or tiles.
 struct Runs {
   int tiles = 0, length = 1;
 
@@ -63,8 +63,8 @@ __device__ __forceinline__ bool last_to_arrive(uint32_t* counter, int members) {
   return __syncthreads_or(last) != 0;
 }
 
-// Calls merge(first, count, step, finish) in the blocks that merge the slots first, first + step, ... (`count` of them),
-// into the first of them or, where finish, into the result. Every block calls this when its slot is written.
+// Calls merge(first, count, step, finish) in the blocks that merge the slots first, first + step, ... (`count` of
+// them), into the first of them or, where finish, into the result. Every block calls this when its slot is written.
 template <class Merge>
 __device__ __forceinline__ void merge_groups(uint32_t* counters, const Teams& teams, int group, const Merge& merge) {
   const int team = group / teams.size;
@@ -80,10 +80,10 @@ __device__ __forceinline__ void merge_groups(uint32_t* counters, const Teams& te
   }
 }
 
-// Adds up `count` members of every channel of [begin, end), at most Threads of them: channel by channel, or several threads a
-// channel where there are more threads. open(c) makes a channel, which may load what it will need at the end: its add(sum, i)
-// adds member i to the `Values` sums, and finish(sum) takes what has come of all. `shared` holds Threads*Values doubles; the
-// order is always the same.
+// Adds up `count` members of every channel of [begin, end), at most Threads of them: channel by channel, or several
+// threads a channel where there are more threads. open(c) makes a channel, which may load what it will need at the end:
+// its add(sum, i) adds member i to the `Values` sums, and finish(sum) takes what has come of all. `shared` holds
+// Threads*Values doubles; the order is always the same.
 template <int Values, int Threads, class Open>
 __device__ __forceinline__ void sum_members(double* shared, int begin, int end, int count, const Open& open) {
   int width = 16;  // channels that stand side by side; so at most Threads/16 sums are added up by one thread

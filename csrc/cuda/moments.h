@@ -1,9 +1,10 @@
 // Batch statistics: (count, origin, s1, s2) a channel, merged in a fixed order.
 //
 // All sums are of distances from an origin near the mean, so that channels with a mean that is large against their
-// deviation keep their digits: in float, of a few dozen values a lane, about the mean of a warp's first; in double, of those
-// sums, about the first of their origins. Sums move to another origin without a division. Mean and variance take none either,
-// since the values of a channel are counted before the launch: all wait for the last block, and so for what it divides.
+// deviation keep their digits: in float, of a few dozen values a lane, about the mean of a warp's first; in double,
+// of those sums, about the first of their origins. Sums move to another origin without a division. Mean and
+// variance take none either, since the values of a channel are counted before the launch: all wait for the last
+// block, and so for what it divides.
 #pragma once
 #include "merge.h"
 
@@ -29,8 +30,8 @@ struct MomentSums {
   float n = 0, origin[L] = {}, s1[L] = {}, s2[L] = {};
   bool started = false;
 
-  // Sets the origin, where it is not yet set, to the mean of the values of all lanes, where `valid`; `stride` lanes have
-  // different channels. Nothing may have been added before that.
+  // Sets the origin, where it is not yet set, to the mean of the values of all lanes, where `valid`; `stride` lanes
+  // have different channels. Nothing may have been added before that.
   __device__ void start(const float (&v)[L], bool valid, int stride) {
     if (started) return;
     float sum[L + 1];

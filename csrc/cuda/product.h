@@ -3,9 +3,9 @@
 // A product is D[16][16] += A[16][depth] * B[depth][16]. Lane l = 4g + t holds of D the elements
 //   d[half][0..1] = D[g][8*half + 2t ..],  d[half][2..3] = D[g + 8][8*half + 2t ..].
 // Operands come from shared memory in rows of 16 bytes and more. `load_a` and `load_b` read operands whose depth runs
-// along a row (correlation: channels of a pixel, channels of a filter); `load_a_across` and `load_b_across` those whose depth
-// runs from row to row (weight gradient: pixels). `multiply_long` is `multiply` for the sums of correlation, over all
-// channels and taps in one chain, of which float32 must not lose more digits than a blocked sum.
+// along a row (correlation: channels of a pixel, channels of a filter); `load_a_across` and `load_b_across` those whose
+// depth runs from row to row (weight gradient: pixels). `multiply_long` is `multiply` for the sums of correlation, over
+// all channels and taps in one chain, of which float32 must not lose more digits than a blocked sum.
 #pragma once
 #include "values.h"
 

@@ -1,14 +1,15 @@
 // What the kernels need beyond CUDA C++: copies in flight, matrix loads and products, shared memory, launches.
 //
-// nvcc takes this file, where each wrapper is one PTX instruction (names and operands as in the PTX manual). A plain C++
-// compiler takes the same names from tests/emulation/emulation.h, which runs the unchanged .cu files on the CPU in the
-// tests. For both to work a kernel keeps to the following.
+// nvcc takes this file, where each wrapper is one PTX instruction (names and operands as in the PTX manual). A plain
+// C++ compiler takes the same names from tests/emulation/emulation.h, which runs the unchanged .cu files on the CPU in
+// the tests. For both to work a kernel keeps to the following.
 //
 // - All shared memory is dynamic, cut from shared_memory() by the kernel; there are no __shared__ variables. So the
 //   tests see every overrun, and every value that is read before it is written. 99 KiB is the most that serves
 //   every architecture.
-// - Barriers (__syncthreads, __syncthreads_or, __syncwarp), __shfl_xor_sync, atomicInc, __threadfence, threadIdx, blockIdx,
-//   blockDim and gridDim keep their CUDA names. A warp is whole: a block has one dimension, a multiple of 32; masks are full.
+// - Barriers (__syncthreads, __syncthreads_or, __syncwarp), __shfl_xor_sync, atomicInc, __threadfence,
+//   threadIdx, blockIdx, blockDim and gridDim keep their CUDA names. A warp is whole: a block has one dimension,
+//   a multiple of 32; masks are full.
 // - cuda_fp16.h and cuda_bf16.h work on both sides as far as conversions go; arithmetic is done in float.
 // - A block never waits for another one: blocks run one after the other, in any order. The last block of a launch is
 //   found by write, barrier, __threadfence, atomicInc, much as in the CUDA programming guide.
@@ -41,8 +42,8 @@ __device__ __forceinline__ uint32_t shared_address(const void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
 
-// Copies 16 bytes to shared memory, zeros where not valid: then nothing is read. Both addresses are aligned to that. The bytes
-// are there after the wait for their group, for other threads after the barrier behind that.
+// Copies 16 bytes to shared memory, zeros where not valid: then nothing is read. Both addresses are aligned to that.
+// The bytes are there after the wait for their group, for other threads after the barrier behind that.
 template <int Bytes>
 __device__ __forceinline__ void cp_async(void* shared, const void* global, bool valid) {
   static_assert(Bytes == 16);
@@ -60,9 +61,9 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
 }
 
-// ldmatrix.m8n8.b16: lanes 8i .. 8i+7 give the addresses of the eight 16-byte rows of matrix i (aligned to 16). Lane l gets
-// in d[i] the four bytes 4*(l%4) .. of row l/4 of matrix i; with
-// _trans the elements [2*(l%4)][l/4] and [2*(l%4)+1][l/4], of two bytes each.
+// ldmatrix.m8n8.b16: lanes 8i .. 8i+7 give the addresses of the eight 16-byte rows of matrix i (aligned to 16). Lane l
+// gets in d[i] the four bytes 4*(l%4) .. of row l/4 of matrix i; with _trans the elements [2*(l%4)][l/4] and
+// [2*(l%4)+1][l/4], of two bytes each.
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&d)[4], const void* shared) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])

@@ -1,5 +1,6 @@
-// Slabs: the part of a filter that a block multiplies by, in shared memory as [tap][column][piece], a column like a pixel of the
-// strip (source.h). A thread loads pieces of the depth, each in one access where they are so in memory, else value by value.
+// Slabs: the part of a filter that a block multiplies by, in shared memory as [tap][column][piece], a column like a
+// pixel of the strip (source.h). A thread loads pieces of the depth, each in one access where they are so in
+// memory, else value by value.
 #pragma once
 #include <stdexcept>
 
@@ -46,8 +47,8 @@ struct SlabLayout {
         by_tap(columns << log_pieces) {}
 };
 
-// Piece i of a window's slab, of columns from n0 and depths from d0 on, and where it goes in it. Neighbours are neighbours in
-// the filter, if they can be.
+// Piece i of a window's slab, of columns from n0 and depths from d0 on, and where it goes in it. Neighbours are
+// neighbours in the filter, if they can be.
 template <bool Along, class S>
 __device__ __forceinline__ uint4 filter_piece(const FilterView<S>& filter, const SlabLayout& slab, const Window& w,
                                               int n0, int d0, int i, int& at) {

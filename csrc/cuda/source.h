@@ -1,7 +1,7 @@
 // Operands that kernels form while they read: the activation a, and the incoming dy.
 //
-// A strip lies in shared memory as [pixel][piece], each pixel followed by 16 bytes that spread rows over the banks. A thread
-// copies pieces there without waiting; when they have come it forms those that it copied itself, in place, so no
+// A strip lies in shared memory as [pixel][piece], each pixel followed by 16 bytes that spread rows over the banks. A
+// thread copies pieces there without waiting; when they have come it forms those that it copied itself, in place, so no
 // barrier stands between. Padding is zero after forming: it is copied as zeros and left alone.
 #pragma once
 #include "window.h"

@@ -1,7 +1,7 @@
 // statistics: the batch norm rows of a tensor whose producer could not supply them. running: those of given statistics.
 //
-// Layout: x [pixels][C]. One block is a run of pixels of up to 32 pieces of channels: a thread has one piece of every n-th
-// pixel, and reads four of them ahead. The last block merges (merge.h).
+// Layout: x [pixels][C]. One block is a run of pixels of up to 32 pieces of channels: a thread has one piece of every
+// n-th pixel, and reads four of them ahead. The last block merges (merge.h).
 // Bytes: x read once.
 #include "elementwise.h"
 #include "moments.h"

@@ -81,8 +81,8 @@ __device__ __forceinline__ void multiply_tile(Block (&acc)[Units<Taps>::kCount],
   }
 }
 
-// Adds a tile's dy to the group's slot of dbias, of which each thread has one channel. It is rarely wanted: so it takes no
-// register from the rest, and reads dy again, for what is in shared memory may be rounded for the product.
+// Adds a tile's dy to the group's slot of dbias, of which each thread has one channel. It is rarely wanted: so it takes
+// no register from the rest, and reads dy again, for what is in shared memory may be rounded for the product.
 template <class Op>
 __device__ __forceinline__ void add_bias(const WgradParams<Op>& p, int group, int k0, int k_tile, bool first,
                                          int64_t corner, const int* offsets) {

@@ -1,7 +1,8 @@
-// Windows: which source pixels an output pixel reads, tiles of output pixels, and the strips of source pixels they read.
+// Windows: which source pixels an output pixel reads, tiles of output pixels, and the strips of
+// source pixels they read.
 //
-// A tile is a box of 2^a images x 2^b rows x 2^c columns of output pixels. Its strip is the box of source pixels that it
-// reads, padding and unused pixels included; with one tap a dimension has only the pixels that are read.
+// A tile is a box of 2^a images x 2^b rows x 2^c columns of output pixels. Its strip is the box of source pixels that
+// it reads, padding and unused pixels included; with one tap a dimension has only the pixels that are read.
 #pragma once
 #include <stdexcept>
 
@@ -18,9 +19,9 @@ struct Divisor {
   __device__ int quotient(int n) const { return static_cast<int>((static_cast<uint64_t>(n) * magic) >> 31); }
 };
 
-// One dimension. Output pixel i, of `count`, reads the source pixels i*stride + first + j for j of [0, taps), those from 0
-// to size - 1; tap j is the filter's tap0 + j*tap_step. It is pixel to0 + i*to_step of the output tensor, which has
-// `total`.
+// One dimension. Output pixel i, of `count`, reads the source pixels i*stride + first + j for j of [0, taps),
+// those from 0 to size - 1; tap j is the filter's tap0 + j*tap_step. It is pixel to0 + i*to_step of the output
+// tensor, which has `total`.
 struct Axis {
   int64_t size, count, first, total;
   int stride, taps, tap0 = 0, tap_step = 1, to0 = 0, to_step = 1;
@@ -100,7 +101,8 @@ struct Window {
     return (tile.n * h.total + h.to0 + tile.i * h.to_step) * w.total + w.to0 + tile.j * w.to_step;
   }
 
-  // For each pixel of the strip the source pixel that belongs there, counted from the corner, or -1 outside of the source.
+  // For each pixel of the strip the source pixel that belongs there, counted from the corner, or
+  // -1 outside of the source.
   template <int Threads>
   __device__ __forceinline__ void index_source(const Tile& tile, int* offsets) const {
     const int64_t i = tile.i * h.stride + h.first, j = tile.j * w.stride + w.first;
@@ -139,7 +141,8 @@ struct Window {
   }
 };
 
-// A window whose boxes have at most 2^log_pixels pixels. Nothing couples the pixels of an identity, so they make one row.
+// A window whose boxes have at most 2^log_pixels pixels. Nothing couples the pixels of an
+// identity, so they make one row.
 inline Window window(int64_t images, Axis h, Axis w, int log_pixels) {
   constexpr int kLogWidth = 4;  // 16 columns: a strip of 3x3 taps is then about 1.4 times its box
   const bool flat = h.is_identity() && w.is_identity();

@@ -227,7 +227,8 @@ void Launch::meet_warp(const Where& where) {
   meet(warp().barrier, first, first + kWarp, where);
 }
 
-// Those who wait among the threads [first, last) may go on. Greedy goes on with the thread that runs, and then its warp.
+// Those who wait among the threads [first, last) may go on. Greedy goes on with the thread that
+// runs, and then its warp.
 void Launch::release(Barrier& barrier, size_t first, size_t last) {
   const Bookkeeping bookkeeping;
   barrier.arrived = 0;

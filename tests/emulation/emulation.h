@@ -9,9 +9,10 @@
 // - copies: cp.async copies when it is issued (eager), or when its group is waited for (lazy);
 // - blocks: in the order of their index, in the reverse, or at random.
 //
-// Shared memory is filled with NaN, and so is a guard zone behind it, which must be the same when the block is over. What
-// a thread does wrong (addresses, alignment, lanes that do not meet, barriers that not all reach) ends the launch with
-// an Error that says which thread was where. The schedule is one for the process: kernels are launched by one CPU thread.
+// Shared memory is filled with NaN, and so is a guard zone behind it, which must be the same when the block is
+// over. What a thread does wrong (addresses, alignment, lanes that do not meet, barriers that not all reach) ends
+// the launch with an Error that says which thread was where. The schedule is one for the process: kernels are
+// launched by one CPU thread.
 //
 // Not emulated: time, bank conflicts, weak memory order, blocks that wait for each other.
 #pragma once
@@ -72,8 +73,8 @@ int block_barrier(bool predicate, const Where&);
 // Waits for all lanes of the warp, then orders memory among them.
 void warp_barrier(uint32_t mask, const Where&);
 
-// Waits for all lanes of the warp; the last to come calls exchange on what the 32 lanes have posted, by lane. This orders
-// no memory.
+// Waits for all lanes of the warp; the last to come calls exchange on what the 32 lanes have posted, by
+// lane. This orders no memory.
 void collective(void* posted, void (*exchange)(void* const* posted), const Where&);
 
 void cp_async(void* shared, const void* global, int bytes, bool valid, const Where&);

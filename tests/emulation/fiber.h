@@ -1,6 +1,7 @@
 // A stack of its own to run on, and the change from one to the other. Sanitizers are told of every change.
 //
-// This file is compiled without instrumentation; EMULATION_ASAN or EMULATION_TSAN says that the rest of the program has it.
+// This file is compiled without instrumentation; EMULATION_ASAN or EMULATION_TSAN says that the
+// rest of the program has it.
 #pragma once
 #include <setjmp.h>
 #include <ucontext.h>

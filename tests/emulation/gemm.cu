@@ -1,8 +1,8 @@
 // A small kernel of the kind that csrc/cuda has, sound or with one known bug planted: what the emulation is tested on.
 //
-// c [M, N] = a [M, K] * b [K, N], all row-major, a and b of __half, K and N multiples of 8; and the sum of all c. A block
-// of two warps makes 32 x 16 values of c, 16 of K at a time through two stages of shared memory. The last block sums up
-// what each block has summed, in a fixed order.
+// c [M, N] = a [M, K] * b [K, N], all row-major, a and b of __half, K and N multiples of 8; and the sum of all c. A
+// block of two warps makes 32 x 16 values of c, 16 of K at a time through two stages of shared memory. The last block
+// sums up what each block has summed, in a fixed order.
 #include "gemm.h"
 #include "ptx.h"
 
