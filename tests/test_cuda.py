@@ -51,6 +51,7 @@ pytestmark = pytest.mark.skipif(cuda_toolkit.home() is None, reason=cuda_toolkit
 
 PRODUCTS = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SCHEDULES = 8
+MOST_TENSORS = 12  # that a call has: dgrad, of a unit that is neither the first nor the last
 CASES = [*UNITS, *CHAINS, *LARGE]
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 
@@ -65,7 +66,7 @@ def emulated(pytestconfig: pytest.Config) -> Any:
 @pytest.fixture
 def kernels(emulated: Any) -> Iterator[Any]:
     """The emulated kernels, in the first schedule."""
-    emulated.tf32, emulated.offset = False, 0
+    emulated.tf32, emulated.offset, emulated.alone = False, 0, None
     emulated.use_schedule(0)
     return emulated
 
@@ -166,6 +167,25 @@ def test_tensors_may_begin_at_any_element(name: str, product: str, kernels: Any,
         assert torch.equal(value, aligned[name]), name
 
 
+def test_relu_is_flat_at_zero(product: str, kernels: Any) -> None:
+    """As in torch: where the pre-activation is zero, as with a gamma and a beta of zero, no gradient passes."""
+    x, norm = torch.zeros(1, 8, 4, 3, dtype=PRODUCTS[product]), torch.tensor([[0.0], [1.0], [1.0], [1.0], [0.0]])
+    dy, weight = Gradient(torch.ones_like(x)), torch.ones(8, 8, 1, 1, dtype=x.dtype)
+    dz = kernels.dgrad(point(8).conv, dy, weight, Activation(x, norm.expand(5, 8).contiguous()), None, True)
+    assert not any(value.any() for value in (dz.g, *dz.grad))
+
+
+@pytest.mark.parametrize("name", ["bottleneck", "bottleneck-wider"])
+def test_one_tensor_alone_may_begin_at_any_element(name: str, product: str, kernels: Any, backend: str) -> None:
+    """No tensor is read or written in pieces because the others of a call may be: `add` is one of dx, or of dgrad."""
+    sample = BY_ID[name].draw(0, PRODUCTS[product])
+    aligned = fused(sample, backend)
+    kernels.offset = 1
+    for kernels.alone in range(MOST_TENSORS):
+        for result, value in fused(sample, backend).items():
+            assert torch.equal(value, aligned[result]), (kernels.alone, result)
+
+
 # Multiprocessors of the launch of both, of dgrad and of wgrad, with which all cut the pixels into the same groups.
 # Many leave every tile a group of its own. Of few, one launch gives each half of three blocks a multiprocessor; alone
 # dgrad has four, of up to 16 channels, and wgrad three.
@@ -218,3 +238,28 @@ def test_statistics_of_an_output_keep_the_digits_of_a_large_mean(shape: tuple[in
         variance, mean = torch.var_mean(y.double(), (0, 2, 3))
         torch.testing.assert_close(rows[0].double(), mean, rtol=2**-23, atol=0)
         torch.testing.assert_close(rows[2].double(), variance, rtol=64 * 2**-24, atol=0)
+
+
+def test_groups_in_teams_are_each_added_once(kernels: Any) -> None:
+    """Of so many groups of pixels each kernel makes teams of nine, of which the last has seven."""
+    groups, C, identity = 70, 4, torch.eye(4)[:, :, None, None]
+    generator = torch.Generator().manual_seed(0)
+
+    def integers(pixels: int) -> torch.Tensor:
+        return torch.randint(-1, 2, (1, C, groups, pixels), generator=generator).float()
+
+    x, dy, long = integers(128), integers(128), integers(2048)  # pixels of a group of the others, and of statistics
+    affine = Affine(torch.ones(C), torch.zeros(C), 1e-5)
+    norm = torch.tensor([0.0, 1.0, 1.0, 1.0, 0.0])[:, None].expand(5, C).contiguous()
+    arguments = {
+        "forward": (point(C).conv, Activation(x, None), identity, None, None, affine),
+        "dgrad": (point(C).conv, Gradient(dy), identity, Activation(x, norm), None, True),
+        "wgrad": (point(C).conv, Gradient(dy), Activation(x, None), identity, True),
+        "statistics": (long, affine),
+    }
+    for number in range(SCHEDULES):
+        kernels.use_schedule(number, multiprocessors=1000)
+        for name, given in arguments.items():
+            found, expected = (tree_leaves(getattr(table, name)(*given)) for table in (kernels, reference))
+            for value, exact in zip(found, expected, strict=True):
+                torch.testing.assert_close(value, exact, rtol=2**-20, atol=1e-6, msg=f"{name} in schedule {number}")

@@ -28,10 +28,12 @@ class EmulatedKernels(RawTable):
     Attributes:
         tf32: whether float32 is multiplied in tf32.
         offset: elements by which tensors are off an aligned address.
+        alone: the number, in a call, of the only tensor that is; None: all are.
     """
 
     tf32 = False
     offset = 0
+    alone: int | None = None
 
     def __init__(self, sanitizer: str = "none") -> None:
         self._module: Any = build.load("kernels", sanitizer)
@@ -64,7 +66,8 @@ class EmulatedKernels(RawTable):
 
     def place(self, tensor: Tensor) -> Tensor:
         bytes_ = tensor.numel() * tensor.element_size()
-        begin = self._guard + self.offset * tensor.element_size()
+        offset = self.offset if self.alone in (None, len(self._tensors)) else 0
+        begin = self._guard + offset * tensor.element_size()
         memory = torch.full((begin + bytes_ + self._guard,), NAN, dtype=torch.uint8)
         self._tensors.append((memory, begin, begin + bytes_))
         flat = memory[begin : begin + bytes_].view(tensor.dtype)
