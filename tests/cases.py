@@ -387,5 +387,7 @@ LARGE = [
     Case("long-rows-stride-2", (1, 9, 5, 141), (Layer(8, stride=(2, 2)),)),
     Case("many-images", (40, 4, 3, 3), (Layer(8),)),
     Case("many-tiles", (2, 16, 33, 31), (Layer(16),)),
+    # A block of dgrad has several tiles, each of two chunks or more, and sums.
+    Case("many-tiles-of-chunks-1x1", (2, 24, 16, 17), (point(72),)),
 ]
 BY_ID = {case.id: case for case in UNITS + QUADS + OTHER_FILTERS + CHAINS + LARGE}

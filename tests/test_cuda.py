@@ -175,6 +175,26 @@ def test_relu_is_flat_at_zero(product: str, kernels: Any) -> None:
     assert not any(value.any() for value in (dz.g, *dz.grad))
 
 
+def test_the_gradient_of_a_bias_in_front_of_a_batch_norm_vanishes(product: str, kernels: Any, backend: str) -> None:
+    """Sums over dy as it is formed from three terms, which cancel: no relative error measures that."""
+    results = fused(BY_ID["basic-residual"].draw(0, PRODUCTS[product]), backend)
+    assert results["dbias1"].abs().max() <= 1e-4 * results["dbias2"].abs().max()
+
+
+def test_sums_are_of_what_is_stored(product: str, kernels: Any) -> None:
+    """Batch statistics are those of the rounded y, and the sums of a gradient those of the rounded dz."""
+    dtype, generator = PRODUCTS[product], torch.Generator().manual_seed(0)
+    x, dy = (torch.randn(2, 16, 9, 7, generator=generator).to(dtype) for _ in range(2))
+    weight = torch.randn(16, 16, 1, 1, generator=generator).to(dtype)
+    norm = reference.statistics(x, Affine(torch.ones(16), torch.zeros(16), 1e-5))
+    y, rows = kernels.forward(
+        point(16).conv, Activation(x, norm), weight, None, None, Affine(torch.ones(16), torch.zeros(16), 1e-5)
+    )
+    torch.testing.assert_close(rows[0].double(), y.double().mean((0, 2, 3)), rtol=1e-5, atol=1e-6)
+    dz = kernels.dgrad(point(16).conv, Gradient(dy), weight, Activation(x, norm), None, True)
+    torch.testing.assert_close(dz.grad[1].double(), dz.g.double().sum((0, 2, 3)), rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["bottleneck", "bottleneck-wider"])
 def test_one_tensor_alone_may_begin_at_any_element(name: str, product: str, kernels: Any, backend: str) -> None:
     """No tensor is read or written in pieces because the others of a call may be: `add` is one of dx, or of dgrad."""
@@ -241,7 +261,7 @@ def test_statistics_of_an_output_keep_the_digits_of_a_large_mean(shape: tuple[in
 
 
 def test_groups_in_teams_are_each_added_once(kernels: Any) -> None:
-    """Of so many groups of pixels each kernel makes teams of nine, of which the last has seven."""
+    """Of 70 groups each kernel makes teams of nine, the last of seven; of few, runs in which lanes store sums twice."""
     groups, C, identity = 70, 4, torch.eye(4)[:, :, None, None]
     generator = torch.Generator().manual_seed(0)
 
@@ -258,7 +278,7 @@ def test_groups_in_teams_are_each_added_once(kernels: Any) -> None:
         "statistics": (long, affine),
     }
     for number in range(SCHEDULES):
-        kernels.use_schedule(number, multiprocessors=1000)
+        kernels.use_schedule(number, multiprocessors=1 if number % 2 else 1000)
         for name, given in arguments.items():
             found, expected = (tree_leaves(getattr(table, name)(*given)) for table in (kernels, reference))
             for value, exact in zip(found, expected, strict=True):
