@@ -386,18 +386,14 @@ def backward(
     dx = run.run(_dense(dy), _dense(x), None if y is None else _dense(y))
     if needs[0]:
         dx = dx.contiguous(memory_format=memory_format(x))
-    dweight, dbias, dshortcut = map(
-        _typed, (run.dweight, run.dbias, list(run.dshortcut.values())), (weight, bias, shortcut_weight)
-    )
+    grads = run.dweight, run.dbias, list(run.dshortcut.values())
+    dweight, dbias, dshortcut = map(_typed, grads, (weight, bias, shortcut_weight))
     return dx, dweight, dbias, run.dbn_weight, run.dbn_bias, dshortcut
 
 
 def _typed(grads: Sequence[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
     """Gradients in the type and the strides of what they are the gradient of; those that nobody wants stay empty."""
-
-    def typed(grad: Tensor, parameter: Tensor) -> Tensor:
-        if grad.shape != parameter.shape or grad.stride() == parameter.stride():
-            return grad.to(parameter.dtype)
-        return torch.empty_like(parameter).copy_(grad)
-
-    return [typed(grad, parameter) for grad, parameter in zip(grads, parameters, strict=True)]
+    return [
+        torch.empty_like(p).copy_(grad) if grad.shape == p.shape and grad.stride() != p.stride() else grad.to(p.dtype)
+        for grad, p in zip(grads, parameters, strict=True)
+    ]

@@ -1,5 +1,7 @@
 """running.py: buffers move as nn.BatchNorm2d's do, on the CPU by an operator, elsewhere by torch's lists."""
 
+import copy
+import functools
 import itertools
 import sys
 
@@ -7,9 +9,10 @@ import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from cases import needs_cpu
-from fused_preact import BNReLUConv2d, _extension, running
+from cases import BACKENDS, needs_cpu
+from fused_preact import BNReLUConv2d, PreActBlock, PreActStage, _extension, running
 from fused_preact.schedule import MEAN, VARIANCE
 
 UPDATES = [pytest.param(running.update, marks=needs_cpu, id="native"), pytest.param(running._update, id="lists")]
@@ -218,3 +221,36 @@ def test_an_interrupt_leaves_gradients_on():
         assert on
         if not interrupted:
             break
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "eager"])
+def test_checkpoint_of_plain_layers_around_a_block(backend):
+    """Backward of the block is where the forward is repeated, of the layers in front of it too."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(8, 8, 1), PreActBlock(8, 8, backend=backend), PreActBlock(8, 8, backend=backend))
+    plain = copy.deepcopy(net)
+    grads = []
+    for model, call in (net, lambda x: checkpoint(net, x, use_reentrant=False)), (plain, plain):
+        x = torch.randn(2, 8, 7, 6, generator=torch.Generator().manual_seed(2)).requires_grad_()
+        call(x).square().sum().backward()
+        grads.append({"dx": x.grad, **{name: p.grad for name, p in model.named_parameters()}, **model.state_dict()})
+    assert_close(*grads, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+def test_selective_checkpoint(backend):
+    """A checkpoint that keeps what convolutions return, and repeats the rest, finds all that it kept."""
+    policy = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.convolution.default])
+    results = []
+    for kept in False, True:
+        torch.manual_seed(0)
+        net = nn.Sequential(PreActStage(PreActBlock(8, 12, 2, backend=backend)), nn.BatchNorm2d(12), nn.ReLU())
+        hooked = PreActBlock(12, 12, backend=backend)
+        hooked.conv1.register_forward_hook(lambda *_: None)
+        net.append(hooked)
+        x = torch.randn(2, 8, 8, 8).requires_grad_()
+        y = checkpoint(net, x, use_reentrant=False, context_fn=policy) if kept else net(x)
+        y.square().sum().backward()
+        own = {name: t for name, t in net.state_dict().items() if not name.startswith("1.")}
+        results.append([y.detach(), x.grad, *(p.grad for p in net.parameters()), *own.values()])
+    assert_close(results[1], results[0])

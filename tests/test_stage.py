@@ -1,6 +1,5 @@
 import copy
 import dataclasses
-import functools
 import io
 from collections.abc import Callable
 
@@ -8,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 
 from cases import BACKENDS, Case, Layer, Sample, backward_arguments, error, forward_arguments, needs_cpu
 from fused_preact import PreActBlock, PreActBottleneck, PreActStage, _extension, explain, ops
@@ -275,20 +274,6 @@ def test_checkpoint_updates_the_statistics_once(compiled, backend, reentrant):
     assert_same(stage.state_dict(), plain.state_dict(), **CLOSE)
 
 
-@pytest.mark.parametrize("backend", [*BACKENDS, "eager"])
-def test_checkpoint_of_plain_layers_around_a_block(backend):
-    """Backward of the block is where the forward is repeated, of the layers in front of it too."""
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(8, 8, 1), PreActBlock(8, 8, backend=backend), PreActBlock(8, 8, backend=backend))
-    plain = copy.deepcopy(net)
-    grads = []
-    for model, call in (net, lambda x: checkpoint(net, x, use_reentrant=False)), (plain, plain):
-        x = x_of().float().requires_grad_()
-        call(x).square().sum().backward()
-        grads.append({"dx": x.grad, **{name: p.grad for name, p in model.named_parameters()}, **model.state_dict()})
-    assert_same(*grads, **CLOSE)
-
-
 def test_gradients_accumulate():
     """Two backward passes add up."""
     once, twice = make(bottlenecks, "min", FUSED), make(bottlenecks, "min", FUSED)
@@ -338,25 +323,6 @@ def test_bad_input_names_the_block():
     stage = PreActStage(PreActBottleneck(8, 2), PreActBottleneck(8, 2), PreActBottleneck(12, 3))
     with pytest.raises(ValueError, match=r"2.bn1.weight must have shape \(8,\).*got \(12,\)"):
         stage(torch.randn(2, 8, 4, 4))
-
-
-@pytest.mark.parametrize("backend", ["auto", "eager"])
-def test_selective_checkpoint(backend):
-    """A checkpoint that keeps what convolutions return, and repeats the rest, finds all that it kept."""
-    policy = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.convolution.default])
-    results = []
-    for kept in False, True:
-        torch.manual_seed(0)
-        net = nn.Sequential(PreActStage(*basics(backend)), nn.BatchNorm2d(12), nn.ReLU())
-        hooked = PreActBlock(12, 12, backend=backend)
-        hooked.conv1.register_forward_hook(lambda *_: None)
-        net.append(hooked)
-        x = torch.randn(2, 8, 8, 8).requires_grad_()
-        y = checkpoint(net, x, use_reentrant=False, context_fn=policy) if kept else net(x)
-        y.square().sum().backward()
-        own = {name: t for name, t in net.state_dict().items() if not name.startswith("1.")}
-        results.append([y.detach(), x.grad, *(p.grad for p in net.parameters()), *own.values()])
-    assert_close(results[1], results[0])
 
 
 @pytest.mark.parametrize("memory", ["fast", "lean"])
