@@ -6,6 +6,7 @@ The emulated kernels stand in for a table of kernels that is written in Python.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import platform
 from collections.abc import Iterator
 from dataclasses import replace
@@ -20,15 +21,21 @@ from fused_preact import _extension, reference
 from fused_preact.schedule import Activation, Affine, Gradient
 from raw_table import stand_in
 
-pytestmark = pytest.mark.skipif(
-    platform.machine() not in ("x86_64", "AMD64"), reason="AVX-512 kernels are built for x86-64 only"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        platform.machine() not in ("x86_64", "AMD64"), reason="AVX-512 kernels are built for x86-64 only"
+    ),
+    pytest.mark.skipif(
+        importlib.util.find_spec("bochscpu") is None,
+        reason="the emulated CPU is not here: pip install -e '.[emulator]'",
+    ),
+]
 
 
 @pytest.fixture(scope="module")
 def kernels(request: pytest.FixtureRequest) -> Iterator[Any]:
     """Those of an instruction set, avx512 where the test names none."""
-    from avx512.kernels import EmulatedKernels  # needs what the test extra alone installs
+    from avx512.kernels import EmulatedKernels  # needs what the emulator extra installs
 
     emulated = EmulatedKernels(_extension.BINARY, getattr(request, "param", "avx512"))
     yield emulated

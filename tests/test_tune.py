@@ -115,6 +115,7 @@ def test_what_is_asked_for_is_measured(folder, monkeypatch, capsys):
     assert asked == [(tune.MODELS, "cpu", dtype, 16, 32) for dtype in (torch.float32, torch.bfloat16)]
     monkeypatch.setattr(tables, "device_name", lambda kind, *_: f"a {kind}")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(backends, "status", lambda: {"triton": "not here"})
     asked.clear()
     assert cli.main(["tune", "--models", "resnet20", "--dtypes", "fp16", "--size=8"]) == 0
     assert asked == [(["resnet20"], "cuda", torch.float16, 128, 8)]

@@ -24,19 +24,20 @@ _AMPERE = {
     4: (Config(64, 64, 16, 8, 3), Config(64, 32, 16, 4, 2)),
     8: (Config(32, 32, 16, 4, 2),),
 }
+# With three stages the first one spills: in exact products on SM 9.0 (Triton 3.8), in wgrad on SM 12.0 (Triton 3.7).
+_FOUR_STAGES = {4: (Config(64, 64, 16, 8, 4), _AMPERE[4][1])}
 SHIPPED: dict[str, dict[int, tuple[Config, ...]]] = {
     # Triton multiplies without tensor cores there, and larger tiles spill.
     "sm75": dict.fromkeys((2, 4, 8), (Config(32, 32, 16, 4, 2),)),
     "sm80": _AMPERE,
-    # With three stages the first one of float32 spills there in exact products (Triton 3.8).
     "sm90": _AMPERE
-    | {
-        2: (Config(128, 128, 32, 8, 4), Config(128, 64, 32, 4, 3), Config(64, 64, 64, 4, 3)),
-        4: (Config(64, 64, 16, 8, 4), _AMPERE[4][1]),
-    },
+    | _FOUR_STAGES
+    | {2: (Config(128, 128, 32, 8, 4), Config(128, 64, 32, 4, 3), Config(64, 64, 64, 4, 3))},
     "sm100": _AMPERE | {2: (Config(128, 128, 64, 8, 3), Config(128, 64, 32, 4, 3), Config(64, 64, 64, 4, 2))},
     # With more stages the second of these, and that of float64, spill there.
-    "sm120": _AMPERE | {2: (_AMPERE[2][0], Config(128, 64, 32, 4, 2), *_AMPERE[2][2:]), 8: (Config(32, 32, 16, 4, 1),)},
+    "sm120": _AMPERE
+    | _FOUR_STAGES
+    | {2: (_AMPERE[2][0], Config(128, 64, 32, 4, 2), *_AMPERE[2][2:]), 8: (Config(32, 32, 16, 4, 1),)},
     "hip": _AMPERE | {2: (Config(128, 128, 32, 8, 2), Config(64, 64, 32, 4, 2))},
     # A call of the interpreter costs the same for any tile: few and large ones.
     "interpreter": dict.fromkeys((2, 4, 8), (Config(128, 32, 64, 4, 1),)),
