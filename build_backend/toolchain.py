@@ -52,7 +52,8 @@ X86_FLAGS = {
     "baseline": (),
 }
 TARGET_FLAGS = ("-DTORCH_TARGET_VERSION=0x020b000000000000",)  # the stable ABI of torch 2.11
-# Of the shared libraries named on the command line a linker drops those that it thinks unused.
+# Of the shared libraries named on the command line a linker drops those that it thinks unused. Before glibc 2.34
+# pthread_atfork is in a library of its own.
 LINK_FLAGS = ("-shared", "-pthread", "-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed")
 
 COMPILER_CACHES = ("ccache", "sccache", "distcc", "icecc")

@@ -82,8 +82,8 @@ class Watch:
         while waiting:
             states.append(waiting.pop().__dict__)
             waiting += filter(_is_plain, states[-1]["_modules"].values())
-        # The module has this in its own dictionary: to hold either would leave them to the collector of cycles.
         self._own = [name for name in _SETTINGS if name in states[0]]
+        # Not the module's own dictionary, which has this: both would be left to the collector of cycles.
         self._states = states[1:]
         self._settings = tuple(zip(*((s, name) for s in self._states for name in _SETTINGS if name in s), strict=True))
         self._boxes = list(self._find_boxes(module))

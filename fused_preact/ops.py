@@ -225,7 +225,7 @@ def _register(backend: str) -> None:
     setup = functools.partial(_setup_context, backend)
     torch.library.register_autograd(forward, _formula, setup_context=setup, lib=_library)
     torch.library.register_autograd(backward, _twice, lib=_library)
-    for key in "Batched", "FuncTorchBatched":
+    for key in "Batched", "FuncTorchBatched":  # is_grads_batched goes by the older vmap, torch.vmap by the other
         _library.impl(backward, _batched, key)
 
 

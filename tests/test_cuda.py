@@ -37,9 +37,9 @@ from fused_preact import reference
 from fused_preact.schedule import Activation, Affine, Gradient
 from raw_table import stand_in
 
-# Tests that are written once: pytest runs them here too, with the fixture `backend` of this file. Ruff sees no use.
-from test_functional import test_statistics_of_what_is_not_finite  # noqa: F401
-from test_ops import (  # noqa: F401
+# Tests that are written once: pytest runs them here too, with the fixture `backend` of this file.
+from test_functional import test_statistics_of_what_is_not_finite  # noqa: F401  (run by pytest)
+from test_ops import (  # noqa: F401  (run by pytest)
     poisoned,
     test_integers_are_exact,
     test_layouts_give_the_same_bits,

@@ -384,5 +384,4 @@ def test_symbolic_tracing():
     assert [node.op for node in layers.graph.nodes].count("call_module") == 8
     x = torch.randn(2, 8, 7, 6)
     assert_close(layers(x), stage(x))
-    x = torch.randn(2, 8, 7, 6)
     assert_close(traced(x), plain(x))

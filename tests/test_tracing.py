@@ -9,6 +9,7 @@ from fused_preact import tracing
 
 
 def test_constant_sets_the_mark_that_torch_sets():
+    """Another name in a later torch would have compiled code trace what it cannot."""
     assert vars(tracing.constant(lambda: 1)) == vars(torch.compiler.assume_constant_result(lambda: 1)) != {}
 
 
