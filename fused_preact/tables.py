@@ -5,7 +5,7 @@ package's folder ``measured`` is what this version was shipped with, and counts 
 
     {"device": name, "date": ..., "versions": {...},
      "calls": {key of a call: {N: {"best": backend, "seconds": {backend: median of forward (and backward)}}}},
-     "tiles": {key of a kernel call: [rows, columns, depth, warps, stages]}}
+     "tiles": {key of a kernel call: {N: [rows, columns, depth, warps, stages]}}}
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import os
 import platform
 import re
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,12 +109,15 @@ def _parse(path: Path) -> dict[str, Any]:
         document = json.loads(path.read_text())
     except FileNotFoundError:
         return {"calls": {}, "tiles": {}}
-    for N, entry in (item for call in document["calls"].values() for item in call.items()):
-        if int(N) < 1 or not isinstance(entry["best"], str):
-            raise ValueError(f"{N}: {entry}")
-    if not isinstance(document["tiles"], dict):
-        raise TypeError("tiles")
+    for part, is_entry in ("calls", lambda call: isinstance(call["best"], str)), ("tiles", _is_tile):
+        for N, entry in (item for batches in document[part].values() for item in batches.items()):
+            if int(N) < 1 or not is_entry(entry):
+                raise ValueError(f"{N}: {entry}")
     return document
+
+
+def _is_tile(entry: Any) -> bool:
+    return isinstance(entry, list) and len(entry) == 5 and all(isinstance(n, int) and n > 0 for n in entry)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -131,10 +135,11 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _over(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
     """Both documents in one: where both have a value, that of ``after``."""
-    calls = {
-        key: before["calls"].get(key, {}) | after["calls"].get(key, {}) for key in before["calls"] | after["calls"]
-    }
-    return before | after | {"calls": calls, "tiles": before["tiles"] | after["tiles"]}
+    parts = {}
+    for part in "calls", "tiles":
+        old, new = before[part], after[part]
+        parts[part] = {key: old.get(key, {}) | new.get(key, {}) for key in old | new}
+    return before | after | parts
 
 
 def place(device: str) -> Path:
@@ -172,11 +177,16 @@ def call_key(problem: Any) -> str:
     shape = "x".join([f"{size}" for size in problem.shape[1:]])  # in compiled code str knows no size that may change
     counts: dict[str, int] = {}
     for conv, weight in problem.convolutions:
-        text = ",".join([f"{number}" for number in (*conv, *weight)])
+        text = convolution_key(conv, weight)
         counts[text] = counts.get(text, 0) + 1
     convolutions = (f"{count}*{text}" for text, count in counts.items())
     purpose = ["inference"] if problem.inference else []
     return " ".join([*purpose, str(problem.dtype).removeprefix("torch."), problem.format, shape, *convolutions])
+
+
+def convolution_key(conv: Sequence[int], weight: Sequence[int]) -> str:
+    """A convolution in the key of a call: its geometry and the shape of its filter."""
+    return ",".join([f"{number}" for number in (*conv, *weight)])
 
 
 def best(problem: Any) -> str | None:
@@ -191,12 +201,16 @@ def best(problem: Any) -> str | None:
 @tracing.constant  # a file is read here
 def _best(kind: str, index: int | None, key: str, N: int | None) -> str | None:
     found = load(device_name(kind, index))["calls"].get(key)
-    if not found:
-        return None
-    distance = {text: -int(text) if N is None else abs(math.log(int(text) / max(N, 1))) for text in found}
-    return found[min(distance, key=distance.__getitem__)]["best"]
+    return _nearest(found, N)["best"] if found else None
 
 
-def tile(device: torch.device, key: str) -> list[int] | None:
-    """The measured tile of a Triton kernel call, or None."""
-    return load(device_name(device.type, device.index))["tiles"].get(key)
+def _nearest(batches: dict[str, Any], N: int | None) -> Any:
+    """What was measured at the nearest N, by their ratio; at the largest where N is None."""
+    distance = {text: -int(text) if N is None else abs(math.log(int(text) / max(N, 1))) for text in batches}
+    return batches[min(distance, key=distance.__getitem__)]
+
+
+def tile(device: torch.device, key: str, N: int) -> list[int] | None:
+    """The tile of a Triton kernel call that was measured at the nearest N; None where there is none."""
+    found = load(device_name(device.type, device.index))["tiles"].get(key)
+    return _nearest(found, N) if found else None

@@ -211,8 +211,8 @@ def _best(times: dict[str, Times]) -> str:
     return max(faster, key=faster.__getitem__) if faster else "eager"
 
 
-def _tiles(problem: backends.Problem, block: nn.Module, budget: float) -> dict[str, list[int]]:
-    """The fastest shipped tile of each Triton kernel of a call, one kernel after the other."""
+def _tiles(problem: backends.Problem, block: nn.Module, budget: float) -> dict[str, dict[str, list[int]]]:
+    """The fastest shipped tile of each Triton kernel of a call at its N, one kernel after the other."""
     from .triton import configurations
 
     configurations.asked.clear()
@@ -225,4 +225,4 @@ def _tiles(problem: backends.Problem, block: nn.Module, budget: float) -> dict[s
             (times,) = alternate([step], budget / 10, (3, 10))
             seconds[tile] = spread(times.total).median
         configurations.trial[key] = min(seconds, key=seconds.__getitem__)
-    return {key: list(configurations.trial[key]) for key in configurations.asked}
+    return {key: {str(problem.shape[0]): list(configurations.trial[key])} for key in configurations.asked}

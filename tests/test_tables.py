@@ -76,20 +76,29 @@ def test_each_gpu_has_its_own_table(folder, monkeypatch):
         assert [tables.device_name("cuda", index) for index in (0, 1, None)] == ["GPU 0", "GPU 1", "GPU 2"]
         asked = problem(4)._replace(device=torch.device("cuda", 1))
         for index, best in (1, "cuda"), (2, "eager"):
-            calls, tiles = {tables.call_key(asked): {"4": {"best": best}}}, {"k": [index] * 5}
+            calls, tiles = {tables.call_key(asked): {"4": {"best": best}}}, {"k": {"4": [index] * 5}}
             tables.save({"device": f"GPU {index}", "calls": calls, "tiles": tiles})
         assert tables.best(asked) == "cuda"
         assert tables.best(asked._replace(device=torch.device("cuda"))) == "eager"
-        assert tables.tile(torch.device("cuda", 1), "k") == [1] * 5
+        assert tables.tile(torch.device("cuda", 1), "k", 4) == [1] * 5
     finally:
         tables._gpu.cache_clear()
 
 
 def test_tiles_are_added_to_those_of_the_file(folder):
-    """As calls are."""
-    for key in "ab":
-        tables.save({"device": "d", "calls": {}, "tiles": {key: [1, 2, 3, 4, 5]}})
-    assert set(tables.load("d")["tiles"]) == {"a", "b"}
+    """As calls are, those of other batches too."""
+    for key, N in ("a", "16"), ("b", "16"), ("a", "64"):
+        tables.save({"device": "d", "calls": {}, "tiles": {key: {N: [1, 2, 3, 4, 5]}}})
+    assert {key: set(batches) for key, batches in tables.load("d")["tiles"].items()} == {"a": {"16", "64"}, "b": {"16"}}
+
+
+def test_the_tile_of_the_nearest_batch_is_taken(folder):
+    """As the backend is: the tiles of a table that was measured at one batch serve the others."""
+    tiles = {"k": {"4": [4] * 5, "64": [64] * 5}}
+    tables.save({"device": tables.device_name("cpu"), "calls": {}, "tiles": tiles})
+    found = {N: tables.tile(torch.device("cpu"), "k", N) for N in (0, 4, 15, 17, 1000)}
+    assert found == {0: [4] * 5, 4: [4] * 5, 15: [4] * 5, 17: [64] * 5, 1000: [64] * 5}
+    assert tables.tile(torch.device("cpu"), "another", 4) is None
 
 
 def test_names_of_files_are_plain():
@@ -131,6 +140,9 @@ DAMAGED = {
     "no images": '{"calls": {"a": {"0": {"best": "cpu"}}}, "tiles": {}}',
     "best of two": '{"calls": {"a": {"16": {"best": ["cpu"]}}}, "tiles": {}}',
     "no best": '{"calls": {"a": {"16": {}}}, "tiles": {}}',
+    "a short tile": '{"calls": {}, "tiles": {"k": {"16": [64, 64]}}}',
+    "an empty tile": '{"calls": {}, "tiles": {"k": {"16": [64, 0, 16, 4, 2]}}}',
+    "a tile of no batch": '{"calls": {}, "tiles": {"k": [64, 64, 16, 4, 2]}}',
     "no number": '{"calls": {"a": {"x": {"best": "cpu"}}}, "tiles": {}}',
 }
 

@@ -218,4 +218,4 @@ def test_the_fastest_tile_of_each_kernel_is_taken(monkeypatch):
         return [Times((1.0 + took,), (1.0 + took,))]
 
     monkeypatch.setattr(tune, "alternate", alternate)
-    assert tune._tiles(block_problem(), None, 1.0) == {key: list(tile) for key, tile in fastest.items()}
+    assert tune._tiles(block_problem(), None, 1.0) == {key: {"2": list(tile)} for key, tile in fastest.items()}

@@ -15,6 +15,7 @@ import triton
 from torch import Tensor
 
 from .. import tables
+from ..schedule import Conv
 from .launch import Config
 
 PROGRAMS = 128  # about the multiprocessors of a large GPU
@@ -73,12 +74,10 @@ def rule(tiles: Sequence[Config], rows: int, columns: int) -> Config:
     return tiles[-1]
 
 
-def configuration(
-    kernel: str, x: Tensor, rows: int, columns: int, depth: Sequence[int], stride: Sequence[int]
-) -> Config:
-    """The tile of one call: a product of rows x columns, summed over ``depth``, of tensors like x."""
-    size = "x".join(map(str, (rows, columns, *depth)))
-    key = f"{kernel} {str(x.dtype).removeprefix('torch.')} {size}/{stride[0]},{stride[1]}"
+def configuration(kernel: str, x: Tensor, conv: Conv, weight: Tensor, rows: int, columns: int) -> Config:
+    """The tile of one call, a product of rows x columns: that of the nearest batch that was measured, or the rule's."""
+    (N, *image), dtype = x.shape, str(x.dtype).removeprefix("torch.")
+    key = f"{kernel} {dtype} {'x'.join(map(str, image))} {tables.convolution_key(conv, weight.shape)}"
     asked.add(key)
-    measured = trial.get(key) or tables.tile(x.device, key)
+    measured = trial.get(key) or tables.tile(x.device, key, N)
     return Config(*measured) if measured else rule(candidates(x.device, x.dtype), rows, columns)

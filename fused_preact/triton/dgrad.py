@@ -134,7 +134,7 @@ def dgrad(conv: Conv, dy: Gradient, weight: Tensor, x: Activation, add: Tensor |
     _, _, R, S = weight.shape
     dz, classes = torch.empty_like(x.x), conv.stride_h * conv.stride_w
     pixels = N * triton.cdiv(H, conv.stride_h) * triton.cdiv(W, conv.stride_w)  # of the largest class
-    config = configuration("dgrad", x.x, pixels, C, (K, R, S), conv.stride)
+    config = configuration("dgrad", x.x, conv, weight, pixels, C)
     tiles = triton.cdiv(pixels, config.rows)
     partial = None if x.norm is None else launch.partials(tiles * classes, C, x.x)
     launch.run(

@@ -73,7 +73,7 @@ def forward(
     y = launch.empty_nhwc(shape, x.x)
     _, C, R, S = weight.shape
     pixels = N * P * Q
-    config = configuration("forward", x.x, pixels, K, (C, R, S), conv.stride)
+    config = configuration("forward", x.x, conv, weight, pixels, K)
     tiles = triton.cdiv(pixels, config.rows)
     partial = launch.partials(tiles, K, x.x) if following is not None else None
     launch.run(

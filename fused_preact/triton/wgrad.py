@@ -87,7 +87,7 @@ def wgrad(conv: Conv, dy: Gradient, x: Activation, weight: Tensor, bias: bool) -
     (_, C, H, W), (N, K, P, Q) = x.x.shape, dy.g.shape
     _, _, R, S = weight.shape
     pixels = N * P * Q
-    config = configuration("wgrad", x.x, K, C, (pixels, R, S), conv.stride)
+    config = configuration("wgrad", x.x, conv, weight, K, C)
     tiles = triton.cdiv(K, config.rows) * triton.cdiv(C, config.columns) * R * S
     chunks = triton.cdiv(pixels, config.depth)
     count = max(1, min(triton.cdiv(PROGRAMS, tiles), chunks // LEAST))
