@@ -2,7 +2,7 @@
 PYTHON ?= python
 CXX_FILES = $(shell git ls-files '*.h' '*.cpp' '*.cu')
 
-.PHONY: install test lint format build asan cuda-asan cuda-tsan gpu bench
+.PHONY: install test lint format docs build asan cuda-asan cuda-tsan gpu bench
 
 install:  ## everything a developer needs, editable
 	$(PYTHON) -m pip install -e '.[dev]'
@@ -22,6 +22,9 @@ format:
 	ruff check --fix .
 	ruff format .
 	clang-format -i $(CXX_FILES)
+
+docs:  ## the reference of the public functions and classes, from their docstrings: build/docs/index.html
+	pdoc --docformat google --output-directory build/docs fused_preact
 
 # A build of its own in build/asan, and the suite on it. Leaks are left out: python never frees all it has. New memory is
 # filled with NaN (all bits one), so that a value used before it is written shows too. The C++ library is loaded early
