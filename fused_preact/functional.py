@@ -86,12 +86,7 @@ class Plan(NamedTuple):
     cast: torch.dtype | None  # autocast's, where it is on
     stream: torch.dtype  # of what runs from block to block
     channels: list[int]  # that each unit reads
-    training: list[bool]
-    eps: list[float]
-    geometry: list[int]
-    units: list[int]
-    shortcut: list[int]
-    memory: int
+    facts: ops.Facts
 
     def record(self, where: Any) -> None:
         """Note the choice for `explain`; ``where`` is a name, or the module that calls."""
@@ -102,15 +97,16 @@ class Plan(NamedTuple):
 def call_key(name: str, x: Tensor) -> tuple[Any, ...]:
     """What a plan depends on beside the layers, for an argument: the tensor, and what it is called in.
 
-    Last come whether a backward may follow, whether a transform is at work, and the dtype of autocast or None.
+    Last come whether float32 is multiplied as TF32, whether a backward may follow, whether a transform is at work, and
+    the dtype of autocast or None.
     """
     checks.tensor(name, x)
     device = x.device.type
     casts = device != "meta" and torch.is_autocast_enabled(device)  # meta is asked about in vain
     cast = torch.get_autocast_dtype(device) if casts else None
     order = memory_format(x) if x.dim() == 4 and x.layout == torch.strided else x.layout
-    calling = torch.is_grad_enabled(), backends.is_transforming(), cast
-    return x.shape, x.dtype, x.device, order, *calling
+    tf32 = x.is_cuda and backends.allows_tf32()
+    return x.shape, x.dtype, x.device, order, tf32, torch.is_grad_enabled(), backends.is_transforming(), cast
 
 
 def make_plan(
@@ -121,7 +117,7 @@ def make_plan(
     Raises:
         TypeError, ValueError: an argument does not fit.
     """
-    *_, grad, transformed, cast = call_key("x", x)
+    *_, tf32, grad, transformed, cast = call_key("x", x)
     given = x
     if cast is not None:
         with torch.no_grad():
@@ -139,20 +135,19 @@ def make_plan(
     rounded = memory == "fast" and given.dtype != x.dtype
     problem = backends.Problem(x.device, x.dtype, shape, convolutions, layout, inference, saves, transformed, rounded)
     half = given.dtype in (torch.bfloat16, torch.float16)
-    return Plan(
-        backend,
-        problem,
-        backends.choose(backend, problem),
-        cast,
-        x.dtype if memory == "fast" else torch.float32 if half else given.dtype,
-        [unit.weight.size(1) * unit.conv.groups for unit in units],
+    stream = x.dtype if memory == "fast" else torch.float32 if half else given.dtype
+    channels = [unit.weight.size(1) * unit.conv.groups for unit in units]
+    facts = ops.Facts(
         training,
         [float(unit.eps) for unit in units],
         [number for conv, _ in convolutions for number in conv],
         [len(block.units) for block in blocks],
         [SHORTCUTS.index(block.shortcut.kind) for block in blocks],
+        x.dtype,
         MEMORY.index(memory),
+        tf32,
     )
+    return Plan(backend, problem, backends.choose(backend, problem), cast, stream, channels, facts)
 
 
 class Plans(dict[Any, Plan]):
@@ -193,18 +188,34 @@ class Arguments(NamedTuple):
     """The tensors of a stage as the operators take them: lists by unit, and the weights of projections."""
 
     weight: list[Tensor]
-    bias: list[Tensor | None]
+    bias: list[Tensor | None]  # empty where no unit has one
     bn_weight: list[Tensor | None]
     bn_bias: list[Tensor | None]
-    running_mean: list[Tensor | None]
+    running_mean: list[Tensor | None]  # empty where no unit reads it
     running_var: list[Tensor | None]
     shortcut_weight: list[Tensor]
 
     @classmethod
     def of(cls, blocks: Sequence[Block]) -> Arguments:
         """Those of blocks."""
-        columns = zip(*(unit[:6] for block in blocks for unit in block.units), strict=True)
-        return cls(*map(list, columns), [b.shortcut.weight for b in blocks if b.shortcut.weight is not None])
+        units = [unit for block in blocks for unit in block.units]
+        weight, bias, bn_weight, bn_bias, *running = map(list, zip(*(unit[:6] for unit in units), strict=True))
+        if all(b is None for b in bias):
+            bias = []
+        if all(unit.batch for unit in units):
+            running = [], []
+        projections = [block.shortcut.weight for block in blocks if block.shortcut.weight is not None]
+        return cls(weight, bias, bn_weight, bn_bias, *running, projections)
+
+    def filled(self, x: Tensor, channels: Sequence[int]) -> Arguments:
+        """With tensors like x, of so many channels for each unit, in the place of None."""
+        weight, bias, bn_weight, bn_bias, *running, projections = self
+        bn_weight = [x.new_ones(C) if t is None else t for t, C in zip(bn_weight, channels, strict=True)]
+        bn_bias = [x.new_zeros(C) if t is None else t for t, C in zip(bn_bias, channels, strict=True)]
+        bias = [x.new_zeros(weight[i].size(0)) if t is None else t for i, t in enumerate(bias)]
+        # Those of training units are not read.
+        running = ([bn_weight[i] if t is None else t for i, t in enumerate(ts)] for ts in running)
+        return Arguments(weight, bias, bn_weight, bn_bias, *running, projections)
 
 
 def execute(plan: Plan, x: Tensor, given: Arguments, residual: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
@@ -222,24 +233,7 @@ def execute(plan: Plan, x: Tensor, given: Arguments, residual: Tensor | None = N
 def _execute(plan: Plan, x, given, residual) -> tuple[Tensor, list[Tensor]]:
     if x.dtype != plan.stream:
         x = x.to(plan.stream)
-    weight, bias, bn_weight, bn_bias, running_mean, running_var, shortcut_weight = given
-    bn_weight = _filled(bn_weight, lambda i: x.new_ones(plan.channels[i]))
-    bn_bias = _filled(bn_bias, lambda i: x.new_zeros(plan.channels[i]))
-    bias = [] if all(b is None for b in bias) else _filled(bias, lambda i: x.new_zeros(weight[i].size(0)))
-    if all(plan.training):
-        running_mean = running_var = []
-    else:  # Those of training units are not read.
-        running_mean, running_var = (_filled(t, bn_weight.__getitem__) for t in (running_mean, running_var))
-    facts = ops.Facts(
-        plan.backend, plan.training, plan.eps, plan.geometry, plan.units, plan.shortcut, plan.problem.dtype,
-        plan.memory, plan.backend == "cuda" and backends.allows_tf32(), running_mean, running_var,
-    )  # fmt: skip
-    return ops.stage(facts, x, residual, weight, bias, bn_weight, bn_bias, shortcut_weight)
-
-
-def _filled(tensors: list[Tensor | None], make: Callable[[int], Tensor]) -> list[Tensor]:
-    """With a tensor from ``make`` for each None."""
-    return [make(i) if t is None else t for i, t in enumerate(tensors)]
+    return ops.stage(plan.backend, plan.facts, x, residual, *given.filled(x, plan.channels))
 
 
 def _cast(t: Any, dtype: torch.dtype) -> Any:

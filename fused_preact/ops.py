@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import _extension, library, reference, schedule
-from .schedule import accumulation_type
 
 FORWARD = (
     "(Tensor x, Tensor? residual, Tensor[] weight, Tensor[] bias, Tensor[] bn_weight, Tensor[] bn_bias, "
@@ -31,6 +30,8 @@ BACKWARD = (
     "int memory, bool tf32, bool[] needs) -> (Tensor, Tensor[], Tensor[], Tensor[], Tensor[], Tensor[])"
 )
 TABLES: dict[str, Any] = {"reference": reference, "library": library, "triton": ".triton.table"}
+OPERATORS: dict[str, tuple[Any, Any]] = {}
+"""Forward and backward of each backend that is built."""
 
 _library = torch.library.Library("fused_preact", "FRAGMENT")
 
@@ -45,11 +46,9 @@ def _over(backend: str, run: Callable[..., Any], *args: Any) -> Any:
     return run(table(backend), *args)
 
 
-@dataclass(slots=True)
-class Facts:
-    """What an operator is told beside the tensors that can have a gradient."""
+class Facts(NamedTuple):
+    """What an operator is told beside its tensors, in the order of its arguments."""
 
-    backend: str
     training: list[bool]
     eps: list[float]
     geometry: list[int]
@@ -58,9 +57,10 @@ class Facts:
     dtype: torch.dtype
     memory: int  # index in schedule.MEMORY
     tf32: bool  # multiply float32 as TF32; heard by `cuda` alone, for the tables in Python hear torch's switch
-    running_mean: list[Tensor] = field(default_factory=list)
-    running_var: list[Tensor] = field(default_factory=list)
-    rows: list[Tensor] = field(default_factory=list)  # left here by the eager node
+
+    def of_backward(self) -> tuple[Any, ...]:
+        """Those that backward is told: all but eps."""
+        return self.training, *self[2:]
 
     def stage(self, weight: Sequence[Tensor], shortcut_weight: Sequence[Tensor]) -> schedule.Stage:
         """The stage, of weights of any type."""
@@ -71,7 +71,7 @@ class Facts:
 
 
 def _fake_forward(x, residual, weight, bias, bn_weight, bn_bias, running_mean, running_var, shortcut_weight, *facts):
-    stage = Facts("", *facts).stage(weight, shortcut_weight)
+    stage = Facts(*facts).stage(weight, shortcut_weight)
     shape, kept, rows = x.shape, [], []
 
     def activation(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -100,42 +100,31 @@ def _fake_backward(dy, x, y, kept, rows, weight, bias, shortcut_weight, *facts):
     return dx, dweight, dbias, dbn_weight, dbn_bias, like(shortcut_weight)
 
 
-def _operators(backend: str) -> tuple[Any, Any]:
-    ops, prefix = torch.ops.fused_preact, f"{backend}_" if backend in TABLES else ""
-    return getattr(ops, f"{prefix}forward").default, getattr(ops, f"{prefix}backward").default
-
-
-def _call_forward(facts: Facts, x, residual, weight, bias, bn_weight, bn_bias, shortcut_weight):
-    operator, _ = _operators(facts.backend)
-    tensors = x, residual, weight, bias, bn_weight, bn_bias, facts.running_mean, facts.running_var, shortcut_weight
-    rest = facts.training, facts.eps, facts.geometry, facts.units, facts.shortcut, facts.dtype, facts.memory
-    return operator(*tensors, *rest, facts.tf32)
-
-
-def _save(ctx, facts: Facts, x, y, kept, rows, weight, bias, shortcut_weight, bn_weight, bn_bias) -> None:
+def _save(ctx, backend: str, facts: Facts, x, y, kept, rows, weight, bias, shortcut_weight) -> None:
     """Keep for backward x, what ``memory`` says, five rows a batch norm and the parameters; y where it is read."""
     y = y if facts.memory > 0 and facts.stage(weight, shortcut_weight).needs_y() else None
     ctx.save_for_backward(x, y, *kept, *rows, *weight, *bias, *shortcut_weight)
     ctx.counts = len(kept), len(rows), len(weight), len(bias), len(shortcut_weight)
-    ctx.facts = facts.training, facts.geometry, facts.units, facts.shortcut, facts.dtype, facts.memory, facts.tf32
-    ctx.backend = facts.backend
-    dtypes = [[t.dtype for t in parameters] for parameters in (bn_weight, bn_bias)]
-    ctx.casts = dtypes if {*dtypes[0], *dtypes[1]} != {accumulation_type(facts.dtype)} else None
+    ctx.backend, ctx.facts = backend, facts
 
 
-def _call_backward(ctx, saved: Sequence[Tensor], dy: Tensor, needs: list[bool]):
-    """Gradients in lists like the arguments that they are of; ``needs`` is the operator's."""
+def _cut(flat: Sequence[Any], counts: Sequence[int]) -> list[list[Any]]:
+    """Lists of so many values each."""
+    values = iter(flat)
+    return [list(itertools.islice(values, count)) for count in counts]
+
+
+def _call_backward(ctx, saved: Sequence[Tensor], dy: Tensor, need_x: bool, wanted: Sequence[list[bool]]):
+    """What the operator returns, for what is wanted of weights, biases, gammas, betas and projections.
+
+    Those of gamma and beta are in the accumulation type: autograd casts them where the parameters are of another.
+    """
     x, y, *flat = saved
-    lists, begin = [], 0
-    for count in ctx.counts:
-        lists.append(flat[begin : begin + count])
-        begin += count
-    _, operator = _operators(ctx.backend)
-    results = operator(dy, x, y, *lists, *ctx.facts, needs)
-    if ctx.casts is not None:
-        for grads, dtypes in zip(results[3:5], ctx.casts, strict=True):
-            grads[:] = (grad.to(dtype) for grad, dtype in zip(grads, dtypes, strict=True))
-    return results
+    lists = _cut(flat, ctx.counts)
+    weight, bias, gamma, beta, shortcut = wanted
+    norm = [either or other for either, other in zip(gamma, beta, strict=True)]
+    _, operator = OPERATORS[ctx.backend]
+    return operator(dy, x, y, *lists, *ctx.facts.of_backward(), [need_x, *weight, *bias, *norm, *shortcut])
 
 
 class _Once(torch.autograd.Function):
@@ -152,56 +141,55 @@ class _Once(torch.autograd.Function):
 
 
 class _Stage(torch.autograd.Function):
-    """The stage as one node of flat tensors: n weights, n gammas, n betas, the projections' weights, the biases."""
+    """The stage as one node of flat tensors: n weights, the biases, n gammas, n betas, the projections' weights.
+
+    ``tensors`` is what the operator is called with, and ``found`` a list that the rows are added to.
+    """
 
     @staticmethod
-    def forward(ctx, facts: Facts, x: Tensor, residual: Tensor | None, projections: int, *flat: Tensor):
-        n = len(facts.training)
-        weight, bn_weight, bn_bias = flat[:n], flat[n : 2 * n], flat[2 * n : 3 * n]
-        shortcut_weight, bias = flat[3 * n : 3 * n + projections], flat[3 * n + projections :]
+    def forward(ctx, backend: str, facts: Facts, tensors, found: list[Tensor], x: Tensor, residual, *_flat: Tensor):
+        forward, _ = OPERATORS[backend]
         with torch._C._AutoDispatchBelowAutograd():  # this node is the operator's autograd
-            y, kept, rows = _call_forward(facts, x, residual, weight, bias, bn_weight, bn_bias, shortcut_weight)
-        _save(ctx, facts, x, y, kept, rows, weight, bias, shortcut_weight, bn_weight, bn_bias)
-        facts.rows = rows
+            y, kept, rows = forward(*tensors, *facts)
+        _, _, weight, bias, *_, shortcut_weight = tensors
+        _save(ctx, backend, facts, x, y, kept, rows, weight, bias, shortcut_weight)
+        found += rows
         return y
 
     @staticmethod
     def backward(ctx, dy: Tensor):
-        _, need_x, need_residual, _, *flat = ctx.needs_input_grad
-        _, n, _, _, projections = ctx.counts
-        weight, gamma, beta, bias = flat[:n], flat[n : 2 * n], flat[2 * n : 3 * n], flat[3 * n + projections :]
-        bn = [either or other for either, other in zip(gamma, beta, strict=True)]
-        needs = [need_x, *weight, *bias, *bn, *flat[3 * n : 3 * n + projections]]
+        _, _, _, _, need_x, need_residual, *flat = ctx.needs_input_grad
+        _, _, n, biases, projections = ctx.counts
+        wanted = _cut(flat, (n, biases, n, n, projections))
         saved = ctx.saved_tensors  # with autograd: a checkpoint's forward, which makes them again, may need it
         with torch._C._AutoDispatchBelowAutograd():
-            dx, dweight, dbias, dgamma, dbeta, dshortcut = _call_backward(ctx, saved, dy, needs)
-        parameters = *dweight, *dgamma, *dbeta, *dshortcut, *dbias
+            dx, *made = _call_backward(ctx, saved, dy, need_x, wanted)
+        parameters = [*itertools.chain(*made)]
         if torch.is_grad_enabled():  # create_graph=True
             dx, *parameters = _Once.apply(dx.new_empty(0).requires_grad_(), dx, *parameters)
-        return (
-            None,
-            dx if need_x else None,
-            dy if need_residual else None,
-            None,
-            *(grad if need else None for grad, need in zip(parameters, flat, strict=True)),
-        )
+        tensors = dx if need_x else None, dy if need_residual else None, *_only(parameters, flat)
+        return *[None] * 4, *tensors
 
 
 def _setup_context(backend: str, ctx, inputs, output) -> None:
-    x, residual, weight, bias, bn_weight, bn_bias, running_mean, _, shortcut_weight, *rest = inputs
+    x, _, weight, bias, _, _, _, _, shortcut_weight, *rest = inputs
     y, kept, rows = output
-    _save(ctx, Facts(backend, *rest), x, y, kept, rows, weight, bias, shortcut_weight, bn_weight, bn_bias)
-    ctx.given = residual is not None, len(running_mean)
+    _save(ctx, backend, Facts(*rest), x, y, kept, rows, weight, bias, shortcut_weight)
 
 
 def _formula(ctx, dy: Tensor, _kept, _rows):
     """Gradients of the operators' arguments, for what traces the operator itself, as torch.compile does."""
-    residual, running = ctx.given
-    _, n, _, biases, projections = ctx.counts
-    needs = [True] * (1 + n + biases + n + projections)
-    dx, dweight, dbias, dgamma, dbeta, dshortcut = _call_backward(ctx, ctx.saved_tensors, dy, needs)
-    tensors = dx, dy.clone() if residual else None, dweight, dbias, dgamma, dbeta
-    return *tensors, [None] * running, [None] * running, dshortcut, *[None] * 8
+    need_x, need_residual, *parameters, mean, var, shortcut = ctx.needs_input_grad[:9]
+    wanted = [*parameters, shortcut]
+    dx, *made = _call_backward(ctx, ctx.saved_tensors, dy, need_x, wanted)
+    *grads, dshortcut = map(_only, made, wanted)
+    tensors = dx if need_x else None, dy if need_residual else None, *grads
+    return *tensors, [None] * len(mean), [None] * len(var), dshortcut, *[None] * len(Facts._fields)
+
+
+def _only(grads: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
+    """Those that are wanted, None in the place of the others."""
+    return [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
 
 
 def _twice(ctx, *_grads) -> None:
@@ -218,8 +206,10 @@ def _batched(*_args) -> None:
     )
 
 
-def _register(backend: str) -> None:
-    forward, backward = (operator.name() for operator in _operators(backend))
+def _register(backend: str, prefix: str = "") -> None:
+    operators = tuple(getattr(torch.ops.fused_preact, f"{prefix}{name}").default for name in ("forward", "backward"))
+    OPERATORS[backend] = operators
+    forward, backward = (operator.name() for operator in operators)
     for name, fake in (forward, _fake_forward), (backward, _fake_backward):
         torch.library.register_fake(name, fake, lib=_library)
     setup = functools.partial(_setup_context, backend)
@@ -234,12 +224,14 @@ for _name in TABLES:
         _operator = f"{_name}_{_function.__name__}"
         _library.define(_operator + _schema)
         _library.impl(_operator, functools.partial(_over, _name, _function), "CompositeExplicitAutograd")
-    _register(_name)
+    _register(_name, f"{_name}_")
 if _extension.unavailable is None:
     _register("cpu")
+    OPERATORS["cuda"] = OPERATORS["cpu"]  # the dispatcher tells devices apart
 
 
 def stage(
+    backend: str,
     facts: Facts,
     x: Tensor,
     residual: Tensor | None,
@@ -247,18 +239,24 @@ def stage(
     bias: Sequence[Tensor],
     bn_weight: Sequence[Tensor],
     bn_bias: Sequence[Tensor],
+    running_mean: Sequence[Tensor],
+    running_var: Sequence[Tensor],
     shortcut_weight: Sequence[Tensor],
 ) -> tuple[Tensor, list[Tensor]]:
     """Run a stage whose arguments have been checked: (y, rows), of which y carries the gradient."""
-    flat = *weight, *bn_weight, *bn_bias, *shortcut_weight, *bias
-    if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, residual, *flat))):
-        facts.memory = schedule.MEMORY.index("none")
+    flat = *weight, *bias, *bn_weight, *bn_bias, *shortcut_weight
+    differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, residual, *flat))
+    if not differentiated:
+        facts = facts._replace(memory=schedule.MEMORY.index("none"))
+    tensors = x, residual, weight, bias, bn_weight, bn_bias, running_mean, running_var, shortcut_weight
+    forward, _ = OPERATORS[backend]
     if torch.compiler.is_compiling():
-        y, _, rows = _call_forward(facts, x, residual, weight, bias, bn_weight, bn_bias, shortcut_weight)
+        y, _, rows = forward(*tensors, *facts)
         return y, [row.detach() for row in rows]
-    if facts.memory == schedule.MEMORY.index("none"):
+    if not differentiated:
         with torch._C._AutoDispatchBelowAutograd():  # no node, for there is nothing to differentiate
-            y, _, rows = _call_forward(facts, x, residual, weight, bias, bn_weight, bn_bias, shortcut_weight)
+            y, _, rows = forward(*tensors, *facts)
         return y, rows
     # The generic autograd of an operator with lists of tensors costs ten times what this node does.
-    return _Stage.apply(facts, x, residual, len(shortcut_weight), *flat), facts.rows
+    rows = []
+    return _Stage.apply(backend, facts, tensors, rows, x, residual, *flat), rows

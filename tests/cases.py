@@ -217,16 +217,13 @@ def eager(sample: Sample) -> Results:
 def forward_arguments(sample: Sample, backend: str, memory: str = "fast") -> tuple:
     """What a backend's forward operator is called with."""
     plan = functional.make_plan(sample.x, sample.blocks, sample.residual, backend, memory)
-    weight, bias, *others = functional.Arguments.of(sample.blocks)
-    tensors = sample.x, sample.residual, weight, [] if bias[0] is None else bias, *others
-    facts = plan.training, plan.eps, plan.geometry, plan.units, plan.shortcut, sample.x.dtype, plan.memory
-    return *tensors, *facts, False
+    return sample.x, sample.residual, *functional.Arguments.of(sample.blocks), *plan.facts
 
 
 def backward_arguments(sample: Sample, backend: str, memory: str = "fast") -> tuple:
     """What a backend's backward operator is called with after its forward; every gradient is needed."""
     arguments = forward_arguments(sample, backend, memory)
-    y, kept, rows = ops._operators(backend)[0](*arguments)
+    y, kept, rows = ops.OPERATORS[backend][0](*arguments)
     x, _, weight, bias, *_, projections, training, _, geometry, units, shortcut, dtype, code, tf32 = arguments
     n = len(weight)
     needs = [True] * (1 + 2 * n + len(bias) + len(projections))

@@ -4,6 +4,7 @@ import functools
 import pytest
 import torch
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cases import (
     BACKENDS,
@@ -51,7 +52,7 @@ def test_a_float64_chain_agrees_with_plain_layers(case, backend):
 def test_opcheck(name, layout, backend):
     """Schema, fake kernel and autograd registration of both operators fit what they return."""
     sample = BY_ID[name].draw(0, torch.float32, layout)
-    forward, backward = ops._operators(backend)
+    forward, backward = ops.OPERATORS[backend]
     tests = ["test_schema", "test_faketensor", "test_autograd_registration"]
     torch.library.opcheck(backward, backward_arguments(sample, backend), test_utils=tests)
     for leaf in sample.leaves().values():
@@ -65,7 +66,7 @@ def test_opcheck_of_float64_in_another_order(backend):
     sample = BY_ID["basic-residual"].draw(0, torch.float64)
     x = sample.x.transpose(2, 3).contiguous().transpose(2, 3)
     sample = dataclasses.replace(sample, x=x)
-    forward, backward = ops._operators(backend)
+    forward, backward = ops.OPERATORS[backend]
     torch.library.opcheck(forward, forward_arguments(sample, backend), test_utils="test_faketensor")
     torch.library.opcheck(backward, backward_arguments(sample, backend), test_utils="test_faketensor")
 
@@ -76,7 +77,7 @@ def test_opcheck_traced(backend):
     sample = BY_ID["basic-stride-2"].draw(0)
     sample.leaves()
     arguments = forward_arguments(sample, backend)
-    torch.library.opcheck(ops._operators(backend)[0], arguments, test_utils="test_aot_dispatch_dynamic")
+    torch.library.opcheck(ops.OPERATORS[backend][0], arguments, test_utils="test_aot_dispatch_dynamic")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -85,7 +86,7 @@ def test_both_paths_have_the_same_gradients(name, backend):
     """The eager node and the registered formula that tracing uses give the same bits."""
     sample = BY_ID[name].draw(0)
     results = fused(sample, backend)
-    y, _, _ = ops._operators(backend)[0](*forward_arguments(sample, backend))
+    y, _, _ = ops.OPERATORS[backend][0](*forward_arguments(sample, backend))
     leaves = sample.leaves()
     for name, grad in zip(leaves, torch.autograd.grad(y, list(leaves.values()), sample.dy), strict=True):
         assert torch.equal(grad, results[name]), name
@@ -114,6 +115,28 @@ def test_frozen_parameters(name, backend):
                 assert leaf.grad is None
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_a_frozen_layer_does_not_need_is_not_computed(compiled):
+    """The operator is told what is wanted, by the node and by compiled code."""
+    block, told = PreActBlock(4, 4, backend="reference").requires_grad_(False), []
+
+    class Told(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is ops.OPERATORS["reference"][1]:
+                told.append(args[-1])
+            return function(*args, **(kwargs or {}))
+
+    block.conv2.weight.requires_grad_(True)
+    call, x = torch.compile(block, backend="aot_eager") if compiled else block, torch.randn(2, 4, 5, 5)
+    for wanted in [False, False, True, False, False], [False, True, True, True, True]:  # x, two weights, two norms
+        call(x).sum().backward()  # compiles
+        y = call(x)
+        with Told():
+            y.sum().backward()
+        assert told.pop() == wanted
+        block.requires_grad_(True)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", SAMPLES)
 def test_a_gradient_that_is_not_needed_is_empty(name, backend):
@@ -121,7 +144,7 @@ def test_a_gradient_that_is_not_needed_is_empty(name, backend):
     sample = BY_ID[name].draw(0)
     *arguments, needs = backward_arguments(sample, backend)
     arguments = *arguments, [False] * len(needs)
-    backward = ops._operators(backend)[1]
+    backward = ops.OPERATORS[backend][1]
     assert all(t.numel() == 0 for t in torch.utils._pytree.tree_leaves(backward(*arguments)))
     torch.library.opcheck(backward, arguments, test_utils="test_faketensor")
 
@@ -136,7 +159,7 @@ def test_what_is_saved_for_backward(name, backend):
     plan = functional.make_plan(sample.x, sample.blocks, sample.residual, backend)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         functional.execute(plan, sample.x, functional.Arguments.of(sample.blocks), sample.residual)
-    _, kept, rows = ops._operators(backend)[0](*forward_arguments(sample, backend))
+    _, kept, rows = ops.OPERATORS[backend][0](*forward_arguments(sample, backend))
     parameters = [t for unit in sample.units for t in unit[:2]] + [sample.shortcut.weight]
     expected = [sample.x, *kept, *rows, *(t for t in parameters if t is not None)]
     assert sorted(t.numel() for t in saved) == sorted(t.numel() for t in expected)

@@ -16,10 +16,10 @@ CASES = CHAINS + [BY_ID[name] for name in ("odd", "stride-2", "odd-eval")]
 def test_both_schedules_agree(case, layout):
     """C++ and Python return the same structure of the same numbers, forward and backward, hidden and rows included."""
     sample = case.draw(0, torch.float64, layout)
-    ours, theirs = (ops._operators(name)[0](*forward_arguments(sample, name)) for name in ("cpu", "reference"))
+    ours, theirs = (ops.OPERATORS[name][0](*forward_arguments(sample, name)) for name in ("cpu", "reference"))
     compare(ours, theirs)
     arguments = backward_arguments(sample, "reference")
-    ours, theirs = (ops._operators(name)[1](*arguments) for name in ("cpu", "reference"))
+    ours, theirs = (ops.OPERATORS[name][1](*arguments) for name in ("cpu", "reference"))
     compare(ours, theirs)
 
 
@@ -33,7 +33,7 @@ def test_both_schedules_leave_out_the_same(seed):
     every = arguments[-1]
     chosen = torch.rand(len(every), generator=torch.Generator().manual_seed(seed)) < 0.4
     needs = [bool(need and choice) for need, choice in zip(every, chosen, strict=True)]
-    ours, theirs = (ops._operators(name)[1](*arguments[:-1], needs) for name in ("cpu", "reference"))
+    ours, theirs = (ops.OPERATORS[name][1](*arguments[:-1], needs) for name in ("cpu", "reference"))
     compare(ours, theirs)
     *_, weight, bias, _ = arguments[:8]
     norms = slice(1 + len(weight) + len(bias), 1 + 2 * len(weight) + len(bias))
