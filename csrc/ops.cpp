@@ -1,5 +1,5 @@
-// The operators of docs/design.md: their schemas, what they expect of their arguments, and their implementation
-// on every device that has a table of kernels.
+// The operators of docs/design.md on every device that has a table of kernels: what they expect of their arguments, and
+// their implementation. fused_preact/ops.py has the schemas.
 //
 // Anyone can reach them through torch.ops, so the facts that keep a kernel inside its memory are checked here again;
 // messages for people come from fused_preact/checks.py.
@@ -313,17 +313,6 @@ std::string set_cpu_isa(const std::string& name) {
 }  // namespace fused_preact
 
 STABLE_TORCH_LIBRARY(fused_preact, m) {
-  // No strings: torch's stable conversion of a string argument leaks it.
-  m.def(
-      "forward(Tensor x, Tensor? residual, Tensor[] weight, Tensor[] bias, Tensor[] bn_weight, Tensor[] bn_bias, "
-      "Tensor[] running_mean, Tensor[] running_var, Tensor[] shortcut_weight, bool[] training, float[] eps, "
-      "int[] geometry, int[] units, int[] shortcut, ScalarType dtype, int memory, bool tf32) -> "
-      "(Tensor y, Tensor[] kept, Tensor[] rows)");
-  m.def(
-      "backward(Tensor dy, Tensor x, Tensor? y, Tensor[] kept, Tensor[] rows, Tensor[] weight, Tensor[] bias, "
-      "Tensor[] shortcut_weight, bool[] training, int[] geometry, int[] units, int[] shortcut, ScalarType dtype, "
-      "int memory, bool tf32, bool[] needs) -> (Tensor dx, Tensor[] dweight, Tensor[] dbias, Tensor[] dbn_weight, "
-      "Tensor[] dbn_bias, Tensor[] dshortcut_weight)");
   m.def(
       "_update_running(Tensor(a!)[] mean, Tensor(b!)[] var, Tensor(c!)[] count, Tensor[] rows, int[] units, "
       "float? momentum) -> ()");

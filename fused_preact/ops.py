@@ -1,6 +1,6 @@
 """The operators of ``torch.ops.fused_preact``, their fake kernels, and the autograd node of a stage.
 
-``forward`` and ``backward`` are written in C++ (csrc/ops.cpp); ``reference_forward``, ``library_forward``,
+``forward`` and ``backward`` are implemented in C++ (csrc/ops.cpp); ``reference_forward``, ``library_forward``,
 ``triton_forward`` and their backward are `schedule` over a table in Python. All pairs have one signature, which
 docs/design.md explains. `stage` is what the rest of the package calls.
 """
@@ -18,16 +18,18 @@ from torch import Tensor
 
 from . import _extension, library, reference, schedule
 
+# No strings: torch's stable conversion of a string argument leaks it.
 FORWARD = (
     "(Tensor x, Tensor? residual, Tensor[] weight, Tensor[] bias, Tensor[] bn_weight, Tensor[] bn_bias, "
     "Tensor[] running_mean, Tensor[] running_var, Tensor[] shortcut_weight, bool[] training, float[] eps, "
     "int[] geometry, int[] units, int[] shortcut, ScalarType dtype, int memory, bool tf32) "
-    "-> (Tensor, Tensor[], Tensor[])"
+    "-> (Tensor y, Tensor[] kept, Tensor[] rows)"
 )
 BACKWARD = (
     "(Tensor dy, Tensor x, Tensor? y, Tensor[] kept, Tensor[] rows, Tensor[] weight, Tensor[] bias, "
     "Tensor[] shortcut_weight, bool[] training, int[] geometry, int[] units, int[] shortcut, ScalarType dtype, "
-    "int memory, bool tf32, bool[] needs) -> (Tensor, Tensor[], Tensor[], Tensor[], Tensor[], Tensor[])"
+    "int memory, bool tf32, bool[] needs) -> (Tensor dx, Tensor[] dweight, Tensor[] dbias, Tensor[] dbn_weight, "
+    "Tensor[] dbn_bias, Tensor[] dshortcut_weight)"
 )
 TABLES: dict[str, Any] = {"reference": reference, "library": library, "triton": ".triton.table"}
 OPERATORS: dict[str, tuple[Any, Any]] = {}
@@ -206,27 +208,27 @@ def _batched(*_args) -> None:
     )
 
 
-def _register(backend: str, prefix: str = "") -> None:
-    operators = tuple(getattr(torch.ops.fused_preact, f"{prefix}{name}").default for name in ("forward", "backward"))
-    OPERATORS[backend] = operators
-    forward, backward = (operator.name() for operator in operators)
-    for name, fake in (forward, _fake_forward), (backward, _fake_backward):
+def _register(backend: str, prefix: str) -> None:
+    forward, backward = (f"fused_preact::{prefix}{name}" for name in ("forward", "backward"))
+    for name, schema, fake in (forward, FORWARD, _fake_forward), (backward, BACKWARD, _fake_backward):
+        _library.define(name.removeprefix("fused_preact::") + schema)
         torch.library.register_fake(name, fake, lib=_library)
     setup = functools.partial(_setup_context, backend)
     torch.library.register_autograd(forward, _formula, setup_context=setup, lib=_library)
     torch.library.register_autograd(backward, _twice, lib=_library)
     for key in "Batched", "FuncTorchBatched":  # is_grads_batched goes by the older vmap, torch.vmap by the other
         _library.impl(backward, _batched, key)
+    operators = (getattr(torch.ops.fused_preact, f"{prefix}{name}") for name in ("forward", "backward"))
+    OPERATORS[backend] = tuple(operator.default for operator in operators)
 
 
 for _name in TABLES:
-    for _schema, _function in (FORWARD, schedule.forward), (BACKWARD, schedule.backward):
-        _operator = f"{_name}_{_function.__name__}"
-        _library.define(_operator + _schema)
-        _library.impl(_operator, functools.partial(_over, _name, _function), "CompositeExplicitAutograd")
     _register(_name, f"{_name}_")
-if _extension.unavailable is None:
-    _register("cpu")
+    for _function in schedule.forward, schedule.backward:
+        _over_table = functools.partial(_over, _name, _function)
+        _library.impl(f"{_name}_{_function.__name__}", _over_table, "CompositeExplicitAutograd")
+if _extension.unavailable is None:  # the binary has the kernels
+    _register("cpu", "")
     OPERATORS["cuda"] = OPERATORS["cpu"]  # the dispatcher tells devices apart
 
 
