@@ -115,6 +115,12 @@ def number(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a number, got {value!r}")
 
 
+def flag(name: str, value: Any) -> None:
+    """Raise TypeError unless value is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
 def one_of(name: str, value: Any, options: Sequence[str]) -> None:
     """Raise ValueError unless value is one of ``options``."""
     if value not in options:

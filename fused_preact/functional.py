@@ -1,17 +1,15 @@
-"""The unit as a function, and what every fused call does: checks, autocast, choice of a backend, running statistics."""
+"""The unit as a function."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import backends, checks, ops, running, tables
+from . import checks, running
 from .checks import Block, Unit
-from .schedule import MEMORY, SHORTCUTS, memory_format
+from .plans import Arguments, Plan, Plans, call_key, execute, make_plan
 
 
 def bn_relu_conv2d(
@@ -55,6 +53,7 @@ def bn_relu_conv2d(
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it, what was expected and what came.
     """
+    checks.flag("training", training)
     checks.number("momentum", momentum)
     checks.number("eps", eps)
     conv = checks.geometry(stride, padding, dilation, groups, weight)
@@ -77,102 +76,6 @@ def bn_relu_conv2d(
     return y
 
 
-class Plan(NamedTuple):
-    """What is known of a call before its tensors are read; the same for every call with the same shapes and types."""
-
-    asked: str
-    problem: backends.Problem
-    backend: str
-    cast: torch.dtype | None  # autocast's, where it is on
-    stream: torch.dtype  # of what runs from block to block
-    channels: list[int]  # that each unit reads
-    facts: ops.Facts
-
-    def record(self, where: Any) -> None:
-        """Note the choice for `explain`; ``where`` is a name, or the module that calls."""
-        if backends.is_recording():
-            backends.record(backends.describe(where, self.asked, self.problem))
-
-
-def call_key(name: str, x: Tensor) -> tuple[Any, ...]:
-    """What a plan depends on beside the layers, for an argument: the tensor, and what it is called in.
-
-    Last come whether float32 is multiplied as TF32, whether a backward may follow, whether a transform is at work, and
-    the dtype of autocast or None.
-    """
-    checks.tensor(name, x)
-    device = x.device.type
-    casts = device != "meta" and torch.is_autocast_enabled(device)  # meta is asked about in vain
-    cast = torch.get_autocast_dtype(device) if casts else None
-    order = memory_format(x) if x.dim() == 4 and x.layout == torch.strided else x.layout
-    tf32 = x.is_cuda and backends.allows_tf32()
-    return x.shape, x.dtype, x.device, order, tf32, torch.is_grad_enabled(), backends.is_transforming(), cast
-
-
-def make_plan(
-    x: Tensor, blocks: Sequence[Block], residual: Tensor | None = None, backend: str = "auto", memory: str = "fast"
-) -> Plan:
-    """Check the arguments of a stage and choose its backend.
-
-    Raises:
-        TypeError, ValueError: an argument does not fit.
-    """
-    *_, tf32, grad, transformed, cast = call_key("x", x)
-    given = x
-    if cast is not None:
-        with torch.no_grad():
-            x, residual = _cast(x, cast), _cast(residual, cast)
-            blocks = [_cast_block(block, cast) for block in blocks]
-    checks.call(x, blocks, residual)
-    units = [unit for block in blocks for unit in block.units]
-    layers = [layer for block in blocks for layer in (*block.units, block.shortcut) if layer.conv is not None]
-    convolutions = tuple((layer.conv, tuple(layer.weight.shape)) for layer in layers)
-    layout = "channels_last" if memory_format(x) == torch.channels_last else "contiguous"
-    training = [unit.batch for unit in units]
-    inference = not grad and not any(training)
-    saves = memory != "fast" and not (inference or transformed)
-    shape = tuple(x.shape)
-    rounded = memory == "fast" and given.dtype != x.dtype
-    problem = backends.Problem(x.device, x.dtype, shape, convolutions, layout, inference, saves, transformed, rounded)
-    half = given.dtype in (torch.bfloat16, torch.float16)
-    stream = x.dtype if memory == "fast" else torch.float32 if half else given.dtype
-    channels = [unit.weight.size(1) * unit.conv.groups for unit in units]
-    facts = ops.Facts(
-        training,
-        [float(unit.eps) for unit in units],
-        [number for conv, _ in convolutions for number in conv],
-        [len(block.units) for block in blocks],
-        [SHORTCUTS.index(block.shortcut.kind) for block in blocks],
-        x.dtype,
-        MEMORY.index(memory),
-        tf32,
-    )
-    return Plan(backend, problem, backends.choose(backend, problem), cast, stream, channels, facts)
-
-
-class Plans(dict[Any, Plan]):
-    """Plans by what they were made for: a call is checked once for arguments that differ in the numbers only."""
-
-    def __init__(self, most: int) -> None:
-        super().__init__()
-        self._most = most
-
-    def find(self, key: tuple[Any, ...], make: Callable[[], Plan]) -> Plan:
-        """The plan of ``key``, made where there is none; made each time where shapes are not numbers."""
-        if torch.compiler.is_compiling():
-            return make()
-        key = (tables.version(), torch.get_num_threads(), *key)
-        try:
-            plan = self.get(key)
-        except TypeError:  # a size that a tracer made a symbol of
-            return make()
-        if plan is None:
-            if len(self) >= self._most:
-                self.clear()
-            plan = self[key] = make()
-        return plan
-
-
 _plans = Plans(4096)
 
 
@@ -182,67 +85,3 @@ def _plan_of(unit: Unit, x: Tensor, residual: Tensor | None, backend: str) -> Pl
     facts = [(t.shape, t.dtype, t.device, t.layout) if isinstance(t, Tensor) else type(t) for t in others]
     key = backend, *call_key("x", x), unit[6:], *facts
     return _plans.find(key, lambda: make_plan(x, [Block([unit])], residual, backend))
-
-
-class Arguments(NamedTuple):
-    """The tensors of a stage as the operators take them: lists by unit, and the weights of projections."""
-
-    weight: list[Tensor]
-    bias: list[Tensor | None]  # empty where no unit has one
-    bn_weight: list[Tensor | None]
-    bn_bias: list[Tensor | None]
-    running_mean: list[Tensor | None]  # empty where no unit reads it
-    running_var: list[Tensor | None]
-    shortcut_weight: list[Tensor]
-
-    @classmethod
-    def of(cls, blocks: Sequence[Block]) -> Arguments:
-        """Those of blocks."""
-        units = [unit for block in blocks for unit in block.units]
-        weight, bias, bn_weight, bn_bias, *running = map(list, zip(*(unit[:6] for unit in units), strict=True))
-        if all(b is None for b in bias):
-            bias = []
-        if all(unit.batch for unit in units):
-            running = [], []
-        projections = [block.shortcut.weight for block in blocks if block.shortcut.weight is not None]
-        return cls(weight, bias, bn_weight, bn_bias, *running, projections)
-
-    def filled(self, x: Tensor, channels: Sequence[int]) -> Arguments:
-        """With tensors like x, of so many channels for each unit, in the place of None."""
-        weight, bias, bn_weight, bn_bias, *running, projections = self
-        bn_weight = [x.new_ones(C) if t is None else t for t, C in zip(bn_weight, channels, strict=True)]
-        bn_bias = [x.new_zeros(C) if t is None else t for t, C in zip(bn_bias, channels, strict=True)]
-        bias = [x.new_zeros(weight[i].size(0)) if t is None else t for i, t in enumerate(bias)]
-        # Those of training units are not read.
-        running = ([bn_weight[i] if t is None else t for i, t in enumerate(ts)] for ts in running)
-        return Arguments(weight, bias, bn_weight, bn_bias, *running, projections)
-
-
-def execute(plan: Plan, x: Tensor, given: Arguments, residual: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
-    """Run a stage by its plan: (y, rows), with rows[i] the [5, C] rows of batch norm i.
-
-    y has the dtype that the plain layers would give it, but under autocast that of a stream kept in float32.
-    """
-    if plan.cast is None:
-        y, rows = _execute(plan, x, given, residual)
-        return (y, rows) if y.dtype == x.dtype else (y.to(x.dtype), rows)
-    with torch.autocast(x.device.type, enabled=False):
-        return _execute(plan, x, given, _cast(residual, plan.cast))
-
-
-def _execute(plan: Plan, x, given, residual) -> tuple[Tensor, list[Tensor]]:
-    if x.dtype != plan.stream:
-        x = x.to(plan.stream)
-    return ops.stage(plan.backend, plan.facts, x, residual, *given.filled(x, plan.channels))
-
-
-def _cast(t: Any, dtype: torch.dtype) -> Any:
-    """What autocast casts for a convolution, cast; float64 stays, as there."""
-    eligible = isinstance(t, Tensor) and t.is_floating_point() and t.dtype not in (torch.float64, dtype)
-    return t.to(dtype) if eligible else t
-
-
-def _cast_block(block: Block, dtype: torch.dtype) -> Block:
-    """A block as autocast would see its convolutions; the operators cast the weights themselves."""
-    units = [unit._replace(weight=_cast(unit.weight, dtype), bias=_cast(unit.bias, dtype)) for unit in block.units]
-    return Block(units, block.shortcut._replace(weight=_cast(block.shortcut.weight, dtype)))

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from . import checks
-from .functional import Arguments, Plan, Plans, call_key, execute, make_plan
 from .layers import Layers, RunningUpdate, Watch, running_updates, update
+from .plans import Arguments, Plan, Plans, call_key, execute, make_plan
 
 
 class Run(NamedTuple):

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_preact import _extension, backends, functional, ops, reference
+from fused_preact import _extension, backends, ops, plans, reference
 from fused_preact.checks import Block, Shortcut, Unit
 from fused_preact.schedule import Activation, Conv, Gradient, accumulation_type
 
@@ -185,8 +185,8 @@ def _gradients(sample: Sample, y: Tensor, dy: Tensor) -> Results:
 def fused(sample: Sample, backend: str) -> Results:
     """y, all gradients, and the batch statistics of the units that use them, from a fused backend."""
     sample.leaves()
-    plan = functional.make_plan(sample.x, sample.blocks, sample.residual, backend)
-    y, rows = functional.execute(plan, sample.x, functional.Arguments.of(sample.blocks), sample.residual)
+    plan = plans.make_plan(sample.x, sample.blocks, sample.residual, backend)
+    y, rows = plans.execute(plan, sample.x, plans.Arguments.of(sample.blocks), sample.residual)
     results = {"y": y.detach()}
     for i, (unit, row) in enumerate(zip(sample.units, rows, strict=True), start=1):
         if unit.batch:
@@ -216,8 +216,8 @@ def eager(sample: Sample) -> Results:
 
 def forward_arguments(sample: Sample, backend: str, memory: str = "fast") -> tuple:
     """What a backend's forward operator is called with."""
-    plan = functional.make_plan(sample.x, sample.blocks, sample.residual, backend, memory)
-    return sample.x, sample.residual, *functional.Arguments.of(sample.blocks), *plan.facts
+    plan = plans.make_plan(sample.x, sample.blocks, sample.residual, backend, memory)
+    return sample.x, sample.residual, *plans.Arguments.of(sample.blocks), *plan.facts
 
 
 def backward_arguments(sample: Sample, backend: str, memory: str = "fast") -> tuple:

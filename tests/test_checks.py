@@ -149,6 +149,9 @@ BAD = {
     "eps is NaN": ({"eps": float("nan")}, ValueError, "eps must not be negative, got nan"),
     "eps is a word": ({"eps": "small"}, TypeError, "eps must be a number, got 'small'"),
     "momentum is None": ({"momentum": None}, TypeError, "momentum must be a number, got None"),
+    "training is a word": ({"training": "no"}, TypeError, "training must be True or False, got 'no'"),
+    "training is a number": ({"training": 0}, TypeError, "training must be True or False, got 0"),
+    "training is a tensor": ({"training": torch.tensor(True)}, TypeError, r"training must be.*got tensor\(True\)"),
     "no such backend": (
         {"backend": "cudnn"},
         ValueError,

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from cases import BACKENDS, BY_ID, OTHER_FILTERS, QUADS, UNITS, assert_as_close_as_eager, fused
-from fused_preact import PreActBlock, bn_relu_conv2d, explain, functional
+from fused_preact import bn_relu_conv2d, explain, functional
 
 
 def plain(x, weight, bn_weight, bn_bias, mean, var, *, training=False, momentum=0.1, eps=1e-5, **conv):
@@ -267,15 +267,6 @@ def test_statistics_do_not_depend_on_the_type_of_gamma(backend):
         bn_relu_conv2d(x.bfloat16(), *parameters, *statistics, training=True, backend=backend)
         found.append(statistics)
     assert_close(found[1], found[0], rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("memory", ["fast", "lean"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_what_runs_from_block_to_block(dtype, memory):
-    """What a mode rebuilds it rebuilds from float32 or better."""
-    block = PreActBlock(4, 4).to(dtype).layers().block()
-    plan = functional.make_plan(torch.randn(2, 4, 5, 5, dtype=dtype), [block], memory=memory)
-    assert plan.stream == (dtype if memory == "fast" or dtype == torch.float64 else torch.float32)
 
 
 def test_a_checkpoint_of_plain_layers_moves_the_statistics_once():

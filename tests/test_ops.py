@@ -17,7 +17,7 @@ from cases import (
     forward_arguments,
     fused,
 )
-from fused_preact import PreActBlock, bn_relu_conv2d, functional, ops
+from fused_preact import PreActBlock, bn_relu_conv2d, ops, plans
 
 SAMPLES = ["odd", "one-channel", "odd-eval", "basic-residual", "bottleneck-stride-2", "bottleneck-first"]
 
@@ -105,8 +105,8 @@ def test_frozen_parameters(name, backend):
         for leaf_name, leaf in leaves.items():
             leaf.grad = None
             leaf.requires_grad_(leaf_name in wanted)
-        plan = functional.make_plan(sample.x, sample.blocks, sample.residual, backend)
-        y, _ = functional.execute(plan, sample.x, functional.Arguments.of(sample.blocks), sample.residual)
+        plan = plans.make_plan(sample.x, sample.blocks, sample.residual, backend)
+        y, _ = plans.execute(plan, sample.x, plans.Arguments.of(sample.blocks), sample.residual)
         y.backward(sample.dy)
         for leaf_name, leaf in leaves.items():
             if leaf_name in wanted:
@@ -156,9 +156,9 @@ def test_what_is_saved_for_backward(name, backend):
     sample = BY_ID[name].draw(0)
     saved = []
     sample.leaves()
-    plan = functional.make_plan(sample.x, sample.blocks, sample.residual, backend)
+    plan = plans.make_plan(sample.x, sample.blocks, sample.residual, backend)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        functional.execute(plan, sample.x, functional.Arguments.of(sample.blocks), sample.residual)
+        plans.execute(plan, sample.x, plans.Arguments.of(sample.blocks), sample.residual)
     _, kept, rows = ops.OPERATORS[backend][0](*forward_arguments(sample, backend))
     parameters = [t for unit in sample.units for t in unit[:2]] + [sample.shortcut.weight]
     expected = [sample.x, *kept, *rows, *(t for t in parameters if t is not None)]
@@ -184,8 +184,8 @@ def test_gradcheck(name, backend):
         ]
         shortcut, residual = sample.shortcut._replace(weight=given.get("dshortcut")), given.get("dresidual")
         changed = sample.replace(units, shortcut, x=given["dx"], residual=residual)
-        plan = functional.make_plan(changed.x, changed.blocks, residual, backend)
-        return functional.execute(plan, changed.x, functional.Arguments.of(changed.blocks), residual)[0]
+        plan = plans.make_plan(changed.x, changed.blocks, residual, backend)
+        return plans.execute(plan, changed.x, plans.Arguments.of(changed.blocks), residual)[0]
 
     torch.autograd.gradcheck(run, list(leaves.values()), fast_mode=True)
 
@@ -195,8 +195,8 @@ def test_a_second_derivative_is_refused(backend):
     """create_graph=True gives first gradients; differentiating those says in one sentence that it cannot be done."""
     sample = BY_ID["bottleneck-stride-2"].draw(0)
     first = fused(sample, backend)
-    plan = functional.make_plan(sample.x, sample.blocks, None, backend)
-    y, _ = functional.execute(plan, sample.x, functional.Arguments.of(sample.blocks))
+    plan = plans.make_plan(sample.x, sample.blocks, None, backend)
+    y, _ = plans.execute(plan, sample.x, plans.Arguments.of(sample.blocks))
     (dx,) = torch.autograd.grad(y, sample.x, sample.dy, create_graph=True)
     assert torch.equal(dx, first["dx"])
     with pytest.raises(RuntimeError, match=r"cannot be differentiated twice.*backend='eager'"):

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 import fused_preact
-from fused_preact import BNReLUConv2d, PreActBlock, PreActStage, bn_relu_conv2d, functional, runs, tables
+from fused_preact import BNReLUConv2d, PreActBlock, PreActStage, bn_relu_conv2d, runs, tables
 
 
 def x_of(N: int = 2, C: int = 8, size: int = 5) -> torch.Tensor:
@@ -218,15 +218,6 @@ def test_a_new_table_is_heard_of(folder):
     tables.save({"device": tables.device_name("cpu"), "calls": calls, "tiles": {}})
     assert not any("Stage" in type(call(x).grad_fn).__name__ for call in (block, function))
     assert fused_preact.explain(block, x)[0].backend == "eager"
-
-
-def test_plans_do_not_pile_up():
-    """A net that sees images of every size remembers some."""
-    plans = functional.Plans(3)
-    for size in range(10):
-        assert plans.find((size,), lambda size=size: size) == size
-        assert plans.find((size,), lambda: pytest.fail("known already")) == size
-        assert len(plans) <= 3
 
 
 def test_one_compilation_for_batches_of_any_size():
