@@ -5,12 +5,17 @@ He, Zhang, Ren, Sun, "Identity Mappings in Deep Residual Networks", 2016, arXiv 
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checks import one_of
+from .checks import one_of, positive
 from .layers import Layers, Pair, add, normalize
 from .modules import Fused
+
+SHORTCUT_NAMES = ("shortcut", "downsample")
 
 
 class Block(Fused):
@@ -19,17 +24,19 @@ class Block(Fused):
     Args:
         in_planes: channels of x.
         planes: width; the block has planes*expansion channels out.
-        stride: of the block.
-        stride_on: which convolution has the stride: "3x3", or "first", a bottleneck's first 1x1 (resnet-1k-layers).
+        stride: of the block, one integer for both directions.
         shortcut_input: what the shortcut's convolution reads: "activated", relu(bn1(x)), as in the paper, or "raw", x.
         shortcut_name: name of that convolution's container in the state_dict, "shortcut" or "downsample".
         backend: one of `backends.NAMES`; "eager" is the plain layers.
+        device, dtype: of the parameters.
 
     Raises:
-        ValueError: one of the last four is none of those named.
+        TypeError: in_planes, planes or stride is no integer.
+        ValueError: one of these is less than 1, or an option is none of those named.
     """
 
     expansion = 1
+    units: int  # convolutions of the branch
 
     def __init__(
         self,
@@ -37,40 +44,38 @@ class Block(Fused):
         planes: int,
         stride: int = 1,
         *,
-        stride_on: str = "3x3",
         shortcut_input: str = "activated",
         shortcut_name: str = "shortcut",
         backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(backend)
-        one_of("stride_on", stride_on, ("3x3", "first"))
-        one_of("shortcut_input", shortcut_input, ("activated", "raw"))
-        one_of("shortcut_name", shortcut_name, ("shortcut", "downsample"))
-        self.shortcut_input, self.shortcut_name = shortcut_input, shortcut_name
-        channels = in_planes
-        layout = self._layout(planes, stride, stride_on)
-        for i, (width, size, step) in enumerate(layout, start=1):
-            self.add_module(f"bn{i}", nn.BatchNorm2d(channels))
-            self.add_module(f"conv{i}", nn.Conv2d(channels, width, size, step, padding=size // 2, bias=False))
+        positive("in_planes", in_planes), positive("planes", planes), positive("stride", stride)
+        self._set_shortcut(shortcut_input, shortcut_name)
+        channels, like = in_planes, {"device": device, "dtype": dtype}
+        for i, (width, size, step) in enumerate(self._layout(planes, stride), start=1):
+            self.add_module(f"bn{i}", nn.BatchNorm2d(channels, **like))
+            self.add_module(f"conv{i}", nn.Conv2d(channels, width, size, step, padding=size // 2, bias=False, **like))
             channels = width
         if stride != 1 or in_planes != channels:
-            self.add_module(shortcut_name, nn.Sequential(nn.Conv2d(in_planes, channels, 1, stride, bias=False)))
-        self._names = [(f"bn{i}", f"conv{i}") for i in range(1, len(layout) + 1)]
+            projection = nn.Conv2d(in_planes, channels, 1, stride, bias=False, **like)
+            self.add_module(shortcut_name, nn.Sequential(projection))
+
+    def _set_shortcut(self, shortcut_input: str, shortcut_name: str) -> None:
+        one_of("shortcut_input", shortcut_input, ("activated", "raw"))
+        one_of("shortcut_name", shortcut_name, SHORTCUT_NAMES)
+        self.shortcut_input, self.shortcut_name = shortcut_input, shortcut_name
 
     @staticmethod
-    def _layout(planes: int, stride: int, stride_on: str) -> list[tuple[int, int, int]]:
+    def _layout(planes: int, stride: int) -> list[tuple[int, int, int]]:
         """(channels out, filter size, stride) of each convolution."""
         raise NotImplementedError
-
-    @property
-    def units(self) -> int:
-        """Number of convolutions of the branch."""
-        return len(self._names)
 
     def layers(self) -> Layers:
         """The units' layers, in order, and the shortcut."""
         children = self._modules
-        pairs = [Pair(bn, children[bn], conv, children[conv]) for bn, conv in self._names]
+        pairs = [Pair(bn, children[bn], conv, children[conv]) for bn, conv in _names(self.units)]
         container = children.get(self.shortcut_name)
         kind = "identity" if container is None else self.shortcut_input
         return Layers(pairs, kind, self.shortcut_name, container)
@@ -94,28 +99,42 @@ class Block(Fused):
         return add(out, across, inplace)
 
 
+def _names(units: int) -> list[tuple[str, str]]:
+    return [(f"bn{i}", f"conv{i}") for i in range(1, units + 1)]
+
+
 def _documented(summary: str | None) -> str | None:
     """The summary of a block's class with what holds of all blocks; None where Python left docstrings out."""
-    return summary and summary + "\n" + Block.__doc__.partition("\n")[2]
+    return summary and summary.rstrip() + "\n" + Block.__doc__.partition("\n")[2]
 
 
 class PreActBlock(Block):
     """Basic block: 3x3, 3x3. ``PreActBlock(in_planes, planes, stride=1, ...)``; the first 3x3 has the stride."""
 
     __doc__ = _documented(__doc__)
+    units = 2
 
     @staticmethod
-    def _layout(planes: int, stride: int, stride_on: str) -> list[tuple[int, int, int]]:
+    def _layout(planes: int, stride: int) -> list[tuple[int, int, int]]:
         return [(planes, 3, stride), (planes, 3, 1)]
 
 
 class PreActBottleneck(Block):
-    """Bottleneck: 1x1, 3x3, 1x1, four times ``planes`` out. ``PreActBottleneck(in_planes, planes, stride=1, ...)``."""
+    """Bottleneck: 1x1, 3x3, 1x1, four times ``planes`` out. ``PreActBottleneck(in_planes, planes, stride=1, ...)``.
+
+    ``stride_on`` says which convolution has the stride: "3x3", or "first", the first 1x1 (resnet-1k-layers).
+    """
 
     __doc__ = _documented(__doc__)
     expansion = 4
+    units = 3
+
+    def __init__(self, in_planes: int, planes: int, stride: int = 1, *, stride_on: str = "3x3", **options: Any) -> None:
+        one_of("stride_on", stride_on, ("3x3", "first"))
+        super().__init__(in_planes, planes, stride, **options)
+        if stride_on == "first":
+            self.conv1.stride, self.conv2.stride = self.conv2.stride, self.conv1.stride
 
     @staticmethod
-    def _layout(planes: int, stride: int, stride_on: str) -> list[tuple[int, int, int]]:
-        first, second = (stride, 1) if stride_on == "first" else (1, stride)
-        return [(planes, 1, first), (planes, 3, second), (4 * planes, 1, 1)]
+    def _layout(planes: int, stride: int) -> list[tuple[int, int, int]]:
+        return [(planes, 1, 1), (planes, 3, stride), (4 * planes, 1, 1)]

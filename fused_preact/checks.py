@@ -98,15 +98,22 @@ def geometry(
         raise ValueError(f"padding must be an integer, a pair, 'same' or 'valid', got {padding!r}")
     else:
         pads = pair("padding", padding, 0)
-    if type(groups) is not int:
-        raise TypeError(f"groups must be an integer, got {groups!r}")
-    return Conv(*strides, *pads, *dilations, pair("groups", groups, 1)[0])
+    positive("groups", groups)
+    return Conv(*strides, *pads, *dilations, groups)
 
 
 def tensor(name: str, t: Any) -> None:
     """Raise TypeError unless t is a tensor."""
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+
+
+def positive(name: str, value: Any) -> None:
+    """Raise TypeError unless value is an integer, ValueError unless it is at least 1."""
+    if type(value) is not int:
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value!r}")
 
 
 def number(name: str, value: Any) -> None:

@@ -71,10 +71,11 @@ class PreActResNet(nn.Module):
         head_norm: a batch norm ``bn`` and ReLU behind the last stage, as in the paper.
         first_block: block at the very front, where another than ``block`` is wanted.
         memory: what the stages keep for backward, see `PreActStage`.
-        block_options: keyword arguments for every block (stride_on, shortcut_input, shortcut_name, backend).
+        block_options: keyword arguments for every block, such as shortcut_input, backend and of bottlenecks stride_on.
 
     Raises:
-        ValueError: ``stem`` is none of the two, or the blocks or stages refuse an option.
+        TypeError: the blocks have no option of that name.
+        ValueError: ``stem`` is none of the two, or the blocks or stages refuse an option's value.
     """
 
     def __init__(
@@ -171,7 +172,8 @@ def create(name: str, num_classes: int = 10, **options: Any) -> PreActResNet:
         options: keyword arguments of `PreActResNet` and its blocks, such as ``backend="eager"``, ``stem="imagenet"``.
 
     Raises:
-        ValueError: there is no network of that name, or it refuses an option.
+        TypeError: it has no option of that name.
+        ValueError: there is no network of that name, or it refuses an option's value.
     """
     one_of("name", name, names())
     return PreActResNet(num_classes=num_classes, **{**_MODELS[name], **options})

@@ -1,7 +1,9 @@
 import copy
 import io
 import pickle
+import re
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -20,10 +22,10 @@ SHAPES = {
     "bottleneck": (PreActBottleneck, 16, 4, 1),
     "bottleneck-wider": (PreActBottleneck, 8, 4, 1),
     "bottleneck-stride": (PreActBottleneck, 16, 4, 2),
+    "bottleneck-first": (partial(PreActBottleneck, stride_on="first"), 16, 4, 2),
 }
 OPTIONS = {
     "default": {},
-    "first": {"stride_on": "first"},
     "raw": {"shortcut_input": "raw", "shortcut_name": "downsample"},
 }
 
@@ -120,7 +122,30 @@ def test_stride_and_shortcut_options():
     assert first.downsample[0].stride == (2, 2)
     for option in ("stride_on", "shortcut_input", "shortcut_name", "backend"):
         with pytest.raises(ValueError, match=rf"{option} must be one of .*; got 'other'"):
-            PreActBlock(8, 8, **{option: "other"})
+            PreActBottleneck(8, 8, **{option: "other"})
+    with pytest.raises(TypeError, match="unexpected keyword argument 'stride_on'"):
+        PreActBlock(8, 8, 2, stride_on="first")
+
+
+@pytest.mark.parametrize("name", ["in_planes", "planes", "stride"])
+@pytest.mark.parametrize("kind", [PreActBlock, PreActBottleneck])
+def test_sizes_are_positive_integers(kind, name):
+    """A pair is not taken for a stride that changes the shape, and nothing is built that cannot run."""
+    sizes = {"in_planes": 4, "planes": 4, "stride": 1}
+    for value in (1, 1), 1.0, None:
+        with pytest.raises(TypeError, match=rf"^{name} must be an integer, got {re.escape(repr(value))}$"):
+            kind(**{**sizes, name: value})
+    for value in 0, -2:
+        with pytest.raises(ValueError, match=f"^{name} must be at least 1, got {value}$"):
+            kind(**{**sizes, name: value})
+
+
+@pytest.mark.parametrize("kind", [PreActBlock, PreActBottleneck])
+def test_the_parameters_are_made_as_asked(kind):
+    """Of a type and on a device, of all layers."""
+    block = kind(4, 8, 2, device="meta", dtype=torch.float64)
+    floating = [t for t in block.state_dict().values() if t.is_floating_point()]
+    assert {(t.device.type, t.dtype) for t in floating} == {("meta", torch.float64)}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -145,11 +145,14 @@ def test_it_runs_channels_last_inside():
 
 def test_stems_and_options():
     """The ImageNet stem divides the size by four; options reach every block; wrong names are listed."""
-    net = models.create("preactresnet18", 7, stem="imagenet", width=4, stride_on="first", backend="library")
+    net = models.create("preactresnet50", 7, stem="imagenet", width=4, stride_on="first", backend="library")
     assert net.conv1.stride == (2, 2)
     assert net(torch.randn(1, 3, 64, 64)).shape == (1, 7)
     choices = fused_preact.explain(net, torch.randn(1, 3, 64, 64))
     assert [choice.backend for choice in choices] == ["library"] * 4  # one a stage
+    assert [net.layer2[0].get_submodule(f"conv{i}").stride for i in (1, 2)] == [(2, 2), (1, 1)]
+    with pytest.raises(TypeError, match="unexpected keyword argument 'stride_on'"):
+        models.create("preactresnet18", stride_on="first")
     with pytest.raises(ValueError, match=r"name must be one of 'resnet20', .*; got 'resnet50'"):
         models.create("resnet50")
     with pytest.raises(ValueError, match="stem must be one of 'cifar', 'imagenet'; got 'patch'"):
