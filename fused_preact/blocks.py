@@ -5,6 +5,7 @@ He, Zhang, Ren, Sun, "Identity Mappings in Deep Residual Networks", 2016, arXiv 
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from .checks import one_of, positive
 from .layers import Layers, Pair, add, normalize
-from .modules import Fused
+from .modules import Fused, check_pair
 
 SHORTCUT_NAMES = ("shortcut", "downsample")
 
@@ -62,6 +63,36 @@ class Block(Fused):
             projection = nn.Conv2d(in_planes, channels, 1, stride, bias=False, **like)
             self.add_module(shortcut_name, nn.Sequential(projection))
 
+    @classmethod
+    def from_block(cls, old: nn.Module, shortcut_input: str = "activated", backend: str = "auto") -> Block:
+        """The block of another's layers; it holds the layers themselves, not copies.
+
+        Args:
+            old: a module with the children bn1, conv1, bn2, ... of such a block in this order, each an nn.BatchNorm2d
+                or nn.SyncBatchNorm and an nn.Conv2d. Its ``shortcut`` or ``downsample`` is an nn.Sequential of one
+                convolution; an empty one, nn.Identity, None or neither is the identity. It may have nn.ReLU besides.
+                Its forward is not read, and hooks on ``old`` itself stay behind.
+            shortcut_input: what ``shortcut`` or ``downsample`` reads in ``old``, as in the constructor.
+            backend: one of `backends.NAMES`.
+
+        Raises:
+            TypeError: a child of old is missing, one too many, or of another kind.
+            ValueError: a child has not the channels of those around it, its identity would read relu(bn1(x)), or an
+                option is none of those named.
+        """
+        children = _children(old, cls.units)
+        name = next((name for name in SHORTCUT_NAMES if name in children), None)
+        if name is None and shortcut_input == "activated":
+            _refuse_activated_identity(old)
+        block = cls.__new__(cls)
+        Fused.__init__(block, backend)
+        block._set_shortcut(shortcut_input, name or "shortcut")
+        for key, child in children.items():
+            block.add_module(key, child)
+        block.training = old.training
+        _check_chain(Block.layers(block))  # a subclass may fuse some of them only
+        return block
+
     def _set_shortcut(self, shortcut_input: str, shortcut_name: str) -> None:
         one_of("shortcut_input", shortcut_input, ("activated", "raw"))
         one_of("shortcut_name", shortcut_name, SHORTCUT_NAMES)
@@ -101,6 +132,64 @@ class Block(Fused):
 
 def _names(units: int) -> list[tuple[str, str]]:
     return [(f"bn{i}", f"conv{i}") for i in range(1, units + 1)]
+
+
+def _children(old: nn.Module, units: int) -> dict[str, nn.Module]:
+    """The children of a block that are its units and the convolution of its shortcut; TypeError where it has more.
+
+    The order tells a block that normalises behind its convolutions, with the same names, from one that does in front.
+    """
+    if not isinstance(old, nn.Module):
+        raise TypeError(f"old must be an nn.Module, got {type(old).__name__}")
+    children = {name: child for name, child in old.named_children() if not _is_stateless(child)}
+    found = [*children, *old._parameters, *old._buffers]
+    boxes = [name for name in found if name in SHORTCUT_NAMES]
+    expected = [name for names in _names(units) for name in names]
+    if len(boxes) > 1 or [name for name in found if name not in boxes] != expected:
+        raise TypeError(
+            f"old must have the children {', '.join(expected)} in this order, shortcut or downsample, nn.ReLU and "
+            f"nothing else; got {', '.join(found) or 'none'}"
+        )
+    return children
+
+
+def _is_stateless(child: nn.Module) -> bool:
+    """Whether a child is the activation, or a shortcut that is the identity."""
+    return type(child) in (nn.ReLU, nn.Identity) or (type(child) is nn.Sequential and len(child) == 0)
+
+
+def _refuse_activated_identity(old: nn.Module) -> None:
+    """Raise ValueError where the block has a shortcut without layers, which then has relu(bn1(x)) for x."""
+    for name in SHORTCUT_NAMES:
+        if isinstance(getattr(old, name, None), nn.Module):
+            raise ValueError(
+                f"shortcut_input must be 'raw' where {name} is the identity of x, got 'activated'; "
+                "use models.FirstPreActBlock where it is that of relu(bn1(x))"
+            )
+
+
+def _check_chain(layers: Layers) -> None:
+    """Raise TypeError or ValueError unless the layers have the kinds and channels of a block's."""
+    pairs, name, box = layers.pairs, layers.container_name, layers.container
+    for pair in pairs:
+        check_pair(pair)
+    for front, back in pairwise(pairs):
+        if back.bn.num_features != front.conv.out_channels:
+            raise ValueError(
+                f"{back.bn_name} must have the {front.conv.out_channels} channels that {front.conv_name} gives, "
+                f"got {back.bn.num_features}"
+            )
+    C, K = pairs[0].conv.in_channels, pairs[-1].conv.out_channels
+    if box is None:
+        if C != K:
+            raise ValueError(f"old must have a shortcut of a convolution from {C} to {K} channels, got the identity")
+        return
+    if not (isinstance(box, nn.Sequential) and list(box._modules) == ["0"] and isinstance(box[0], nn.Conv2d)):
+        inside = ", ".join(f"{key}: {type(child).__name__}" for key, child in box.named_children())
+        raise TypeError(f"{name} must be an nn.Sequential of one nn.Conv2d, 0; got {type(box).__name__}({inside})")
+    before, after = box[0].in_channels, box[0].out_channels
+    if (before, after) != (C, K):
+        raise ValueError(f"{name}.0 must be a convolution from {C} to {K} channels, got {before} to {after}")
 
 
 def _documented(summary: str | None) -> str | None:

@@ -36,6 +36,15 @@ class FirstPreActBlock(PreActBlock):
             )
         super().__init__(in_planes, planes, stride, **options)
 
+    @classmethod
+    def from_block(cls, old: nn.Module, shortcut_input: str = "activated", backend: str = "auto") -> FirstPreActBlock:
+        """As `PreActBlock.from_block`; ValueError, too, where the shortcut of ``old`` has a convolution."""
+        one_of("shortcut_input", shortcut_input, ("activated",))
+        block = super().from_block(old, "raw", backend)  # which is asked of a convolution there
+        if block.shortcut_name in block._modules:
+            raise ValueError(f"{block.shortcut_name} of old must be the identity, got a convolution: use PreActBlock")
+        return block
+
     def forward(self, x: Tensor) -> Tensor:
         """y [N, planes, H, W] of x [N, planes, H, W].
 
