@@ -78,14 +78,16 @@ def small_kernels() -> list[tuple[str, object, Config, dict]]:
     return [
         ("measure", statistics.measure, statistics.CONFIG, {}),
         ("merge", statistics.merge, MERGE, {"EPS": 1e-5}),
-        ("total", dgrad.total, MERGE, {"BATCH": True}),
+        ("total", dgrad.total, MERGE, {}),
+        ("total-eval", dgrad.total, MERGE, {"slope": None, "offset": None}),
         ("reduce", wgrad.reduce, wgrad.REDUCE, {}),
         ("combine", dx.combine, dx.CONFIG, {}),
+        ("combine-eval", dx.combine, dx.CONFIG, {"x": None, "slope": None, "offset": None}),
     ]
 
 
 def build(architecture: str, kind: str, kernel, tile: Config, **constants) -> Binary:
-    """Compile a kernel with every optional argument present."""
+    """Compile a kernel with every optional argument present but those that ``constants`` make None."""
     accumulation = "fp64" if kind == "fp64" else "fp32"
     dtypes = {"fp32": triton.language.float32, "fp64": triton.language.float64}
     constants = {"INDEX": triton.language.int32, "ACC": dtypes[accumulation], **constants}

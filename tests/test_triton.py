@@ -15,7 +15,7 @@ from cases import (
     errors,
     fused,
 )
-from fused_preact import backends, ops, reference, schedule, tables, tune
+from fused_preact import PreActBlock, backends, ops, reference, schedule, tables, tune
 from fused_preact.bench.measure import Step, Times
 from fused_preact.triton import configurations, launch, statistics
 from fused_preact.triton.launch import Config
@@ -65,6 +65,35 @@ def test_tf32_is_rounded_to_nearest(name, monkeypatch):
 def test_sums_of_integers_are_exact(name, dtype):
     """In every type a product left out or taken twice shows, over many tiles and over the parts of wgrad, too."""
     assert_exact_on_integers(BY_ID[name], ops.table("triton"), dtype)
+
+
+@interpreted
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+def test_an_infinite_gradient_stays_infinite_with_running_statistics():
+    """There dx is scale*dz alone: nothing else of dz or x is multiplied by a slope of zero, which would be NaN."""
+    results = []
+    for backend in "triton", "eager":
+        torch.manual_seed(0)
+        block = PreActBlock(4, 6, backend=backend).eval()
+        x, dy = torch.randn(1, 4, 5, 3, requires_grad=True), torch.ones(1, 6, 5, 3)
+        dy[0, :, 2, 1] = torch.tensor([torch.inf] + [0.0] * 5)
+        block(x).backward(dy)
+        results.append([x.grad, block.conv1.weight.grad, block.shortcut[0].weight.grad])
+    torch.testing.assert_close(*results, equal_nan=True)
+    assert results[0][0].isinf().any()
+
+
+@interpreted
+def test_rows_that_are_zero_are_absent():
+    """With running statistics a gradient has dgamma and dbeta alone, as `schedule.Gradient` promises."""
+    conv, rows = schedule.Conv(1, 1, 0, 0, 1, 1, 1), torch.rand(5, 4) + 0.5
+    x, g, weight = torch.randn(2, 4, 3, 3), torch.randn(2, 6, 3, 3), torch.randn(6, 4, 1, 1)
+    x, g = (t.contiguous(memory_format=torch.channels_last) for t in (x, g))
+    for batch, count in (True, 4), (False, 2):
+        args = conv, schedule.Gradient(g), weight, schedule.Activation(x, rows), None, batch
+        ours, expected = (ops.table(name).dgrad(*args) for name in ("triton", "reference"))
+        assert len(ours.grad) == len(expected.grad) == count
+        torch.testing.assert_close((ours.g, *ours.grad), (expected.g, *expected.grad))
 
 
 @interpreted

@@ -40,7 +40,7 @@ def transposed(
 ):  # fmt: skip
     """One tile of dz. Grid: tiles of a class times tiles of channels, classes.
 
-    behind, behind_norm, slope and offset are None where g is dy; norm and partial where there is no mask.
+    g to offset are what `launch.gradient` gives; norm and partial are None where there is no mask.
     """
     across = tl.cdiv(C, COLUMNS)
     tile = tl.program_id(0) // across
@@ -90,11 +90,11 @@ def transposed(
 @triton.jit
 def total(
     partial, merged, rstd, scale, dgamma, dbeta, slope, offset, tiles, pixels, C,
-    BATCH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """merged[group] = sums of a group of ROWS tiles; or, where merged is None, dgamma, dbeta, slope and offset.
 
-    Grid: groups (one where merged is None), tiles of channels.
+    slope and offset may be None. Grid: groups (one where merged is None), tiles of channels.
     """
     group = tl.program_id(0)
     c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -108,22 +108,22 @@ def total(
         deviation = tl.load(rstd + c, mask=known, other=0.0).to(tl.float64)
         tl.store(dgamma + c, (product * deviation).to(ACC), mask=known)
         tl.store(dbeta + c, plain.to(ACC), mask=known)
-        if BATCH:
+        if slope is not None:
             share = tl.load(scale + c, mask=known, other=0.0).to(tl.float64) / pixels
             tl.store(slope + c, (-share * deviation * deviation * product).to(ACC), mask=known)
             tl.store(offset + c, (-share * plain).to(ACC), mask=known)
-        else:
-            tl.store(slope + c, tl.zeros([COLUMNS], ACC), mask=known)
-            tl.store(offset + c, tl.zeros([COLUMNS], ACC), mask=known)
 
 
 def _gradients(partial: Tensor, norm: Tensor, pixels: int, batch: bool) -> Sequence[Tensor]:
-    """dgamma, dbeta, slope, offset [C] from the sums [tiles, 2, C]; the last two are zero without batch statistics."""
+    """dgamma, dbeta and with batch statistics slope and offset, [C] each, from the sums [tiles, 2, C]."""
     C = partial.size(2)
-    grads = [norm.new_empty(C) for _ in range(4)]
+    grads = [norm.new_empty(C) for _ in range(4 if batch else 2)]
+    rows = grads if batch else [*grads, None, None]
     for source, merged, grid in launch.levels(partial):
-        args = source, merged, norm[RSTD_ROW], norm[SCALE_ROW], *grads, source.size(0), pixels, C
-        launch.run(total, grid, launch.MERGE, *args, BATCH=batch)
+        launch.run(
+            total, grid, launch.MERGE,
+            source, merged, norm[RSTD_ROW], norm[SCALE_ROW], *rows, source.size(0), pixels, C,
+        )  # fmt: skip
     return grads
 
 
@@ -145,5 +145,4 @@ def dgrad(conv: Conv, dy: Gradient, weight: Tensor, x: Activation, add: Tensor |
     )  # fmt: skip
     if partial is None:
         return Gradient(dz)
-    # Without batch statistics x, which may be infinite or NaN where no output reads it, is no part of dx: 0 times dz.
-    return Gradient(dz, x.x if batch else dz, x.norm, _gradients(partial, x.norm, N * H * W, batch))
+    return Gradient(dz, x.x, x.norm, _gradients(partial, x.norm, N * H * W, batch))

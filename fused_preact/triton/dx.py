@@ -1,4 +1,4 @@
-"""dx = dy + add, with dy = scale*g + slope*(x - mean) + offset or g: the gradient that leaves the chain.
+"""dx = dy + add, with dy = scale*g + slope*(x - mean) + offset, scale*g or g: the gradient that leaves the chain.
 
 Elementwise over [pixels, C]; a program takes one tile of ROWS pixels by COLUMNS channels. Bytes: each tensor once.
 """
@@ -22,7 +22,7 @@ def combine(
 ):  # fmt: skip
     """One tile of out. Grid: tiles of pixels, tiles of C.
 
-    x, norm, slope and offset are None where g is dy; add may be None.
+    g to offset are what `launch.gradient` gives; add may be None.
     """
     m = tl.program_id(0).to(INDEX) * ROWS + tl.arange(0, ROWS)
     c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -36,7 +36,7 @@ def combine(
 
 def dx(dy: Gradient, add: Tensor | None) -> Tensor:
     """Gradient [N, C, H, W] of the chain's input; as `fused_preact.reference.dx`."""
-    if dy.x is None and add is None:
+    if dy.norm is None and add is None:
         return dy.g
     out = torch.empty_like(dy.g)
     N, C, H, W = out.shape

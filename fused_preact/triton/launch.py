@@ -79,8 +79,10 @@ def partials(tiles: int, C: int, x: Tensor) -> Tensor:
 
 
 def gradient(dy: Gradient) -> tuple[Tensor | None, ...]:
-    """The first arguments of `tile.load_gradient`: g, x, norm, slope, offset, the last four None where g is dy."""
-    return (dy.g, None, None, None, None) if dy.x is None else (dy.g, dy.x, dy.norm, *dy.grad[2:4])
+    """The first arguments of `tile.load_gradient`: g, x, norm, slope, offset, each None where it is no part of dy."""
+    if dy.norm is None or len(dy.grad) == 2:
+        return dy.g, None, dy.norm, None, None
+    return dy.g, dy.x, dy.norm, *dy.grad[2:]
 
 
 def levels(partial: Tensor) -> Iterator[tuple[Tensor, Tensor | None, tuple[int, int]]]:

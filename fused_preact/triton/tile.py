@@ -75,16 +75,22 @@ def load_activation(x, norm, at, c, C, inside):
 
 @triton.jit
 def load_gradient(g, x, norm, slope, offset, at, k, K, inside, ACC: tl.constexpr):
-    """dy = scale*g + slope*(x - mean) + offset at the offsets ``at``, or g where x is None; zero outside. In ACC."""
+    """dy = scale*g + slope*(x - mean) + offset at the offsets ``at``; zero outside. In ACC.
+
+    x, slope and offset are None where dy = scale*g, norm, too, where dy = g.
+    """
     within = inside[:, None] & (k < K)[None, :]
     dy = tl.load(g + at[:, None] + k[None, :], mask=within, other=0.0).to(ACC)
-    if x is not None:
-        mean = tl.load(norm + MEAN * K + k, mask=k < K, other=0.0)
+    if norm is not None:
         scale = tl.load(norm + SCALE * K + k, mask=k < K, other=0.0)
-        steep = tl.load(slope + k, mask=k < K, other=0.0)
-        fixed = tl.load(offset + k, mask=k < K, other=0.0)
-        centred = tl.load(x + at[:, None] + k[None, :], mask=within, other=0.0).to(ACC) - mean[None, :]
-        dy = tl.where(inside[:, None], scale[None, :] * dy + steep[None, :] * centred + fixed[None, :], 0.0)
+        dy = scale[None, :] * dy
+        if x is not None:
+            mean = tl.load(norm + MEAN * K + k, mask=k < K, other=0.0)
+            steep = tl.load(slope + k, mask=k < K, other=0.0)
+            fixed = tl.load(offset + k, mask=k < K, other=0.0)
+            centred = tl.load(x + at[:, None] + k[None, :], mask=within, other=0.0).to(ACC) - mean[None, :]
+            dy = dy + steep[None, :] * centred + fixed[None, :]
+        dy = tl.where(inside[:, None], dy, 0.0)
     return dy
 
 
