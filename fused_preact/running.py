@@ -80,13 +80,16 @@ def _update(mean, var, counts, rows, units, momentum) -> None:
     if counts:
         torch._foreach_add_(counts, 1)
     buffers = mean + var
-    batch = [rows[i][row].to(mean[0].dtype) for row in (MEAN, VARIANCE) for i in units]
-    if momentum is None:
-        weight = (1.0 / counts[0].double()).to(mean[0].dtype) if counts else 0.0
+    # Of a type of their own each: checks.py allows a batch norm in float32 among others in 16 bits.
+    batch = [
+        rows[i][row].to(t.dtype) for row, ts in ((MEAN, mean), (VARIANCE, var)) for i, t in zip(units, ts, strict=True)
+    ]
+    if momentum is None and counts:
+        weight = 1.0 / counts[0].double()
         for buffer, value in zip(buffers, batch, strict=True):
-            buffer.lerp_(value, weight)
+            buffer.lerp_(value, weight.to(buffer.dtype))
     elif buffers:
-        torch._foreach_lerp_(buffers, batch, momentum)
+        torch._foreach_lerp_(buffers, batch, momentum or 0.0)
 
 
 _library = torch.library.Library("fused_preact", "FRAGMENT")

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
@@ -49,6 +49,24 @@ def test_buffers_move_towards_the_batch(update, momentum, dtype):
             assert buffer.dtype == dtype
             assert_close(buffer.double(), value, rtol=few, atol=few)
     assert all(count == 5 for count in counts)
+
+
+@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_buffers_of_several_types(update, momentum):
+    """A net in 16 bits may have a batch norm in float32: each buffer moves in the type that it has."""
+    types = torch.bfloat16, torch.float32, torch.float64
+    mean, var, counts, rows = norms(torch.float32)
+    mean, var = (list(map(Tensor.to, buffers, of)) for buffers, of in ((mean, types), (var, types[::-1])))
+    if momentum is None:
+        mean, var, counts = mean[:1], var[:1], counts[:1]
+    units, weight = list(range(1, 1 + len(mean))), momentum or 1 / 5
+    buffers, batch = mean + var, [rows[i][row] for row in (MEAN, VARIANCE) for i in units]
+    expected = [
+        (b.double() + weight * (t.double() - b.double())).to(b.dtype) for b, t in zip(buffers, batch, strict=True)
+    ]
+    update(mean, var, counts, rows, units, momentum)
+    assert_close(buffers, expected)
 
 
 @pytest.mark.parametrize("update", UPDATES)
