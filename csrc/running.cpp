@@ -10,7 +10,7 @@ namespace fused_preact {
 
 namespace {
 
-// body(value) with a value of the type.
+// body(value) with a value of the type, which is one that expect_buffer lets pass.
 template <class Body>
 void with_type(ScalarType type, const Body& body) {
   switch (type) {
@@ -20,10 +20,8 @@ void with_type(ScalarType type, const Body& body) {
       return body(double{});
     case ScalarType::BFloat16:
       return body(c10::BFloat16{});
-    case ScalarType::Half:
-      return body(c10::Half{});
     default:
-      expect(false, "running statistics: expected a floating-point type, got ", torch::headeronly::toString(type));
+      return body(c10::Half{});
   }
 }
 
@@ -40,10 +38,27 @@ void lerp(Buffer* values, int64_t step, const Row* batch, int64_t n, double mome
   }
 }
 
-void move(const Item& name, const Tensor& buffer, const Tensor& rows, NormRow row, double momentum) {
+void expect_count(const Item& name, const Tensor& count) {
+  expect(count.is_cpu() && count.scalar_type() == ScalarType::Long && count.numel() == 1, name,
+         ": expected one int64 of the CPU, got ", torch::headeronly::toString(count.scalar_type()), " of shape ",
+         text(count.sizes()));
+}
+
+void expect_rows(const Item& name, const Tensor& rows) {
+  const ScalarType type = rows.scalar_type();
+  expect(rows.is_cpu() && rows.dim() == 2 && rows.size(0) == kNormRows && rows.is_contiguous() &&
+             (type == ScalarType::Float || type == ScalarType::Double),
+         name, ": expected contiguous float32 or float64 of the CPU of shape [", kNormRows, ", C], got ",
+         torch::headeronly::toString(type), " of shape ", text(rows.sizes()));
+}
+
+void expect_buffer(const Item& name, const Tensor& buffer, const Tensor& rows) {
+  expect(buffer.is_cpu(), name, ": expected a tensor of the CPU, got one of another device");
+  expect_parameter(name, buffer, {rows.size(1)});
+}
+
+void move(const Tensor& buffer, const Tensor& rows, NormRow row, double momentum) {
   const int64_t C = rows.size(1);
-  expect(buffer.is_cpu() && buffer.dim() == 1 && buffer.size(0) == C, name, ": expected a tensor of the CPU of shape [",
-         C, "], got ", text(buffer.sizes()), buffer.is_cpu() ? "" : " of another device");
   with_type(buffer.scalar_type(), [&](auto value) {
     using Buffer = decltype(value);
     const auto move_to = [&](auto* batch) {
@@ -62,24 +77,21 @@ void update_running(const Tensors& mean, const Tensors& var, const Tensors& coun
                     const Sizes& units, std::optional<double> momentum) {
   expect_tensors("mean", mean, units.size());
   expect_tensors("var", var, units.size());
-  for (size_t i = 0; i < count.size(); ++i) {
-    expect(count[i].is_cpu() && count[i].scalar_type() == ScalarType::Long && count[i].numel() == 1, item("count", i),
-           ": expected one int64 of the CPU, got ", torch::headeronly::toString(count[i].scalar_type()), " of shape ",
-           text(count[i].sizes()));
-    ++*static_cast<int64_t*>(count[i].mutable_data_ptr());
-  }
-  if (!momentum) momentum = count.empty() ? 0 : 1.0 / *static_cast<const int64_t*>(count[0].const_data_ptr());
+  for (size_t i = 0; i < count.size(); ++i) expect_count(item("count", i), count[i]);
   for (size_t i = 0; i < units.size(); ++i) {
     expect(units[i] >= 0 && static_cast<size_t>(units[i]) < rows.size(), "units: expected from 0 to below ",
            rows.size(), ", got ", units[i]);
     const Tensor& batch = rows[units[i]];
-    const ScalarType type = batch.scalar_type();
-    expect(batch.is_cpu() && batch.dim() == 2 && batch.size(0) == kNormRows && batch.is_contiguous() &&
-               (type == ScalarType::Float || type == ScalarType::Double),
-           item("rows", units[i]), ": expected contiguous float32 or float64 of the CPU of shape [", kNormRows,
-           ", C], got ", torch::headeronly::toString(type), " of shape ", text(batch.sizes()));
-    move(item("mean", i), mean[i], batch, kMean, *momentum);
-    move(item("var", i), var[i], batch, kVariance, *momentum);
+    expect_rows(item("rows", units[i]), batch);
+    expect_buffer(item("mean", i), mean[i], batch);
+    expect_buffer(item("var", i), var[i], batch);
+  }
+  // What is refused leaves everything as it was: nothing is written up to here.
+  for (const Tensor& t : count) ++*static_cast<int64_t*>(t.mutable_data_ptr());
+  if (!momentum) momentum = count.empty() ? 0 : 1.0 / *static_cast<const int64_t*>(count[0].const_data_ptr());
+  for (size_t i = 0; i < units.size(); ++i) {
+    move(mean[i], rows[units[i]], kMean, *momentum);
+    move(var[i], rows[units[i]], kVariance, *momentum);
   }
 }
 
