@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, repeat
-from operator import attrgetter, contains, eq, getitem, is_, itemgetter
+from operator import attrgetter, contains, getitem, is_, itemgetter
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import backends, checks, running
@@ -90,33 +91,35 @@ class Watch:
         self._members = [s[name] for s in states for name in _MEMBERS]
         self._children = [s["_modules"] for s in states]
         self._hooks = [s[name] for s in states for name in _HOOKS]
-        # Of a filter whose padding has a name the size says what that is.
-        named = (s["_parameters"].get("weight") for s in states if isinstance(s.get("padding"), str))
-        self._named = [weight for weight in named if weight is not None]
-        self._parameters = [t for s in states for t in s["_parameters"].values() if t is not None]
-        self._sizes, self._objects = list(self._find_sizes()), list(self._find_objects(module))
+        tensors = (t for s in states for name in ("_parameters", "_buffers") for t in s[name].values())
+        self._tensors = [t for t in tensors if not (t is None or is_lazy(t))]  # a lazy layer's have no shape yet
+        self._values, self._objects = self._find_values(), list(self._find_objects(module))
 
     def holds(self, module: nn.Module) -> bool:
         """Whether nothing has changed in the module, or in a copy that shares all that is compared."""
         try:
             return (
                 all(map(is_, self._find_boxes(module), self._boxes))
-                and all(map(eq, self._find_sizes(), self._sizes))
+                and self._find_values() == self._values
                 and all(map(is_, self._find_objects(module), self._objects))
             )
         except KeyError:  # an attribute was deleted
             return False
 
     def may_last(self) -> bool:
-        """Whether no parameter has a graph behind it, which would be kept until the next call."""
-        return all(parameter.is_leaf for parameter in self._parameters)
+        """Whether no tensor has a graph behind it, which would be kept until the next call."""
+        return all(t.is_leaf for t in self._tensors)
 
     def _find_boxes(self, module: nn.Module) -> Iterator[Any]:
         return chain.from_iterable(map(itemgetter(*_MEMBERS, *_HOOKS), chain((module.__dict__,), self._states)))
 
-    def _find_sizes(self) -> Iterator[Any]:
-        sizes = map(len, chain(self._states, self._members, self._hooks))
-        return chain(sizes, map(contains, self._states, repeat("forward")), map(attrgetter("shape"), self._named))
+    def _find_values(self) -> list[Any]:
+        return [
+            *map(len, chain(self._states, self._members, self._hooks)),
+            *map(contains, self._states, repeat("forward")),
+            *map(attrgetter("dtype"), self._tensors),  # what .data is set to may be of another type or shape
+            *map(attrgetter("shape"), self._tensors),
+        ]
 
     def _find_objects(self, module: nn.Module) -> Iterator[Any]:
         return chain(
@@ -125,7 +128,6 @@ class Watch:
             map(getitem, *(self._settings or ((), ()))),
             chain.from_iterable(map(dict.values, self._members)),
             map(type, chain.from_iterable(map(dict.values, self._children))),
-            map(attrgetter("dtype"), self._parameters),
         )
 
 

@@ -1,8 +1,18 @@
 """What a fused call reads of plain layers, and what it writes back; most of it is tested by the modules that do so."""
 
-from torch import nn
+import copy
 
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from fused_preact import BNReLUConv2d, PreActBlock, PreActStage, backends
 from fused_preact.layers import Pair, running_updates
+
+
+def x_of(C: int = 8) -> torch.Tensor:
+    return torch.randn(2, C, 5, 5)
 
 
 def test_an_update_changes_a_buffer_once():
@@ -22,3 +32,33 @@ def test_batch_norms_of_one_momentum_are_updated_together():
     updates = running_updates(Pair("bn", bn, "conv", nn.Conv2d(4, 4, 1)) for bn in norms)
     found = [(update.momentum, update.units) for update in updates]
     assert found == [(0.1, [0, 2]), (0.5, [1]), (None, [3]), (None, [4])]
+
+
+@pytest.mark.parametrize("name", ["bn2.weight", "bn2.bias", "bn2.running_mean", "bn2.running_var"])
+def test_a_vector_of_another_size_is_heard_of(name):
+    """As where channels are pruned by .data, of which no object tells: the message is that of a first call."""
+    block = PreActBlock(8, 8)
+    block(x_of())
+    tensor = block.state_dict(keep_vars=True)[name]
+    tensor.data = tensor.data[:4]
+    before = copy.deepcopy(block.state_dict())
+    with pytest.raises(ValueError, match=rf"{name} must have shape \(8,\), .*; got \(4,\)"):
+        block(x_of())
+    assert_close(block.state_dict(), before, rtol=0, atol=0)
+
+
+def test_a_filter_of_another_size_may_be_of_another_backend():
+    """It came in as data of the old parameter; "auto" gives the call to a backend that serves it."""
+    unit, x = BNReLUConv2d(8, 8, 3, padding=2), x_of()
+    unit(x)
+    unit.conv.weight.data = torch.randn(8, 8, 5, 5)
+    with backends.recording() as choices:
+        unit(x)
+    assert [choice.problem.convolutions[0][1] for choice in choices] == [(8, 8, 5, 5)]
+
+
+def test_layers_that_have_no_shape_yet():
+    """A lazy layer of a stage is made by the first call, which has nothing to compare."""
+    stage = PreActStage(nn.LazyConv2d(8, 1), PreActBlock(8, 8))
+    for _ in range(2):
+        assert stage(x_of(C=3)).shape == (2, 8, 5, 5)
