@@ -1,0 +1,133 @@
+"""`explain`: the backends of a call, told without making it, and how the choices of the calls inside are collected."""
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+import fused_preact
+from fused_preact import BNReLUConv2d, PreActBlock, backends, bn_relu_conv2d, models
+
+
+def arguments() -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(2, 4, 5, 5), torch.randn(4, 4, 3, 3)
+
+
+def test_explain_computes_and_changes_nothing():
+    """The call is made on fake tensors: running statistics and their count stay, and no gradient appears."""
+    net = models.create("resnet20")
+    before = {name: t.clone() for name, t in net.state_dict().items()}
+    text = str(fused_preact.explain(net, torch.randn(2, 3, 32, 32)))
+    assert "layer1.0" in text
+    assert "layer3" in text
+    for name, t in net.state_dict().items():
+        assert torch.equal(t, before[name]), name
+    mean, var = torch.zeros(4), torch.ones(4)
+    fused_preact.explain(bn_relu_conv2d, *arguments(), running_mean=mean, running_var=var, training=True)
+    assert torch.equal(mean, torch.zeros(4))
+    assert torch.equal(var, torch.ones(4))
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_explain_names_the_module_and_the_reason(momentum):
+    """A block that is asked for a backend, and one with a hook, are told apart by name."""
+    net = torch.nn.Sequential(PreActBlock(4, 4, backend="library"), PreActBlock(4, 4), BNReLUConv2d(4, 2, 1))
+    net[1].conv2.register_forward_hook(lambda *args: None)
+    net[2].bn.momentum = momentum
+    first, second, third = fused_preact.explain(net, torch.randn(2, 4, 5, 5))
+    assert (first.where, first.backend) == ("0", "library")
+    assert "backend='library' was asked for" in first.others["reference"]
+    assert (second.where, second.backend) == ("1", "eager")
+    assert "conv2 has hooks" in second.others["library"]
+    assert third.where == "2"
+    assert "1: eager\n    not cpu: conv2 has hooks" in str(fused_preact.explain(net, torch.randn(2, 4, 5, 5)))
+
+
+def test_explain_of_a_call_that_fails_fails_alike():
+    """Bad arguments give the message that the call itself would give, and recording stops."""
+    x, weight = arguments()
+    with pytest.raises(ValueError, match="running_mean is needed"):
+        fused_preact.explain(bn_relu_conv2d, x, weight)
+    assert not backends.is_recording()
+
+
+def test_records_that_overlap():
+    """Two threads that explain at a time need not end in the order in which they began."""
+    first, second = backends.recording(), backends.recording()
+    choices = first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert backends.is_recording()
+    second.__exit__(None, None, None)
+    assert not backends.is_recording()
+    assert choices == []
+
+
+def test_explain_without_a_fused_call():
+    """A module that has none says so."""
+    assert str(fused_preact.explain(torch.nn.ReLU(), torch.randn(2))) == "no fused call is made here"
+
+
+def test_a_long_explanation_is_short():
+    """Up to four calls that are served alike are named, of more the first two and the last."""
+    for count, expected in (4, "0, 1, 2, 3: library\n"), (5, "0, 1, ... 4 (5 calls): library\n"):
+        net = torch.nn.Sequential(*(PreActBlock(4, 4, backend="library") for _ in range(count)))
+        assert str(fused_preact.explain(net, torch.randn(2, 4, 5, 5))).startswith(expected)
+
+
+def test_explain_takes_arguments_by_name():
+    """As the module itself does."""
+    with pytest.raises(ValueError, match="residual must have the shape"):
+        fused_preact.explain(BNReLUConv2d(4, 4, 1), torch.randn(2, 4, 5, 5), residual=torch.randn(1, 4, 5, 5))
+
+
+def test_explain_on_several_threads():
+    """One after the other: what they change of torch while they run is the process's."""
+    running, most = [], []
+
+    class Slow(torch.nn.Module):
+        def forward(self, x):
+            running.append(x)
+            most.append(len(running))
+            time.sleep(0.05)
+            running.pop()
+            return x
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda _: fused_preact.explain(Slow(), torch.ones(1)), range(3)))
+    assert most == [1, 1, 1]
+
+
+def test_explain_within_code_that_is_compiled():
+    """It is called as it is there, by the interpreter."""
+    block, x = PreActBlock(4, 4).eval(), torch.randn(2, 4, 5, 5)
+    found = []
+
+    def call(x):
+        found.append(len(fused_preact.explain(block, x)))
+        return x + 1
+
+    torch.compile(call, backend="eager")(x)
+    assert found == [1]
+
+
+def test_explain_of_a_compiled_net():
+    """What was compiled reads memory that fake tensors do not have; it is explained as it was written."""
+    block = PreActBlock(4, 4)
+    x = torch.randn(2, 4, 5, 5)
+
+    def compiler(graph, _inputs):
+        def run(*args):
+            assert all(t.data_ptr() for t in args)
+            return graph.forward(*args)
+
+        return run
+
+    compiled = torch.compile(block, backend=compiler)
+    compiled(x)
+    (choice,) = fused_preact.explain(compiled, x)
+    assert choice.backend == next(iter(fused_preact.explain(block, x))).backend
+    block.compile(backend=compiler)
+    block(x)
+    assert len(fused_preact.explain(block, x)) == 1
