@@ -9,6 +9,7 @@ import math
 import os
 import threading
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -275,35 +276,37 @@ def describe(where: Any, backend: str, problem: Problem) -> Choice:
     return Choice(where, chosen, others, problem)
 
 
-_records: list[list[Choice]] = []
+# Each thread has its own: what another one runs meanwhile is no part of the call that is explained.
+_records: ContextVar[tuple[list[Choice], ...]] = ContextVar("records", default=())
 
 
 @contextlib.contextmanager
 def recording() -> Iterator[list[Choice]]:
-    """Collect the choices of the calls made inside, on this thread's behalf or any other's."""
+    """Collect the choices of the calls that this thread makes inside; compiled code tells none."""
     record: list[Choice] = []
-    _records.append(record)
+    before = _records.set((*_records.get(), record))
     try:
         yield record
     finally:
-        _records[:] = (other for other in _records if other is not record)
+        _records.reset(before)
 
 
 def is_recording() -> bool:
     """Whether choices are being collected."""
-    return bool(_records)
+    # In this order: Dynamo does not trace a ContextVar.
+    return not torch.compiler.is_compiling() and bool(_records.get())
 
 
 def record(choice: Choice) -> None:
     """Add a choice to the records that are being made."""
-    for choices in _records:
+    for choices in _records.get():
         choices.append(choice)
 
 
 @contextlib.contextmanager
 def apart(reason: str) -> Iterator[None]:
     """Note with the choices of the calls made inside why they are not made by the stage that they belong to."""
-    before = [(choices, len(choices)) for choices in _records]
+    before = [(choices, len(choices)) for choices in _records.get()]
     yield
     for choices, count in before:
         choices[count:] = [choice._replace(apart=reason) for choice in choices[count:]]

@@ -52,16 +52,31 @@ def test_explain_of_a_call_that_fails_fails_alike():
     assert not backends.is_recording()
 
 
-def test_records_that_overlap():
-    """Two threads that explain at a time need not end in the order in which they began."""
-    first, second = backends.recording(), backends.recording()
-    choices = first.__enter__()
-    second.__enter__()
-    first.__exit__(None, None, None)
-    assert backends.is_recording()
-    second.__exit__(None, None, None)
+def test_what_other_threads_run_is_not_explained():
+    """A net that is trained on one thread is not part of a net that is explained on another meanwhile."""
+    unit, images = BNReLUConv2d(4, 4, 1), torch.randn(2, 4, 5, 5)
+
+    class Meanwhile(torch.nn.Module):
+        def forward(self, x):
+            with ThreadPoolExecutor(1) as pool:
+                pool.submit(unit, images).result()
+            return x
+
+    net = torch.nn.Sequential(BNReLUConv2d(4, 4, 1), Meanwhile())
+    assert [choice.where for choice in fused_preact.explain(net, images)] == ["0"]
+    assert unit.bn.num_batches_tracked == 1
+
+
+def test_records_within_one_another():
+    """Each has what ran while it was made, and recording stops with the outer one."""
+    unit, x = BNReLUConv2d(4, 4, 1), torch.randn(2, 4, 5, 5)
+    with backends.recording() as outer:
+        with backends.recording() as inner:
+            unit(x)
+        unit(x)
+    unit(x)
     assert not backends.is_recording()
-    assert choices == []
+    assert (len(inner), len(outer)) == (1, 2)
 
 
 def test_explain_without_a_fused_call():
