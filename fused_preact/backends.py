@@ -319,22 +319,25 @@ def _place(where: Any, names: dict[Any, str]) -> str:
 _explaining = threading.RLock()
 
 
-def explain(target: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
+def explain(target: torch.nn.Module | Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> Explanation:
     """Say which backend serves a call, and why the others do not.
 
     The call ``target(*args, **kwargs)`` is made on fake tensors: nothing is computed, and no running statistics change.
     Within ``torch.no_grad()`` a net in eval mode is explained as it runs for inference, which may be served otherwise.
-    ``target`` is `bn_relu_conv2d`, or any module, a whole net too: ``print(fused_preact.explain(net, images))``.
+    ``target`` is any module, a whole net too, or `bn_relu_conv2d`: ``print(fused_preact.explain(net, images))``. Of
+    another function, a method of a module too, it is not known whose statistics the call would change.
     Meanwhile what was compiled runs as it was written, in all threads.
 
     Raises:
-        TypeError, ValueError: what the call itself would raise for its arguments.
+        TypeError, ValueError: ``target`` is something else, or what the call itself would raise for its arguments.
     """
     return torch.compiler.disable(_explain)(target, *args, **kwargs)
 
 
 def _explain(target: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from .functional import bn_relu_conv2d  # which imports this
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     args, kwargs = tree_map_only(torch.Tensor, mode.from_tensor, (args, kwargs))
@@ -344,6 +347,10 @@ def _explain(target: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanati
         state = {**dict(target.named_parameters()), **dict(target.named_buffers())}
         target = functools.partial(functional_call, target, tree_map_only(torch.Tensor, mode.from_tensor, state))
         args, kwargs = (args, kwargs), {}
+    elif target is not bn_relu_conv2d:
+        raise TypeError(
+            f"target must be a module, or bn_relu_conv2d; got a {type(target).__name__}: pass the module that it calls"
+        )
     # Code that was compiled takes no fake tensors. The stance is the process's: one call at a time changes it.
     with _explaining, recording() as choices, mode, torch.compiler.set_stance("force_eager"):
         target(*args, **kwargs)

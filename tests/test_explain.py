@@ -1,5 +1,6 @@
 """`explain`: the backends of a call, told without making it, and how the choices of the calls inside are collected."""
 
+import functools
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -27,6 +28,16 @@ def test_explain_computes_and_changes_nothing():
     fused_preact.explain(bn_relu_conv2d, *arguments(), running_mean=mean, running_var=var, training=True)
     assert torch.equal(mean, torch.zeros(4))
     assert torch.equal(var, torch.ones(4))
+
+
+@pytest.mark.parametrize("kind", ["method", "function", "partial", "int"])
+def test_explain_is_of_a_module_or_the_function(kind):
+    """Of anything else the tensors that it changes are not known: it is refused, and nothing has changed."""
+    unit, x = BNReLUConv2d(4, 4, 1), torch.randn(2, 4, 5, 5)
+    calls = {"method": unit.forward, "function": lambda x: unit(x), "partial": functools.partial(unit), "int": 3}
+    with pytest.raises(TypeError, match=f"target must be a module, or bn_relu_conv2d; got a {kind}: pass the module"):
+        fused_preact.explain(calls[kind], x)
+    assert unit.bn.num_batches_tracked == 0
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])

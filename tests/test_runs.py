@@ -211,10 +211,10 @@ def test_a_new_table_is_heard_of(folder):
     """By modules and functions that have been called before, too."""
     block, x = PreActBlock(8, 8), x_of()
     weight = torch.randn(8, 8, 1, 1, requires_grad=True)
-    function = functools.partial(fused_preact.bn_relu_conv2d, weight=weight, training=True)
-    problems = [fused_preact.explain(call, x)[0].problem for call in (block, function)]
+    function = functools.partial(bn_relu_conv2d, weight=weight, training=True)
+    choices = *fused_preact.explain(block, x), *fused_preact.explain(function.func, x, **function.keywords)
     assert all("Stage" in type(call(x).grad_fn).__name__ for call in (block, function))
-    calls = {tables.call_key(problem): {"2": {"best": "eager", "seconds": {}}} for problem in problems}
+    calls = {tables.call_key(choice.problem): {"2": {"best": "eager", "seconds": {}}} for choice in choices}
     tables.save({"device": tables.device_name("cpu"), "calls": calls, "tiles": {}})
     assert not any("Stage" in type(call(x).grad_fn).__name__ for call in (block, function))
     assert fused_preact.explain(block, x)[0].backend == "eager"
