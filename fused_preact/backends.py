@@ -309,7 +309,7 @@ def apart(reason: str) -> Iterator[None]:
     before = [(choices, len(choices)) for choices in _records.get()]
     yield
     for choices, count in before:
-        choices[count:] = [choice._replace(apart=reason) for choice in choices[count:]]
+        choices[count:] = [choice._replace(apart=choice.apart or reason) for choice in choices[count:]]
 
 
 def _place(where: Any, names: dict[Any, str]) -> str:

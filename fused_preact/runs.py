@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import checks
+from . import backends, checks
 from .layers import Layers, RunningUpdate, Watch, running_updates, update
 from .plans import Arguments, Plan, Plans, call_key, execute, make_plan
 
@@ -44,6 +44,11 @@ class Run(NamedTuple):
         y, rows = execute(plan, x, self.arguments, residual)
         update(self.running, rows)
         return y
+
+    def choice(self, where: Any, x: Tensor, memory: str) -> backends.Choice:
+        """Which backend a call would be given, and why."""
+        plan = self.plan(x, None, memory)
+        return backends.describe(where, plan.asked, plan.problem)
 
     def plan(self, x: Tensor, residual: Tensor | None, memory: str) -> Plan:
         """The plan of a call, checked once for arguments that differ in the numbers only."""

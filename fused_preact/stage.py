@@ -116,13 +116,15 @@ class PreActStage(nn.Sequential):
             yield _Part.of(part)
 
     def _fused(self, part: _Part, x: Tensor) -> Tensor:
+        if isinstance(x, torch.fx.Proxy):  # symbolic tracing, which calls with no tensors
+            return part.run_apart(x)
         where = self if len(part.blocks) == len(self) else part.blocks[0]
-        # Symbolic tracing calls with no tensors.
-        y = None if isinstance(x, torch.fx.Proxy) else part.run(where, x, memory=self.memory)
-        if y is None:
-            for block in part.blocks:
-                x = block(x)
-        return x if y is None else y
+        if backends.is_recording():
+            choice = part.run.choice(where, x, self.memory)
+            if choice.backend == "eager":  # what runs are the blocks, and their choices count
+                return part.run_apart(x, part.why_apart(choice))
+        y = part.run(where, x, memory=self.memory)
+        return part.run_apart(x) if y is None else y
 
 
 def _why_alone(block: nn.Module) -> str | None:
@@ -159,3 +161,17 @@ class _Part(NamedTuple):
     @classmethod
     def of(cls, part: list[tuple[Block, Layers]]) -> _Part:
         return cls([block for block, _ in part], Run.of(part[0][0].backend, [layers for _, layers in part]))
+
+    def run_apart(self, x: Tensor, reason: str | None = None) -> Tensor:
+        """What the blocks make of x one after the other, for a reason that their own choices do not say."""
+        for block in self.blocks:
+            x = _Alone(block, reason).run(x)
+        return x
+
+    def why_apart(self, choice: backends.Choice) -> str | None:
+        """Why the blocks are no node by the choice for all of them; None of a single one, whose own choice says it."""
+        if len(self.blocks) == 1:
+            return None
+        device = choice.problem.device.type
+        kernels = device if device in choice.others else "reference"  # those of a device have its name
+        return f"{len(self.blocks)} blocks as one node would be plain layers, not {kernels}: {choice.others[kernels]}"

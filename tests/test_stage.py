@@ -224,6 +224,20 @@ def test_explain_names_the_stage():
     assert [(choice.where, choice.backend) for choice in explain(net, x_of())] == [("0", FUSED)]
 
 
+@needs_cpu
+def test_explain_of_a_stage_that_is_not_one_node():
+    """ "auto" may have no backend for all blocks together: they run by themselves, and say why."""
+    stage = PreActStage(*(PreActBlock(8, 8) for _ in range(3)))
+    stage[2].conv2 = nn.Conv2d(8, 8, 5, padding=2)
+    x = x_of(torch.float32)
+    choices = explain(stage, x)
+    assert [(choice.where, choice.backend) for choice in choices] == [("0", "cpu"), ("1", "cpu"), ("2", "eager")]
+    why = "apart from its stage: 3 blocks as one node would be plain layers, not cpu: it has filters of 1x1 and 3x3"
+    assert all(why in str(choice) for choice in choices)
+    (choice,) = explain(stage[2:], x)
+    assert (choice.backend, choice.apart) == ("eager", None)
+
+
 @pytest.mark.parametrize("memory", ["fast", "lean", "min"])
 def test_frozen_layers(memory):
     """Frozen parameters, batch norms in eval mode and a frozen x leave the other gradients as they are."""
