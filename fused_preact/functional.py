@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import checks, running
 from .checks import Block, Unit
+from .layers import add
 from .plans import Arguments, Plan, Plans, call_key, execute, make_plan
 
 
@@ -67,9 +68,7 @@ def bn_relu_conv2d(
         z = F.batch_norm(x, *statistics, bn_weight, bn_bias, training, momentum, eps)
         inplace = not running.watched()
         y = F.conv2d(F.relu(z, inplace), weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
-        if residual is None:
-            return y
-        return y.add_(residual) if inplace and not plan.problem.transformed else y + residual
+        return y if residual is None else add(y, residual, inplace)
     y, rows = execute(plan, x, Arguments.of([Block([unit])]), residual)
     if training and running_mean is not None:
         running.update([running_mean], [running_var], [], rows, [0], momentum)

@@ -199,8 +199,11 @@ def overwritable(child: nn.Module) -> bool:
 
 
 def add(y: Tensor, residual: Tensor, inplace: bool) -> Tensor:
-    """y + residual, in y where that is allowed: torch.func.vmap refuses it where it maps the residual alone."""
-    return y.add_(residual) if inplace and not backends.is_transforming() else y + residual
+    """y + residual in the type of y, and in y where that is allowed: vmap refuses it where it maps the residual alone.
+
+    The type is that of an addition in place also where a hook or a mode forbids it: under autocast they may differ.
+    """
+    return y.add_(residual) if inplace and not backends.is_transforming() else (y + residual).to(y.dtype)
 
 
 def conv_geometry(conv: nn.Conv2d) -> checks.Conv:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fused_preact
-from fused_preact import BNReLUConv2d, PreActBlock, backends, bn_relu_conv2d, models
+from fused_preact import BNReLUConv2d, PreActBlock, PreActStage, backends, bn_relu_conv2d, models
 
 
 def arguments() -> tuple[torch.Tensor, torch.Tensor]:
@@ -157,3 +157,32 @@ def test_explain_of_a_compiled_net():
     block.compile(backend=compiler)
     block(x)
     assert len(fused_preact.explain(block, x)) == 1
+
+
+def hooked(module: torch.nn.Module, name: str) -> torch.nn.Module:
+    """The module with a hook that does nothing, in the part of that name."""
+    module.get_submodule(name).register_forward_hook(lambda *_: None)
+    return module
+
+
+NETS = {
+    "blocks": lambda: torch.nn.Sequential(*(PreActBlock(4, 4) for _ in range(3))),
+    "stage": lambda: PreActStage(*(PreActBlock(4, 4) for _ in range(3))),
+    "stage with a hook": lambda: hooked(PreActStage(*(PreActBlock(4, 4) for _ in range(3))), "1.conv1"),
+    "unit with a hook": lambda: torch.nn.Sequential(hooked(BNReLUConv2d(4, 4, 1), "conv"), BNReLUConv2d(4, 4, 1)),
+}
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=["channels_last", "nchw"])
+@pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "float32"])
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@pytest.mark.parametrize("name", NETS)
+def test_explain_is_what_runs(name, training, autocast, layout):
+    """The call on fake tensors, which a mode sees and nothing may overwrite, has the types and layouts of the real."""
+    net, x = NETS[name]().train(training), torch.randn(2, 4, 6, 6).contiguous(memory_format=layout)
+    names = {module: name for name, module in net.named_modules()}
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast), backends.recording() as choices:
+        expected = fused_preact.explain(net, x)
+        choices.clear()
+        net(x)
+    assert [choice._replace(where=names[choice.where] or type(net).__name__) for choice in choices] == list(expected)

@@ -1,14 +1,16 @@
 """What a fused call reads of plain layers, and what it writes back; most of it is tested by the modules that do so."""
 
 import copy
+import functools
 
 import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from fused_preact import BNReLUConv2d, PreActBlock, PreActStage, backends
-from fused_preact.layers import Pair, running_updates
+from fused_preact import BNReLUConv2d, PreActBlock, PreActStage, backends, bn_relu_conv2d
+from fused_preact.layers import Pair, add, running_updates
 
 
 def x_of(C: int = 8) -> torch.Tensor:
@@ -62,3 +64,28 @@ def test_layers_that_have_no_shape_yet():
     stage = PreActStage(nn.LazyConv2d(8, 1), PreActBlock(8, 8))
     for _ in range(2):
         assert stage(x_of(C=3)).shape == (2, 8, 5, 5)
+
+
+def test_a_sum_has_the_type_of_what_the_layers_returned():
+    """In place or not, and where vmap maps the residual alone."""
+    y, residual = torch.ones(3, dtype=torch.bfloat16), torch.rand(2, 3)
+    expected = (1 + residual).bfloat16()
+    for sums in torch.vmap(lambda r: add(y, r, True))(residual), torch.stack([add(y, r, False) for r in residual]):
+        assert torch.equal(sums, expected)
+    assert torch.equal(add(y, residual[0], True), expected[0])
+
+
+def unit(x: torch.Tensor, backend: str) -> torch.Tensor:
+    return bn_relu_conv2d(x, torch.ones(8, 8, 1, 1), residual=x, training=True, backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+def test_who_watches_does_not_change_a_type(backend):
+    """Under autocast it is that of the convolutions, also where a hook or a mode keeps what they return."""
+    block, hooked = PreActBlock(8, 8, backend=backend), PreActBlock(8, 8, backend=backend)
+    hooked.conv2.register_forward_hook(lambda *_: None)
+    policy = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.convolution.default])
+    with torch.autocast("cpu", torch.bfloat16):
+        for call in block, hooked, functools.partial(unit, backend=backend):
+            assert call(x_of()).dtype == torch.bfloat16
+            assert checkpoint(call, x_of(), use_reentrant=False, context_fn=policy).dtype == torch.bfloat16
