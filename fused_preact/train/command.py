@@ -32,7 +32,10 @@ PRODUCTS = ("checkpoint.pt", "checkpoint.pt.tmp", "metrics.jsonl", "curve.png", 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags. A default of None means: the recipe's, or, with --resume, the run's."""
     parser.description = "Train a pre-activation ResNet. Defaults are those of the recipe; any flag replaces one."
-    parser.add_argument("--model", metavar="NAME", help=f"of {', '.join(models.names())} (required unless --resume)")
+    names = models.names()
+    parser.add_argument(
+        "--model", choices=names, metavar="NAME", help=f"of {', '.join(names)} (required unless --resume)"
+    )
     parser.add_argument("--data", help="`digits` (no download), or a CIFAR-10/100 archive or folder; default: digits")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="folder of the run; default: runs/MODEL-DATA")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")

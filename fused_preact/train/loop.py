@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from .. import backends, models
 from ..errors import UserError
+from ..stage import PreActStage
 from . import checkpoint
 from .data import Batches, Dataset
 from .graph import CudaGraph, Recorded
@@ -26,7 +28,7 @@ class Trainer:
 
     A step depends on the state and the iteration alone: on a CPU, with one number of threads, a trainer that was saved
     and loaded goes on bit by bit as one that was not. Sets torch's number of threads and its global seed.
-    Raises UserError for a model, a device or a batch size that is not there to be had.
+    Raises UserError for a model, a device or a backend that is not there to be had, or one that cannot take a step.
     """
 
     def __init__(self, settings: Settings, dataset: Dataset) -> None:
@@ -52,6 +54,7 @@ class Trainer:
             dataset, settings.batch_size, settings.seed, settings.padding, settings.flip, self.device
         )
         self.iteration = 0
+        self._check_step()
 
     def step(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Train on the next batch. Returns its mean loss and its accuracy before the update, as tensors."""
@@ -119,6 +122,19 @@ class Trainer:
         self.iteration = state["iteration"]
         self.recorded = self._recorded()  # what was recorded before knows other momenta
 
+    def _check_step(self) -> None:
+        """Raise UserError where a step would be refused; nothing is computed."""
+        settings, short = self.settings, copy.copy(self.model)
+        # Two blocks of each stage stand for all: a thousand layers would take seconds.
+        short._modules = {n: m[:2] if isinstance(m, PreActStage) else m for n, m in self.model.named_children()}
+        images, _ = self.batches.at(0)
+        try:
+            with self._precision():
+                backends.explain(short, images)
+        except ValueError as error:
+            asked = f"--model {settings.model} --backend {settings.backend} --batch-size {settings.batch_size}"
+            raise UserError(f"{asked} --device {settings.device}: {error}") from error
+
     def _precision(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.amp == "bf16")
 
@@ -126,27 +142,20 @@ class Trainer:
 def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros((), device=device).item()  # meta tensors have a shape alone
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise UserError(f"--device: expected a device of this machine, such as cpu or cuda, got {name}") from error
     return device
 
 
 def _model(settings: Settings, classes: int, device: torch.device) -> torch.nn.Module:
-    if settings.model not in models.names():
-        raise UserError(f"--model: expected one of {', '.join(models.names())}, got {settings.model}")
-    reason = backends.status().get(settings.backend)
-    if settings.backend == "cpu" and device.type != "cpu":
-        reason = f"it runs on the CPU, not on {device}"
-    if reason is not None:
-        raise UserError(f"--backend {settings.backend}: cannot be used here: {reason}")
     if settings.backend == "eager" and settings.memory != "fast":
         raise UserError(f"--memory {settings.memory}: needs fused blocks; --backend eager runs the plain layers")
     options = {"num_classes": classes, "backend": settings.backend, "memory": settings.memory}
     try:
         model = models.create(settings.model, **options)
     except ValueError as error:
-        raise UserError(f"--memory {settings.memory}: not for {settings.model}: {error}") from error
+        raise UserError(f"--model {settings.model} --memory {settings.memory}: {error}") from error
     return model.to(device, memory_format=torch.channels_last)
 
 

@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from fused_preact import cli
+from fused_preact import backends, cli
 from fused_preact.train import checkpoint, command
 
 # A quick run: a small net, a few iterations.
@@ -179,14 +179,13 @@ def test_a_finished_run_can_be_lengthened(tmp_path, capsys):
     ("arguments", "message"),
     [
         ([], "--model: expected the name of a network"),
-        (["--model", "resnet21"], "--model: expected one of resnet20, resnet56"),
         (["--model", "resnet20", "--data", ""], "--data: expected digits, or the path of a CIFAR archive"),
         (["--model", "resnet20", "--data", "nowhere"], "--data nowhere: no such file or folder"),
         (["--model", "resnet20", "--batch-size", "2000"], "--batch-size: expected from 1 to 1437"),
         (["--model", "resnet20", "--lr", "-1"], "--lr: expected more than 0, got -1.0"),
         (
             ["--model", "resnet20", "--memory", "min"],
-            "--memory min: not for resnet20: memory='min' needs blocks of three",
+            "--model resnet20 --memory min: memory='min' needs blocks of three",
         ),
         (
             ["--model", "resnet164", "--memory", "lean", "--backend", "eager"],
@@ -195,6 +194,15 @@ def test_a_finished_run_can_be_lengthened(tmp_path, capsys):
         (
             ["--model", "resnet20", "--device", "cpu", "--cuda-graph"],
             "--cuda-graph: expected --device cuda with it, got --device cpu",
+        ),
+        (["--model", "resnet20", "--device", "meta"], "--device: expected a device of this machine, such as cpu or"),
+        (
+            ["--model", "resnet20", "--backend", "cuda", "--device", "cpu"],
+            "--backend cuda --batch-size 32 --device cpu: backend='cuda' cannot serve this call: it runs on CUDA dev",
+        ),
+        (
+            ["--model", "resnet200", "--batch-size", "1", "--backend", "library", "--device", "cpu"],
+            "--model resnet200 --backend library --batch-size 1 --device cpu: the input of 0.bn3 must have more than",
         ),
         (["--resume"], "--resume: expected --out with the folder of the run"),
         (["--resume", "--model", "resnet20"], "checkpoint.pt: no such checkpoint; leave out --resume"),
@@ -208,7 +216,8 @@ def test_a_finished_run_can_be_lengthened(tmp_path, capsys):
     ids=lambda value: " ".join(value) or "nothing" if isinstance(value, list) else "",
 )
 def test_wrong_flags(arguments, message, tmp_path, monkeypatch, capsys):
-    """One line on the error stream, exit code 2, and no run left behind."""
+    """One line on the error stream, exit code 2, and no run left behind, also where a GPU and Triton are."""
+    monkeypatch.setattr(backends, "status", lambda: dict.fromkeys(backends.FUSED))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
     assert train(*arguments) == 2
@@ -216,6 +225,13 @@ def test_wrong_flags(arguments, message, tmp_path, monkeypatch, capsys):
     assert message in error
     assert error.count("\n") == 1
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_net_that_is_not_there(capsys):
+    """It is told before the data are read."""
+    with pytest.raises(SystemExit, match="2"):
+        train("--model", "resnet21", "--data", "nowhere")
+    assert "argument --model: invalid choice: 'resnet21' (choose from" in capsys.readouterr().err
 
 
 def test_a_run_of_another_net_is_not_resumed(tmp_path, capsys):

@@ -200,11 +200,13 @@ def test_a_checkpoint_of_another_net(dataset, tmp_path):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"model": "resnet21"}, "--model: expected one of resnet20, resnet56.*got resnet21"),
+        ({"model": "resnet21"}, "--model resnet21 --memory fast: name must be one of 'resnet20', 'resnet56'"),
         ({"device": "gpu"}, "--device: expected a device of this machine, such as cpu or cuda, got gpu"),
-        ({"device": "meta", "backend": "cpu"}, "--backend cpu: cannot be used here: it runs on the CPU, not on meta"),
+        ({"device": "meta"}, "--device: expected a device of this machine, such as cpu or cuda, got meta"),
+        ({"device": "hpu"}, "--device: expected a device of this machine, such as cpu or cuda, got hpu"),
+        ({"device": "cpu", "backend": "cuda"}, "--device cpu: backend='cuda' cannot .*: it runs on CUDA devices, not"),
     ],
-    ids=["model", "device", "backend"],
+    ids=["model", "device", "device without numbers", "device without a library", "backend"],
 )
 def test_what_is_not_there(given, message, dataset):
     """A net, a device or a backend that cannot be had is named, with what could be."""
