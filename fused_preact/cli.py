@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -51,14 +52,14 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
 
 
 def positive(kind: type) -> Callable[[str], Any]:
-    """A converter for options whose value is a number above zero."""
+    """A converter for options whose value is a finite number above zero."""
 
     def convert(text: str) -> Any:
         try:
             value = kind(text)
         except ValueError:
             value = 0
-        if not value > 0:
+        if not 0 < value < math.inf:
             raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
         return value
 

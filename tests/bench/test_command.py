@@ -97,7 +97,9 @@ def test_unknown_case_is_one_clear_error():
         command.run(parse("--only=nothing"))
 
 
-@pytest.mark.parametrize(("option", "value"), [("--threads", "0"), ("--budget", "-1"), ("--budget", "soon")])
+@pytest.mark.parametrize(
+    ("option", "value"), [("--threads", "0"), ("--budget", "-1"), ("--budget", "soon"), ("--budget", "inf")]
+)
 def test_options_are_checked(option, value, capsys):
     """Threads and seconds have to be positive numbers."""
     with pytest.raises(SystemExit) as stop:
