@@ -5,26 +5,27 @@ from __future__ import annotations
 import argparse
 import copy
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 
 from . import backends, models, tables
 from .bench import environment
+from .bench.cases import DTYPES, LAYOUTS, USUAL
+from .bench.contenders import autocast, block_step
 from .bench.measure import Step, Times, alternate, ratio, spread
 from .bench.report import progress_bar
-from .cli import thread_count
+from .cli import positive, thread_count
 from .errors import UserError
 from .files import check_writable
 from .modules import Fused
 from .stage import PreActStage
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MODELS = ("resnet110", "resnet1001", "preactresnet18", "preactresnet50", "wrn28_10")
-USUAL = ("fp32", "bf16")
 ROUNDS = (5, 30)
 
 
@@ -47,9 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtypes", nargs="+", choices=DTYPES, default=USUAL, metavar="DTYPE", help=_listed(DTYPES, USUAL)
     )
-    parser.add_argument("--batch", type=int, metavar="N", help="images (default: 16 on a CPU, else 128)")
+    parser.add_argument("--batch", type=positive(int), metavar="N", help="images (default: 16 on a CPU, else 128)")
     parser.add_argument(
-        "--size", type=int, default=32, metavar="PIXELS", help="height and width of images (default: 32)"
+        "--size", type=positive(int), default=32, metavar="PIXELS", help="height and width of images (default: 32)"
     )
     parser.add_argument(
         "--threads",
@@ -57,7 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="COUNT",
         help="torch's threads, for which a CPU's table is (default: its own choice)",
     )
-    parser.add_argument("--budget", type=float, default=1.0, metavar="SECONDS", help="for each call (default: 1)")
+    parser.add_argument(
+        "--budget", type=positive(float), default=1.0, metavar="SECONDS", help="for each call (default: 1)"
+    )
     parser.add_argument(
         "--output", type=Path, metavar="JSON", help="file to write (default: in the user's cache folder)"
     )
@@ -71,14 +74,12 @@ def run(arguments: argparse.Namespace) -> int:
     """Measures call by call, prints each result and adds it to the table's file; returns 0.
 
     Raises:
-        UserError: the device is not there, or a number makes no sense.
+        UserError: the device is not there.
     """
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if tables.device_name(device) is None:
         raise UserError(f"--device: torch finds no {device} device")
-    batch = (16 if device == "cpu" else 128) if arguments.batch is None else arguments.batch
-    if min(batch, arguments.size) < 1 or not arguments.budget > 0:
-        raise UserError("--batch, --size and --budget must be positive")
+    batch = arguments.batch or (16 if device == "cpu" else 128)
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     document = _document(device)
@@ -122,12 +123,6 @@ def _document(device: str) -> dict[str, Any]:
     return facts | {"threads": torch.get_num_threads(), "calls": {}, "tiles": {}}
 
 
-def _autocast(device: str, dtype: torch.dtype) -> torch.autocast:
-    """To a type other than float32."""
-    enabled = dtype != torch.float32
-    return torch.autocast(device, dtype if enabled else None, enabled=enabled)
-
-
 def _calls(
     names: list[str], device: str, dtype: torch.dtype, batch: int, size: int
 ) -> Iterator[tuple[backends.Problem, nn.Module]]:
@@ -136,7 +131,7 @@ def _calls(
         net = models.create(name, stem="cifar" if size <= 64 else "imagenet").to(device).train()
         images = torch.empty(batch, 3, size, size, device=device)
         for form in (_taken_apart(net, PreActStage.runs), _taken_apart(net, list)):
-            with _autocast(device, dtype):
+            with autocast(device, dtype):
                 # By a backend that serves every call: plain layers would not be one.
                 choices = backends.explain(_served_by("reference", form), images)
             for choice in choices:
@@ -163,31 +158,13 @@ def _served_by(backend: str, module: nn.Module) -> nn.Module:
 
 
 def _step(problem: backends.Problem, block: nn.Module, backend: str) -> Step:
-    """Forward, and where it is training backward, of a stage or block with a backend, until the device has finished."""
+    """Forward, and where it is training backward, of a stage or block with a backend."""
     module = _served_by(backend, block).train(not problem.inference)
-    layout = torch.channels_last if problem.format == "channels_last" else torch.contiguous_format
-    x = torch.randn(problem.shape, device=problem.device, dtype=problem.dtype).to(memory_format=layout)
-    x.requires_grad_(not problem.inference)
-    wait: Callable[[], None] = torch.cuda.synchronize if problem.device.type == "cuda" else lambda: None
-
-    def forward() -> Tensor:
-        with _autocast(problem.device.type, problem.dtype), torch.set_grad_enabled(not problem.inference):
-            y = module(x)
-        wait()
-        return y
-
-    dy = torch.randn_like(forward())
-
-    def backward(y: Tensor) -> None:
-        if not problem.inference:
-            y.backward(dy)
-        wait()
-
-    def prepare() -> None:
-        x.grad = None
-        module.zero_grad(set_to_none=True)
-
-    return Step(prepare, forward, backward)
+    x = torch.randn(problem.shape, device=problem.device, dtype=problem.dtype)
+    x = x.to(memory_format=LAYOUTS.get(problem.format, torch.contiguous_format))
+    y = block_step(module, x, None, problem.dtype).forward()
+    step = block_step(module, x, None if problem.inference else torch.randn_like(y), problem.dtype)
+    return replace(step, wait=torch.cuda.synchronize) if x.is_cuda else step
 
 
 def measure(problem: backends.Problem, block: nn.Module, budget: float) -> dict[str, Any]:

@@ -106,7 +106,7 @@ def test_a_device_that_is_not_there(capsys):
     assert "torch finds no cuda device" in capsys.readouterr().err
 
 
-def test_what_is_asked_for_is_measured(folder, monkeypatch, capsys):
+def test_what_is_asked_for_is_measured(folder, monkeypatch):
     """Without options some models on images of 32x32: sixteen on a processor, more on a GPU."""
     asked = []
     monkeypatch.setattr(tune, "_calls", lambda *arguments: asked.append(arguments) or [])
@@ -119,9 +119,15 @@ def test_what_is_asked_for_is_measured(folder, monkeypatch, capsys):
     asked.clear()
     assert cli.main(["tune", "--models", "resnet20", "--dtypes", "fp16", "--size=8"]) == 0
     assert asked == [(["resnet20"], "cuda", torch.float16, 128, 8)]
-    for option in "--batch=0", "--size=0", "--budget=0", "--budget=nan":
-        assert cli.main(["tune", option]) == 2
-        assert "--batch, --size and --budget must be positive" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--batch=0", "--size=0", "--size=x", "--budget=0", "--budget=nan", "--budget=inf"])
+def test_options_are_checked(option, capsys):
+    """The one that makes no sense is named, with what came."""
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["tune", option])
+    name, value = option.split("=")
+    assert f"argument {name}: expected a positive number, got {value!r}" in capsys.readouterr().err
 
 
 def test_the_table_is_for_the_threads_that_were_asked_for(folder, monkeypatch):
@@ -219,3 +225,11 @@ def test_the_fastest_tile_of_each_kernel_is_taken(monkeypatch):
 
     monkeypatch.setattr(tune, "alternate", alternate)
     assert tune._tiles(block_problem(), None, 1.0) == {key: {"2": list(tile)} for key, tile in fastest.items()}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device on this machine")
+def test_times_on_a_gpu_are_those_of_its_kernels():
+    """Not those of their launches."""
+    assert tune._step(block_problem(device=torch.device("cuda")), PreActBlock(4, 4).cuda(), "eager").wait is (
+        torch.cuda.synchronize
+    )

@@ -10,7 +10,8 @@ from torch import nn
 
 from fused_preact import BNReLUConv2d, PreActBlock, PreActBottleneck, models
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+USUAL = ("fp32", "bf16")  # what is measured unless more is asked for
 LAYOUTS = {"channels_last": torch.channels_last, "NCHW": torch.contiguous_format}
 
 
@@ -23,7 +24,7 @@ class Case:
         label: what it is called there; unique in its group, batch and dtype included.
         make: make(backend) builds the module.
         shape: (N, C, H, W) of the input.
-        dtype: "fp32", or "bf16": a bf16 input under autocast, parameters in fp32.
+        dtype: of DTYPES; but for "fp32", of an input under autocast, parameters in fp32.
         net: classifies images: a step is cross entropy, backward and the update by SGD with momentum.
         backends: what takes part; "eager" is the baseline.
         layouts: memory formats of input and parameters, each one a contender.
@@ -141,8 +142,8 @@ def host_cost() -> Case:
 
 def default_cases() -> list[Case]:
     """Under two minutes on two slow cores."""
-    blocks = [case for dtype in DTYPES for case in bottlenecks(16, dtype)]
-    blocks += [case for dtype in DTYPES for case in basics("ResNet-110 block", (16, 32, 64), 16, dtype)]
+    blocks = [case for dtype in USUAL for case in bottlenecks(16, dtype)]
+    blocks += [case for dtype in USUAL for case in basics("ResNet-110 block", (16, 32, 64), 16, dtype)]
     blocks += basics("PreActResNet-18 block", (64, 128, 256, 512), 16, "fp32")
     nets = [net("ResNet-110", "resnet110", 16), net("PreActResNet-18", "preactresnet18", 8), resnet1001(8)]
     return [*blocks, *nets, host_cost()]
@@ -150,12 +151,12 @@ def default_cases() -> list[Case]:
 
 def full_cases() -> list[Case]:
     """The long version: other batches, every dtype, the larger nets."""
-    blocks = [case for batch, dtype in product((1, 16, 64), DTYPES) for case in bottlenecks(batch, dtype)]
-    for batch, dtype in product((1, 16), DTYPES):
+    blocks = [case for batch, dtype in product((1, 16, 64), USUAL) for case in bottlenecks(batch, dtype)]
+    for batch, dtype in product((1, 16), USUAL):
         blocks += basics("ResNet-110 block", (16, 32, 64), batch, dtype)
         blocks += basics("PreActResNet-18 block", (64, 128, 256, 512), batch, dtype)
     nets = [net("ResNet-110", "resnet110", 128), net("PreActResNet-18", "preactresnet18", 16)]
-    nets += [net("ResNet-164", "resnet164", 16, dtype) for dtype in DTYPES]
+    nets += [net("ResNet-164", "resnet164", 16, dtype) for dtype in USUAL]
     return blocks + nets + [resnet1001(batch) for batch in (8, 16, 64)] + [resnet1001(8, "bf16"), host_cost()]
 
 
@@ -180,5 +181,5 @@ def table_cases() -> list[Case]:
             backends=("cpu", "library", "auto", "eager"),
             layouts=(layout,),
         )
-        for (C, K, kernel, stride, H), batch, dtype, layout in product(dict.fromkeys(shapes), (1, 16), DTYPES, LAYOUTS)
+        for (C, K, kernel, stride, H), batch, dtype, layout in product(dict.fromkeys(shapes), (1, 16), USUAL, LAYOUTS)
     ]

@@ -8,7 +8,6 @@ the values of its channel.
 
 import math
 from collections.abc import Iterable
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -88,7 +87,7 @@ def _answers(contender: Contender, problem: Problem, dtype: torch.dtype | None =
         module, x = module.to(dtype), x.to(dtype)
     x.requires_grad_()
     target = problem.target.to(contender.device)
-    with autocast(problem.case if dtype is None else replace(problem.case, dtype="fp32"), contender.device):
+    with autocast(contender.device, DTYPES[problem.case.dtype] if dtype is None else torch.float32):
         y = module(x)
         loss = F.cross_entropy(y, target) if problem.case.net else None
     if loss is None:

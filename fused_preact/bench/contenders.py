@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fused_preact import PreActStage
 from fused_preact.modules import Fused
 
-from .cases import LAYOUTS, Case
+from .cases import DTYPES, LAYOUTS, Case
 from .measure import Step
 
 RECOMPILE_LIMIT = 64
@@ -65,9 +65,9 @@ def build(contender: Contender, problem: Problem) -> nn.Module:
     return module
 
 
-def autocast(case: Case, device: str) -> torch.autocast:
-    """bf16 autocast where the case asks for it, else a context that does nothing."""
-    return torch.autocast(device, torch.bfloat16, enabled=case.dtype == "bf16")
+def autocast(device: str, dtype: torch.dtype) -> torch.autocast:
+    """Autocast to a type other than float32, else a context that does nothing."""
+    return torch.autocast(device, dtype, enabled=dtype != torch.float32)
 
 
 def place(x: Tensor, contender: Contender) -> Tensor:
@@ -77,30 +77,36 @@ def place(x: Tensor, contender: Contender) -> Tensor:
 
 def step(contender: Contender, problem: Problem, module: nn.Module) -> Step:
     """What is timed. Blocks: forward, and backward of a random dy. Nets: with loss and SGD update."""
-    return (_net_step if problem.case.net else _block_step)(contender, problem, module)
+    x, target, dtype = place(problem.x, contender), problem.target, DTYPES[problem.case.dtype]
+    if problem.case.net:
+        return _net_step(module, x, target.to(contender.device), dtype)
+    return block_step(module, x, place(target, contender), dtype)
 
 
-def _block_step(contender: Contender, problem: Problem, module: nn.Module) -> Step:
-    x = place(problem.x, contender).requires_grad_()
-    dy = place(problem.target, contender)
+def block_step(module: nn.Module, x: Tensor, dy: Tensor | None, dtype: torch.dtype) -> Step:
+    """Forward of x with autocast to dtype, and backward of dy; where that is None, inference."""
+    x.requires_grad_(dy is not None)
 
     def prepare() -> None:
         x.grad = None
         module.zero_grad(set_to_none=True)
 
     def forward() -> Tensor:
-        with autocast(problem.case, contender.device):
+        with autocast(x.device.type, dtype), torch.set_grad_enabled(dy is not None):
             return module(x)
 
-    return Step(prepare, forward, lambda y: y.backward(dy))
+    def backward(y: Tensor) -> None:
+        if dy is not None:
+            y.backward(dy)
+
+    return Step(prepare, forward, backward)
 
 
-def _net_step(contender: Contender, problem: Problem, module: nn.Module) -> Step:
-    x, target = place(problem.x, contender), problem.target.to(contender.device)
+def _net_step(module: nn.Module, x: Tensor, target: Tensor, dtype: torch.dtype) -> Step:
     optimizer = torch.optim.SGD(module.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4, fused=True)
 
     def forward() -> Tensor:
-        with autocast(problem.case, contender.device):
+        with autocast(x.device.type, dtype):
             return F.cross_entropy(module(x), target)
 
     def backward(loss: Tensor) -> None:

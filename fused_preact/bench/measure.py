@@ -33,19 +33,23 @@ class Step:
         prepare: untimed, before each run: drops the gradients of the run before.
         forward: returns what backward differentiates.
         backward: takes what forward returned; for a net, also the optimizer's update.
+        wait: returns when the device has finished.
     """
 
     prepare: Callable[[], None]
     forward: Callable[[], Tensor]
     backward: Callable[[Tensor], None]
+    wait: Callable[[], None] = lambda: None
 
     def run(self) -> tuple[float, float]:
         """Seconds of forward, and of forward with backward."""
         self.prepare()
         start = time.perf_counter()
         out = self.forward()
+        self.wait()
         middle = time.perf_counter()
         self.backward(out)
+        self.wait()
         return middle - start, time.perf_counter() - start
 
 

@@ -44,6 +44,19 @@ def test_alternate_takes_turns():
     assert all(0 <= f <= t for sample in times for f, t in zip(sample.forward, sample.total, strict=True))
 
 
+def test_a_time_ends_when_the_device_has_finished(monkeypatch):
+    """A launch alone takes next to nothing: forward's share ends with forward's kernels, the rest with backward's."""
+    now, queued = [0.0], []
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
+
+    def wait():
+        now[0] += sum(queued)
+        queued.clear()
+
+    step = measure.Step(lambda: None, lambda: queued.append(1.0), lambda _: queued.append(2.0), wait)
+    assert step.run() == (1.0, 3.0)
+
+
 def test_alternate_keeps_to_the_fewest_rounds_without_budget():
     """A slow contender is still measured often enough for a spread."""
     times = measure.alternate([recording([], "a")], budget=0.0, rounds=(4, 9))
