@@ -25,9 +25,6 @@ from .schedule import Conv
 _INSTALLED = importlib.util.find_spec("triton") is not None
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
-FUSED = ("cpu", "cuda", "triton", "library", "reference")
-NAMES = ("auto", *FUSED, "eager")
-
 
 class Problem(NamedTuple):
     """What a choice depends on."""
@@ -164,17 +161,14 @@ _OBSTACLES: dict[str, Callable[[Problem], str | None]] = {
     "library": _no_library,
     "reference": _nothing,
 }
+FUSED = tuple(name for name in _OBSTACLES if name != "eager")
+NAMES = ("auto", *FUSED, "eager")
 
 
 def status() -> dict[str, str | None]:
     """Name of each backend -> None where it can be used on this machine, else the reason why not."""
-    return {
-        "cpu": _extension.unavailable,
-        "cuda": _cuda_unavailable(),
-        "triton": _triton_unavailable(),
-        "library": None,
-        "reference": None,
-    }
+    known = {"cpu": _extension.unavailable, "cuda": _cuda_unavailable(), "triton": _triton_unavailable()}
+    return dict.fromkeys(FUSED) | known
 
 
 def obstacle(name: str, problem: Problem, by_rule: bool = False) -> str | None:
