@@ -88,17 +88,12 @@ def digits() -> Dataset:
 class Batches:
     """The batches of one run, float32 on `device`, normalised to zero mean and unit deviation a channel, channels_last.
 
-    Raises UserError for a batch of more images than there are.
+    batch_size: from 1 to the number of training images.
     """
 
     def __init__(
         self, dataset: Dataset, batch_size: int, seed: int, padding: int, flip: bool, device: torch.device
     ) -> None:
-        if batch_size > len(dataset.train):
-            raise UserError(
-                f"--batch-size: expected at most the {len(dataset.train)} training images of {dataset.name}, "
-                f"got {batch_size}"
-            )
         self.train, self.test = dataset.train.to(device), dataset.test.to(device)
         self.mean, self.std = (moment.to(device) for moment in dataset.moments)
         self.batch_size, self.seed, self.padding, self.flip = batch_size, seed, padding, flip

@@ -127,7 +127,7 @@ class Trainer:
         settings, short = self.settings, copy.copy(self.model)
         # Two blocks of each stage stand for all: a thousand layers would take seconds.
         short._modules = {n: m[:2] if isinstance(m, PreActStage) else m for n, m in self.model.named_children()}
-        images, _ = self.batches.at(0)
+        images = torch.empty(settings.batch_size, *self.dataset.train.images.shape[1:], device=self.device)
         try:
             with self._precision():
                 backends.explain(short, images)

@@ -47,6 +47,8 @@ RECIPES = {
 class Settings:
     """Everything that decides what a run computes. Raises UserError for a value out of range.
 
+    `resolve` checks `recipe` and `batch_size`, which it reckons with; `threads` is for torch, and `model` and `backend`
+    are for the trainer to check.
     `milestones`: iterations after which `lr` is divided by 10. `warmup`: iterations at `warmup_lr` before that.
     `amp`: "none" or "bf16". `memory`: a mode of `PreActStage`. `cuda_graph`: steps are replayed from one. `eval_every`
     and `save_every` are in iterations.
@@ -82,7 +84,7 @@ class Settings:
         return [field.name for field in fields(cls)]
 
     def __post_init__(self) -> None:
-        for name in ("iterations", "batch_size", "threads", "eval_every", "save_every"):
+        for name in ("iterations", "eval_every", "save_every"):
             self._expect(name, getattr(self, name) >= 1, "at least 1")
         for name in ("momentum", "weight_decay", "warmup", "padding", "seed"):
             self._expect(name, getattr(self, name) >= 0, "at least 0")
@@ -92,7 +94,6 @@ class Settings:
         increasing = self.milestones == sorted(set(self.milestones)) and min(self.milestones, default=0) >= 0
         self._expect("milestones", increasing, "increasing iterations")
         self._expect("nesterov", not self.nesterov or self.momentum > 0, "a --momentum of more than 0 with it")
-        self._expect("recipe", self.recipe in RECIPES, f"one of {', '.join(RECIPES)}")
         self._expect("amp", self.amp in ("none", "bf16"), "none or bf16")
         self._expect("memory", self.memory in MEMORY, f"one of {', '.join(MEMORY)}")
 

@@ -132,9 +132,3 @@ def test_augmentation_is_a_shift_and_a_mirror():
     found = [[key for key, crop in crops.items() if torch.equal(crop[i], got[i])] for i in range(200)]
     assert all(len(keys) == 1 for keys in found)
     assert {keys[0] for keys in found} == set(crops)
-
-
-def test_too_few_images_for_a_batch(dataset):
-    """One clear error, with both numbers."""
-    with pytest.raises(UserError, match="--batch-size: expected at most the 1437 training images of digits, got 2000"):
-        Batches(dataset, 2000, seed=0, padding=0, flip=False, device=CPU)

@@ -9,7 +9,7 @@ import torch
 from fused_preact.errors import UserError
 from fused_preact.train import checkpoint, loop
 from fused_preact.train.data import Images
-from fused_preact.train.loop import Run
+from fused_preact.train.loop import Run, Trainer
 from fused_preact.train.record import Recorder
 
 from .trainers import same, trainer
@@ -195,6 +195,13 @@ def test_a_checkpoint_of_another_net(dataset, tmp_path):
         trainer(dataset).load_state_dict(state, tmp_path / "checkpoint.pt")
     with pytest.raises(UserError, match="of a run on CIFAR-10; --data is digits"):
         trainer(dataset).load_state_dict({**state, "dataset": "CIFAR-10"}, tmp_path / "checkpoint.pt")
+
+
+def test_other_data_with_fewer_images_than_a_batch(dataset, tmp_path):
+    """What is told is that they are of another set, whatever the size of the batch."""
+    one = Trainer(replace(trainer(dataset).settings, batch_size=2 * len(dataset.train)), dataset)
+    with pytest.raises(UserError, match="of a run on CIFAR-10; --data is digits"):
+        one.load_state_dict({**one.state_dict(), "dataset": "CIFAR-10"}, tmp_path / "checkpoint.pt")
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,6 @@ def test_flags_replace_parts_and_milestones_follow_the_length():
         ({"recipe": "mine"}, "--recipe: expected one of paper, resnet-1k-layers, digits, got mine"),
         ({"amp": "fp8"}, "--amp: expected none or bf16, got fp8"),
         ({"memory": "tiny"}, "--memory: expected one of fast, lean, min, got tiny"),
-        ({"threads": 0}, "--threads: expected at least 1, got 0"),
         ({"seed": -1}, "--seed: expected at least 0, got -1"),
         ({"seed": 2**63}, r"--seed: expected less than 2\^63, got 9223372036854775808"),
         ({"weight_decay": -0.1}, "--weight-decay: expected at least 0, got -0.1"),
