@@ -22,6 +22,7 @@ from ..errors import UserError
 from ..stage import MEMORY
 from . import checkpoint, settings
 from .data import load
+from .lock import alone
 from .loop import Run, Summary, Trainer
 from .record import Recorder, check_tensorboard, draw
 
@@ -88,11 +89,12 @@ def run(args: argparse.Namespace) -> int:
     }
     console = Console(highlight=False)
     check_tensorboard(args.tensorboard)  # before --overwrite removes anything
-    trainer, folder = _resumed(args, given) if args.resume else _new(args, given)
-    recorder = Recorder(folder, trainer.iteration, args.tensorboard)
-    console.print(_heading(trainer, folder))
-    with contextlib.closing(recorder), _signals() as stopped, _progress(trainer, console) as show:
-        summary = Run(trainer, folder, recorder, show).until_done(stop=lambda: bool(stopped))
+    with contextlib.ExitStack() as held:
+        trainer, folder = (_resumed if args.resume else _new)(args, given, held)
+        recorder = held.enter_context(contextlib.closing(Recorder(folder, trainer.iteration, args.tensorboard)))
+        console.print(_heading(trainer, folder))
+        with _signals() as stopped, _progress(trainer, console) as show:
+            summary = Run(trainer, folder, recorder, show).until_done(stop=lambda: bool(stopped))
     console.print(_conclusion(summary))
     if draw(recorder.rows, folder / "curve.png", f"{trainer.settings.model} on {trainer.dataset.name}"):
         console.print(f"Learning curve: {folder / 'curve.png'}")
@@ -102,8 +104,8 @@ def run(args: argparse.Namespace) -> int:
     return 128 + stopped[0] if stopped else 0
 
 
-def _new(args: argparse.Namespace, given: dict[str, Any]) -> tuple[Trainer, Path]:
-    """The trainer and the folder of a new run."""
+def _new(args: argparse.Namespace, given: dict[str, Any], held: contextlib.ExitStack) -> tuple[Trainer, Path]:
+    """The trainer and the folder of a new run, which is held."""
     if args.model is None:
         raise UserError("--model: expected the name of a network, such as --model resnet20")
     given = {"data": "digits", **given}
@@ -116,6 +118,7 @@ def _new(args: argparse.Namespace, given: dict[str, Any]) -> tuple[Trainer, Path
     trainer = Trainer(settings.resolve(given, len(dataset.train), dataset.flip), dataset)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        held.enter_context(alone(folder))
         for product in PRODUCTS:
             _remove(folder / product)
     except OSError as error:
@@ -123,13 +126,14 @@ def _new(args: argparse.Namespace, given: dict[str, Any]) -> tuple[Trainer, Path
     return trainer, folder
 
 
-def _resumed(args: argparse.Namespace, given: dict[str, Any]) -> tuple[Trainer, Path]:
-    """The trainer, as its last checkpoint left it, and the folder of the run."""
+def _resumed(args: argparse.Namespace, given: dict[str, Any], held: contextlib.ExitStack) -> tuple[Trainer, Path]:
+    """The trainer, as its last checkpoint left it, and the folder of the run, which is held."""
     if args.overwrite:
         raise UserError("--overwrite: discards the run that --resume goes on with; choose one")
     if args.out is None and args.model is None:
         raise UserError("--resume: expected --out with the folder of the run")
     folder = args.out or _default_folder(args.model, given.get("data", "digits"))
+    held.enter_context(alone(folder))
     path = folder / "checkpoint.pt"
     state = checkpoint.load(path)
     resumed = settings.resume(state["settings"], given, str(path))

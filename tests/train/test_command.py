@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fused_preact import backends, cli
-from fused_preact.train import checkpoint, command
+from fused_preact.train import checkpoint, command, lock
 
 # A quick run: a small net, a few iterations.
 QUICK = ["--model", "resnet20", "--batch-size", "8", "--iterations", "8", "--threads", "1", "--no-tensorboard"]
@@ -107,6 +107,16 @@ def test_a_run_is_not_overwritten_by_accident(tmp_path, capsys):
     assert train(*QUICK, "--iterations", 3, "--out", folder, "--overwrite") == 0
     assert [row["iteration"] for row in metrics(folder)] == [1, 2, 3, 3]
     assert (folder / "notes.txt").read_text() == "mine"
+
+
+def test_two_runs_do_not_share_a_folder(whole, capsys):
+    """Neither --resume nor --overwrite comes between a run that is going on and its checkpoints."""
+    before = (whole / "checkpoint.pt").read_bytes()
+    with lock.alone(whole):
+        assert train("--resume", "--out", whole, "--no-tensorboard") == 2
+        assert train(*QUICK, "--out", whole, "--overwrite") == 2
+    assert capsys.readouterr().err.count(f"{whole}: another run is going on there") == 2
+    assert (whole / "checkpoint.pt").read_bytes() == before
 
 
 def test_overwriting_leaves_nothing_of_the_run_before(tmp_path):
