@@ -16,6 +16,7 @@ COMMANDS = {
     "tune": ("tune", "measure the backends on this device, for backend='auto'"),
     "bench": ("bench.command", "time fused against eager on this machine"),
 }
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory")  # as torch says it of a GPU, and of the host
 MOST_THREADS = 1024  # more than any processor has, and fewer than the system refuses
 
 
@@ -30,6 +31,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return parsed.run(parsed)
     except (UserError, OSError) as error:  # also a full disk, a file of somebody else's
         print(f"fused-preact: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if not any(words in str(error) for words in OUT_OF_MEMORY):
+            raise
+        reason = str(error).splitlines()[0]
+        print(f"fused-preact: memory ran out: ask for less, such as a smaller batch ({reason})", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

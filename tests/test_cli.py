@@ -67,6 +67,24 @@ def test_an_error_of_the_system_is_one_line(monkeypatch, capsys):
     assert capsys.readouterr().err == "fused-preact: [Errno 28] No space left on device: 'a file'\n"
 
 
+@pytest.mark.parametrize(
+    "said", ["CUDA out of memory. Tried to allocate", "[enforce] DefaultCPUAllocator: can't allocate memory:"]
+)
+def test_memory_that_runs_out_is_one_line(said, monkeypatch, capsys):
+    """A batch that was too large; any other failure keeps its traceback."""
+
+    def fail(_arguments):
+        raise RuntimeError(f"{said} 8 GB\nand more")
+
+    monkeypatch.setattr(info, "run", fail)
+    assert cli.main(["info"]) == 2
+    expected = f"fused-preact: memory ran out: ask for less, such as a smaller batch ({said} 8 GB)\n"
+    assert capsys.readouterr().err == expected
+    said = "a defect"
+    with pytest.raises(RuntimeError, match=said):
+        cli.main(["info"])
+
+
 def test_only_the_command_that_is_asked_for_is_imported():
     """`info` answers where the libraries of the others are missing."""
     code = "import sys, fused_preact.cli as c; c.main(['info']); sys.exit('fused_preact.train.command' in sys.modules)"
