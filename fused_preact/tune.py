@@ -126,14 +126,21 @@ def _document(device: str) -> dict[str, Any]:
 def _calls(
     names: list[str], device: str, dtype: torch.dtype, batch: int, size: int
 ) -> Iterator[tuple[backends.Problem, nn.Module]]:
-    """The fused calls of models, by stages and by blocks, in training and in inference: what, and by which module."""
+    """The fused calls of models, by stages and by blocks, in training and in inference: what, and by which module.
+
+    Raises:
+        UserError: a model takes no such images.
+    """
     for name in names:
         net = models.create(name, stem="cifar" if size <= 64 else "imagenet").to(device).train()
         images = torch.empty(batch, 3, size, size, device=device)
         for form in (_taken_apart(net, PreActStage.runs), _taken_apart(net, list)):
-            with autocast(device, dtype):
-                # By a backend that serves every call: plain layers would not be one.
-                choices = backends.explain(_served_by("reference", form), images)
+            try:
+                with autocast(device, dtype):
+                    # By a backend that serves every call: plain layers would not be one.
+                    choices = backends.explain(_served_by("reference", form), images)
+            except ValueError as error:
+                raise UserError(f"--models {name} --batch {batch} --size {size}: {error}") from error
             for choice in choices:
                 if choice.problem is not None:
                     for inference in (False, True):

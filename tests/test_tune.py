@@ -130,6 +130,15 @@ def test_options_are_checked(option, capsys):
     assert f"argument {name}: expected a positive number, got {value!r}" in capsys.readouterr().err
 
 
+def test_images_that_a_model_does_not_take(folder, capsys):
+    """A single pixel of a single image has no batch statistics: one sentence, and no table."""
+    assert cli.main(["tune", "--device=cpu", "--models=preactresnet18", "--batch=1", "--size=8"]) == 2
+    error = capsys.readouterr().err
+    assert "--models preactresnet18 --batch 1 --size 8: the input of 0.bn2 must have more than one value" in error
+    assert error.count("\n") == 1
+    assert not list(folder.iterdir())
+
+
 def test_the_table_is_for_the_threads_that_were_asked_for(folder, monkeypatch):
     """And goes to the file that was asked for; its versions and threads are said in it."""
     monkeypatch.setattr(tune, "_calls", lambda *_: [(block_problem(), None)])
