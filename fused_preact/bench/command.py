@@ -54,8 +54,15 @@ def run(arguments: argparse.Namespace) -> int:
         _refuse(arguments, "--show goes with --output alone", "list", "only", "threads", "budget", "memory", "malloc")
         _present(report.read(arguments.show), arguments.output or arguments.show.with_suffix(""), console)
         return 0
-    if arguments.device == "cuda":
-        return _on_gpu(arguments, console)
+    try:
+        return (_on_gpu if arguments.device == "cuda" else _on_cpu)(arguments, console)
+    except CheckError as error:
+        console.print(f"[red]Wrong result, it is not reported.[/] {escape(str(error))}", highlight=False)
+        return 1
+
+
+def _on_cpu(arguments: argparse.Namespace, console: Console) -> int:
+    """Measures the cases that are asked for, in this process or in one of the malloc that is asked for."""
     cases = _choose(arguments)
     if arguments.list:
         console.print("\n".join(case.name for case in cases), markup=False, highlight=False)
@@ -69,11 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
     check_writable(_suffixed(output, ".json"))
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-    try:
-        document = _measure(cases, _settings(arguments), console, _suffixed(output, ".json"))
-    except CheckError as error:
-        console.print(f"[red]Wrong result, it is not reported.[/] {escape(str(error))}", highlight=False)
-        return 1
+    document = _measure(cases, _settings(arguments), console, _suffixed(output, ".json"))
     _present(document, output, console)
     console.print(f"Results in {_suffixed(output, '.json')}", markup=False, highlight=False)
     return int(len(document["cases"]) < len(cases))

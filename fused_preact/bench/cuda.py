@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from fused_preact import backends
 from fused_preact.errors import UserError
 
 from . import cuda_net, environment
@@ -49,11 +50,13 @@ def run(console: Console, save: Callable[[dict[str, Any]], None]) -> None:
     """Measures everything and prints it; `save` is given the document whenever there is more in it.
 
     Raises:
-        UserError: there is no CUDA device.
+        UserError: there is no CUDA device, or no kernels for it.
         CheckError: a contender is wrong.
     """
     if not torch.cuda.is_available():
         raise UserError("--device: torch finds no CUDA device on this machine")
+    if reason := backends.status()["cuda"]:
+        raise UserError(f"--device cuda: {reason}")
     document = {"schema": SCHEMA, **environment.describe(), "gpu": _gpu(), "copy": copy_bandwidth()}
     cases = [case for dtype in ("bf16", "fp32") for case in bottlenecks(BATCH, dtype)]
     document["blocks"] = [_block(_only(case)) for case in cases]

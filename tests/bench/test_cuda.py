@@ -7,6 +7,7 @@ import torch
 from rich.console import Console
 
 from fused_preact.bench import cuda
+from fused_preact.bench.check import CheckError
 from fused_preact.cli import main
 
 
@@ -15,6 +16,25 @@ def test_no_device_is_one_sentence(capsys):
     """Without a GPU the command says so, and fails."""
     assert main(["bench", "--device", "cuda"]) != 0
     assert "torch finds no CUDA device" in "".join(capsys.readouterr())
+
+
+def test_kernels_that_were_left_out_are_one_sentence(tmp_path, monkeypatch, capsys):
+    """Before anything is measured, and with what to do."""
+    monkeypatch.setattr(cuda.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cuda.backends, "status", lambda: {"cuda": "the CUDA kernels were left out"})
+    assert main(["bench", "--device", "cuda", f"--output={tmp_path / 'r'}"]) == 2
+    assert capsys.readouterr().err == "fused-preact: --device cuda: the CUDA kernels were left out\n"
+
+
+def test_a_wrong_result_on_a_gpu_is_not_reported(tmp_path, monkeypatch, capsys):
+    """It ends as on a processor: exit code 1, and the reason in one line."""
+
+    def wrong(*_):
+        raise CheckError("the error of dx")
+
+    monkeypatch.setattr(cuda, "run", wrong)
+    assert main(["bench", "--device", "cuda", f"--output={tmp_path / 'r'}"]) == 1
+    assert "Wrong result, it is not reported. the error of dx" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
