@@ -2,10 +2,13 @@
 
 import re
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+
+from fused_preact.errors import UserError
 
 from .cases import Case
 from .contenders import Contender, Problem, build, step
@@ -17,11 +20,20 @@ def peak_rss(case: Case, contender: Contender) -> int | None:
     """Bytes by which one step of a net raises its process's resident memory; None where the system does not tell.
 
     The high-water mark (VmHWM) counts parameters and libraries too: what is there before the step is subtracted.
+
+    Raises:
+        UserError: the process was ended.
     """
     if not STATUS.exists():
         return None
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(_measure, case, contender, torch.get_num_threads()).result()
+        try:
+            return pool.submit(_measure, case, contender, torch.get_num_threads()).result()
+        except BrokenProcessPool as error:
+            raise UserError(
+                f"--memory: the process that measures {case.name}, {contender.name} was ended, as the system does "
+                "where memory runs out; leave it out, or measure smaller cases with --only"
+            ) from error
 
 
 def _measure(case: Case, contender: Contender, threads: int) -> int:
