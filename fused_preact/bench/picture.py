@@ -6,6 +6,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from fused_preact.files import replacing
+
 from .report import QUANTITIES, by_contender, emulates_bf16
 
 FUSED = re.compile(r"fused (?:(\w+) )?channels_last")  # the contenders that are drawn, and their memory mode
@@ -72,7 +74,8 @@ def draw(document: dict[str, Any], path: Path) -> None:
     figure.suptitle(_title(document), color=TEXT, fontsize=9)
     figure.tight_layout(rect=(0, 0.35 / figure.get_figheight(), 1, 1))
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, transparent=True)
+    with replacing(path) as file:
+        figure.savefig(file, format="png", transparent=True)
 
 
 def _entries(case: dict[str, Any]) -> Iterator[dict[str, Any]]:

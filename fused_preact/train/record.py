@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..files import replacing
 
 
 class Recorder:
@@ -95,5 +96,6 @@ def draw(rows: list[dict[str, Any]], path: Path, title: str) -> bool:
     error.plot([row["iteration"] for row in test], [100 * row["error"] for row in test], color="tab:orange", marker=".")
     loss.yaxis.label.set_color("tab:blue")
     error.yaxis.label.set_color("tab:orange")
-    figure.savefig(path, dpi=120)
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=120)
     return True
