@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
+from fused_preact import backends
 from fused_preact.cli import positive, thread_count
 from fused_preact.errors import UserError
 from fused_preact.files import check_writable, write_json
@@ -67,6 +68,9 @@ def _on_cpu(arguments: argparse.Namespace, console: Console) -> int:
     if arguments.list:
         console.print("\n".join(case.name for case in cases), markup=False, highlight=False)
         return 0
+    reason = backends.status()["cpu"]
+    if reason is not None and any("cpu" in case.backends for case in cases):
+        raise UserError(f"--table: {reason}")
     output = arguments.output or Path("bench")
     malloc = arguments.malloc or ("both" if arguments.full else None)
     if malloc == "both":

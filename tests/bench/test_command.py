@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from fused_preact import _extension
 from fused_preact.bench import command, environment, picture, report, suite
 from fused_preact.errors import UserError
 
@@ -113,6 +114,13 @@ def test_options_that_a_gpu_does_not_hear_are_refused(option):
     """Rather than left out without a word."""
     with pytest.raises(UserError, match=f"{option.partition('=')[0]}: is for the CPU; --device cuda goes with"):
         command.run(parse("--device=cuda", option))
+
+
+def test_a_grid_without_the_kernels_for_it(monkeypatch):
+    """It asks for each backend by name, so one that is not built is told before anything is measured."""
+    monkeypatch.setattr(_extension, "unavailable", "_C.abi3.so is not built")
+    with pytest.raises(UserError, match=r"--table: _C.abi3.so is not built"):
+        command.run(parse("--table", "--only=unit 1x1"))
 
 
 def test_list_names_the_cases(capsys):
