@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -91,6 +92,8 @@ class Settings:
         self._expect("seed", self.seed < 2**63, "less than 2^63")
         for name in ("lr", "warmup_lr"):
             self._expect(name, getattr(self, name) > 0, "more than 0")
+        for name in ("lr", "warmup_lr", "momentum", "weight_decay"):
+            self._expect(name, getattr(self, name) < math.inf, "a finite number")
         increasing = self.milestones == sorted(set(self.milestones)) and min(self.milestones, default=0) >= 0
         self._expect("milestones", increasing, "increasing iterations")
         self._expect("nesterov", not self.nesterov or self.momentum > 0, "a --momentum of more than 0 with it")
