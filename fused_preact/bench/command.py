@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: blocks, nets, kernels on a GPU")
     parser.add_argument("--only", metavar="TEXT", default="", help="only cases whose name contains TEXT")
     parser.add_argument("--list", action="store_true", help="name the cases and stop")
-    parser.add_argument("--output", type=Path, metavar="STEM", help="write STEM.json and STEM.png (default: bench)")
+    parser.add_argument("--output", type=_stem, metavar="STEM", help="write STEM.json and STEM.png (default: bench)")
     parser.add_argument(
         "--threads", type=thread_count, metavar="COUNT", help="torch's threads (default: its own choice)"
     )
@@ -42,6 +42,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("default", "tuned", "both"),
         help="setting of glibc's malloc: as it comes, told to keep freed memory, or one after the other (full: both)",
     )
+
+
+def _stem(text: str) -> Path:
+    path = Path(text)
+    if path.name in ("", ".."):
+        raise argparse.ArgumentTypeError(f"expected the name of files, without .json and .png, got {text!r}")
+    return path
 
 
 def run(arguments: argparse.Namespace) -> int:

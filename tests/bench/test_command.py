@@ -99,10 +99,18 @@ def test_unknown_case_is_one_clear_error():
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("--threads", "0"), ("--budget", "-1"), ("--budget", "soon"), ("--budget", "inf")]
+    ("option", "value"),
+    [
+        ("--threads", "0"),
+        ("--budget", "-1"),
+        ("--budget", "soon"),
+        ("--budget", "inf"),
+        ("--output", "."),
+        ("--output", "a/.."),
+    ],
 )
 def test_options_are_checked(option, value, capsys):
-    """Threads and seconds have to be positive numbers."""
+    """Threads and seconds have to be positive numbers, and a folder is no name of files."""
     with pytest.raises(SystemExit) as stop:
         parse(f"{option}={value}")
     assert stop.value.code == 2
