@@ -16,14 +16,16 @@ class Recorder:
     """Appends the metrics of a run to `metrics.jsonl` in `folder`, and to TensorBoard events under `tensorboard/`.
 
     A line has `split` ("train": one iteration; "test": the held-out images after it), `iteration` (from 1) and figures.
-    What an earlier, interrupted session wrote after iteration `start` is taken back.
+    What an earlier, interrupted session wrote after iteration `start` is taken back. The first figures begin the files.
     tensorboard: True, False, or None for "where it is installed". Raises UserError if True and it is not.
     """
 
     def __init__(self, folder: Path, start: int = 0, tensorboard: bool | None = None) -> None:
         self._path = folder / "metrics.jsonl"
         self.rows = _keep(self._path, start)
-        self._writer = _events(folder / "tensorboard", start, tensorboard)
+        self._events, self._start = folder / "tensorboard", start
+        self._wanted = check_tensorboard(tensorboard)
+        self._writer: Any | None = None
 
     def add(self, split: str, iteration: int, **figures: float) -> None:
         """Record figures of one split after `iteration` iterations."""
@@ -31,7 +33,8 @@ class Recorder:
         self.rows.append(row)
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-        if self._writer is not None:
+        if self._wanted:
+            self._writer = self._writer or _writer(self._events, self._start)
             for name, value in figures.items():
                 self._writer.add_scalar(f"{split}/{name}", value, iteration)
 
@@ -72,10 +75,7 @@ def check_tensorboard(wanted: bool | None) -> bool:
     return there and wanted is not False
 
 
-def _events(folder: Path, start: int, wanted: bool | None) -> Any | None:
-    """A TensorBoard writer, or None where it is not wanted or not there."""
-    if not check_tensorboard(wanted):
-        return None
+def _writer(folder: Path, start: int) -> Any:
     from torch.utils.tensorboard import SummaryWriter
 
     return SummaryWriter(str(folder), purge_step=start + 1 if start else None)

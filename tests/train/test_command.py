@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fused_preact import backends, cli
+from fused_preact.errors import UserError
 from fused_preact.train import checkpoint, command, lock
 
 # A quick run: a small net, a few iterations.
@@ -107,6 +108,20 @@ def test_a_run_is_not_overwritten_by_accident(tmp_path, capsys):
     assert train(*QUICK, "--iterations", 3, "--out", folder, "--overwrite") == 0
     assert [row["iteration"] for row in metrics(folder)] == [1, 2, 3, 3]
     assert (folder / "notes.txt").read_text() == "mine"
+
+
+def test_a_run_that_could_not_begin_leaves_nothing(tmp_path, monkeypatch, capsys):
+    """After a disk too full for the first checkpoint the same command begins, and needs no --overwrite."""
+
+    def full(path, state):
+        raise UserError(f"{path}: cannot be written: No space left on device")
+
+    arguments = "--model", "resnet20", "--iterations", 1, "--threads", 1, "--out", tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", full)
+        assert train(*arguments) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert train(*arguments) == 0
 
 
 def test_two_runs_do_not_share_a_folder(whole, capsys):
