@@ -184,12 +184,12 @@ def _check_chain(layers: Layers) -> None:
         if C != K:
             raise ValueError(f"old must have a shortcut of a convolution from {C} to {K} channels, got the identity")
         return
-    if not (isinstance(box, nn.Sequential) and list(box._modules) == ["0"] and isinstance(box[0], nn.Conv2d)):
-        inside = ", ".join(f"{key}: {type(child).__name__}" for key, child in box.named_children())
-        raise TypeError(f"{name} must be an nn.Sequential of one nn.Conv2d, 0; got {type(box).__name__}({inside})")
+    if not (isinstance(box, nn.Sequential) and len(box) == 1 and isinstance(box[0], nn.Conv2d)):
+        inside = ", ".join(type(child).__name__ for child in box.children())
+        raise TypeError(f"{name} must be an nn.Sequential of one nn.Conv2d, got {type(box).__name__}({inside})")
     before, after = box[0].in_channels, box[0].out_channels
     if (before, after) != (C, K):
-        raise ValueError(f"{name}.0 must be a convolution from {C} to {K} channels, got {before} to {after}")
+        raise ValueError(f"{name} must have a convolution from {C} to {K} channels, got {before} to {after}")
 
 
 def _documented(summary: str | None) -> str | None:

@@ -44,17 +44,17 @@ class Layers(NamedTuple):
             return None
         if type(box) is not nn.Sequential or len(box._modules) != 1:
             return f"{name} is not an nn.Sequential of one convolution"
-        reason = _obstacle(name, box, nn.Sequential) or _obstacle(f"{name}.0", box[0], nn.Conv2d)
-        if reason is None and box[0].bias is not None:
-            return f"{name}.0 has a bias"
-        return reason
+        [(key, projection)] = box._modules.items()
+        where = f"{name}.{key}"
+        reason = _obstacle(name, box, nn.Sequential) or _obstacle(where, projection, nn.Conv2d)
+        return f"{where} has a bias" if reason is None and projection.bias is not None else reason
 
     def block(self) -> Block:
         """What a fused call reads."""
         units = [_unit(pair.bn, pair.conv) for pair in self.pairs]
         if self.container is None:
             return Block(units, Shortcut(self.shortcut))
-        projection = self.container._modules["0"]
+        [projection] = self.container._modules.values()
         weight = projection._parameters["weight"]
         return Block(units, Shortcut(self.shortcut, weight, conv_geometry(projection)))
 
