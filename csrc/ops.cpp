@@ -1,5 +1,5 @@
 // The operators of docs/design.md on every device that has a table of kernels: what they expect of their arguments, and
-// their implementation. fused_preact/ops.py has the schemas.
+// their implementation. fused_preact/ops.py and running.py have their schemas.
 //
 // Anyone can reach them through torch.ops, so the facts that keep a kernel inside its memory are checked here again;
 // messages for people come from fused_preact/checks.py.
@@ -313,9 +313,6 @@ std::string set_cpu_isa(const std::string& name) {
 }  // namespace fused_preact
 
 STABLE_TORCH_LIBRARY(fused_preact, m) {
-  m.def(
-      "_update_running(Tensor(a!)[] mean, Tensor(b!)[] var, Tensor(c!)[] count, Tensor[] rows, int[] units, "
-      "float? momentum) -> ()");
   m.def("_cuda_architectures() -> str[]");
   m.def("_cpu_isas() -> (str chosen, str[] built, str[] supported)");
   m.def("_set_cpu_isa(str isa) -> str");

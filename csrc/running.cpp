@@ -73,11 +73,11 @@ void move(const Tensor& buffer, const Tensor& rows, NormRow row, double momentum
 
 }  // namespace
 
-void update_running(const Tensors& mean, const Tensors& var, const Tensors& count, const Tensors& rows,
+void update_running(const Tensors& mean, const Tensors& var, const Tensors& counts, const Tensors& rows,
                     const Sizes& units, std::optional<double> momentum) {
   expect_tensors("mean", mean, units.size());
   expect_tensors("var", var, units.size());
-  for (size_t i = 0; i < count.size(); ++i) expect_count(item("count", i), count[i]);
+  for (size_t i = 0; i < counts.size(); ++i) expect_count(item("counts", i), counts[i]);
   for (size_t i = 0; i < units.size(); ++i) {
     expect(units[i] >= 0 && static_cast<size_t>(units[i]) < rows.size(), "units: expected from 0 to below ",
            rows.size(), ", got ", units[i]);
@@ -87,8 +87,8 @@ void update_running(const Tensors& mean, const Tensors& var, const Tensors& coun
     expect_buffer(item("var", i), var[i], batch);
   }
   // What is refused leaves everything as it was: nothing is written up to here.
-  for (const Tensor& t : count) ++*static_cast<int64_t*>(t.mutable_data_ptr());
-  if (!momentum) momentum = count.empty() ? 0 : 1.0 / *static_cast<const int64_t*>(count[0].const_data_ptr());
+  for (const Tensor& count : counts) ++*static_cast<int64_t*>(count.mutable_data_ptr());
+  if (!momentum) momentum = counts.empty() ? 0 : 1.0 / *static_cast<const int64_t*>(counts[0].const_data_ptr());
   for (size_t i = 0; i < units.size(); ++i) {
     move(mean[i], rows[units[i]], kMean, *momentum);
     move(var[i], rows[units[i]], kVariance, *momentum);

@@ -9,7 +9,7 @@ namespace fused_preact {
 // What nn.BatchNorm2d does in training: adds one to each count and moves mean[i] and var[i] by `momentum`
 // towards the batch's in rows[units[i]], in place. Without momentum the weight is one by the first count:
 // the average of all batches. A call that is refused changes nothing.
-void update_running(const Tensors& mean, const Tensors& var, const Tensors& count, const Tensors& rows,
+void update_running(const Tensors& mean, const Tensors& var, const Tensors& counts, const Tensors& rows,
                     const Sizes& units, std::optional<double> momentum);
 
 }  // namespace fused_preact

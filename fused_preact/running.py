@@ -93,11 +93,10 @@ def _update(mean, var, counts, rows, units, momentum) -> None:
 
 
 _library = torch.library.Library("fused_preact", "FRAGMENT")
-_library.define(
-    "_move_running(Tensor(a!)[] mean, Tensor(b!)[] var, Tensor(c!)[] counts, Tensor[] rows, int[] units, "
-    "float? momentum) -> ()"
-)
+for _name in "_move_running", *(["_update_running"] if _extension.unavailable is None else []):
+    _library.define(
+        _name + "(Tensor(a!)[] mean, Tensor(b!)[] var, Tensor(c!)[] counts, Tensor[] rows, int[] units, "
+        "float? momentum) -> ()"
+    )
+    torch.library.register_fake(f"fused_preact::{_name}", lambda *_: None, lib=_library)
 _library.impl("_move_running", _move, "CompositeExplicitAutograd")
-torch.library.register_fake("fused_preact::_move_running", lambda *_: None, lib=_library)
-if _extension.unavailable is None:
-    torch.library.register_fake("fused_preact::_update_running", lambda *_: None)

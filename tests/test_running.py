@@ -163,8 +163,8 @@ WRONG = {
     "mean is long": (dict(mean=[torch.zeros(3)]), r"mean\[0\]: expected .* shape \[2\], got .* \[3\]"),
     "var has two dimensions": (dict(var=[torch.zeros(2, 1)]), r"var\[0\]: expected .* shape \[2\], got .* \[2, 1\]"),
     "var is integer": (dict(var=[torch.zeros(2).int()]), r"var\[0\]: expected Float .*, got Int"),
-    "count is a list": (dict(count=[torch.zeros(2).long()]), r"count\[0\]: expected one int64 .*shape \[2\]"),
-    "count is a float": (dict(count=[torch.tensor(1.0)]), r"count\[0\]: expected one int64 .*got Float"),
+    "count is a list": (dict(counts=[torch.zeros(2).long()]), r"counts\[0\]: expected one int64 .*shape \[2\]"),
+    "count is a float": (dict(counts=[torch.tensor(1.0)]), r"counts\[0\]: expected one int64 .*got Float"),
 }
 
 
@@ -174,7 +174,7 @@ def test_the_operator_reads_nothing_out_of_bounds(name):
     """Anyone can call it: what does not fit is named, before anything is read, and nothing has moved then."""
     changed, message = WRONG[name]
     given = dict(
-        mean=[torch.zeros(2)], var=[torch.ones(2)], count=[torch.tensor(0)], rows=[torch.full((5, 2), 9.0)], units=[0]
+        mean=[torch.zeros(2)], var=[torch.ones(2)], counts=[torch.tensor(0)], rows=[torch.full((5, 2), 9.0)], units=[0]
     )
     before = copy.deepcopy(given)
     with pytest.raises(RuntimeError, match=message):
