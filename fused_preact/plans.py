@@ -21,7 +21,7 @@ class Plan(NamedTuple):
     backend: str
     cast: torch.dtype | None  # autocast's, where it is on
     stream: torch.dtype  # of what runs from block to block
-    channels: list[int]  # that each unit reads
+    missing: list[int] | None  # the channels that each unit reads, where a tensor is to be made in the place of None
     facts: ops.Facts
 
     def record(self, where: Any) -> None:
@@ -72,7 +72,9 @@ def make_plan(
     problem = backends.Problem(x.device, x.dtype, shape, convolutions, layout, inference, saves, transformed, rounded)
     half = given.dtype in (torch.bfloat16, torch.float16)
     stream = x.dtype if memory == "fast" else torch.float32 if half else given.dtype
-    channels = [unit.weight.size(1) * unit.conv.groups for unit in units]
+    missing = None
+    if any(t is None for tensors in Arguments.of(blocks) for t in tensors):
+        missing = [unit.weight.size(1) * unit.conv.groups for unit in units]
     facts = ops.Facts(
         training,
         [float(unit.eps) for unit in units],
@@ -83,7 +85,7 @@ def make_plan(
         MEMORY.index(memory),
         tf32,
     )
-    return Plan(backend, problem, backends.choose(backend, problem), cast, stream, channels, facts)
+    return Plan(backend, problem, backends.choose(backend, problem), cast, stream, missing, facts)
 
 
 class Plans(dict[Any, Plan]):
@@ -149,7 +151,7 @@ def execute(plan: Plan, x: Tensor, given: Arguments, residual: Tensor | None = N
     y has the dtype that the plain layers would give it, but under autocast that of a stream kept in float32.
     """
     stream = x if x.dtype == plan.stream else x.to(plan.stream)
-    tensors = given.filled(stream, plan.channels)
+    tensors = given if plan.missing is None else given.filled(stream, plan.missing)
     if plan.cast is None:
         y, rows = ops.stage(plan.backend, plan.facts, stream, residual, *tensors)
         return (y, rows) if y.dtype == x.dtype else (y.to(x.dtype), rows)
