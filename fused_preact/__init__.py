@@ -3,10 +3,20 @@
 from . import models
 from .backends import explain
 from .blocks import PreActBlock, PreActBottleneck
+from .exchange import fuse
 from .functional import bn_relu_conv2d
 from .modules import BNReLUConv2d
 from .stage import PreActStage
 
 __version__ = "0.1.0"
 
-__all__ = ["BNReLUConv2d", "PreActBlock", "PreActBottleneck", "PreActStage", "bn_relu_conv2d", "explain", "models"]
+__all__ = [
+    "BNReLUConv2d",
+    "PreActBlock",
+    "PreActBottleneck",
+    "PreActStage",
+    "bn_relu_conv2d",
+    "explain",
+    "fuse",
+    "models",
+]

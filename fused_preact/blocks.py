@@ -5,7 +5,6 @@ He, Zhang, Ren, Sun, "Identity Mappings in Deep Residual Networks", 2016, arXiv 
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -14,9 +13,9 @@ from torch import Tensor, nn
 
 from .checks import one_of, positive
 from .layers import Layers, Pair, add, normalize
-from .modules import Fused, check_pair
+from .modules import Fused
 
-SHORTCUT_NAMES = ("shortcut", "downsample")
+SHORTCUT_NAMES = ("shortcut", "downsample", "convShortcut")
 
 
 class Block(Fused):
@@ -27,7 +26,8 @@ class Block(Fused):
         planes: width; the block has planes*expansion channels out.
         stride: of the block, one integer for both directions.
         shortcut_input: what the shortcut's convolution reads: "activated", relu(bn1(x)), as in the paper, or "raw", x.
-        shortcut_name: name of that convolution's container in the state_dict, "shortcut" or "downsample".
+        shortcut_name: "shortcut" or "downsample", of that convolution's nn.Sequential in the state_dict, or
+            "convShortcut", as in wide ResNets of its own.
         backend: one of `backends.NAMES`; "eager" is the plain layers.
         device, dtype: of the parameters.
 
@@ -53,50 +53,31 @@ class Block(Fused):
     ) -> None:
         super().__init__(backend)
         positive("in_planes", in_planes), positive("planes", planes), positive("stride", stride)
-        self._set_shortcut(shortcut_input, shortcut_name)
-        channels, like = in_planes, {"device": device, "dtype": dtype}
-        for i, (width, size, step) in enumerate(self._layout(planes, stride), start=1):
-            self.add_module(f"bn{i}", nn.BatchNorm2d(channels, **like))
-            self.add_module(f"conv{i}", nn.Conv2d(channels, width, size, step, padding=size // 2, bias=False, **like))
-            channels = width
-        if stride != 1 or in_planes != channels:
-            projection = nn.Conv2d(in_planes, channels, 1, stride, bias=False, **like)
-            self.add_module(shortcut_name, nn.Sequential(projection))
-
-    @classmethod
-    def from_block(cls, old: nn.Module, shortcut_input: str = "activated", backend: str = "auto") -> Block:
-        """The block of another's layers; it holds the layers themselves, not copies.
-
-        Args:
-            old: a module with the children bn1, conv1, bn2, ... of such a block in this order, each an nn.BatchNorm2d
-                or nn.SyncBatchNorm and an nn.Conv2d. Its ``shortcut`` or ``downsample`` is an nn.Sequential of one
-                convolution; an empty one, nn.Identity, None or neither is the identity. It may have nn.ReLU besides.
-                Its forward is not read, and hooks on ``old`` itself stay behind.
-            shortcut_input: what ``shortcut`` or ``downsample`` reads in ``old``, as in the constructor.
-            backend: one of `backends.NAMES`.
-
-        Raises:
-            TypeError: a child of old is missing, one too many, or of another kind.
-            ValueError: a child has not the channels of those around it, its identity would read relu(bn1(x)), or an
-                option is none of those named.
-        """
-        children = _children(old, cls.units)
-        name = next((name for name in SHORTCUT_NAMES if name in children), None)
-        if name is None and shortcut_input == "activated":
-            _refuse_activated_identity(old)
-        block = cls.__new__(cls)
-        Fused.__init__(block, backend)
-        block._set_shortcut(shortcut_input, name or "shortcut")
-        for key, child in children.items():
-            block.add_module(key, child)
-        block.training = old.training
-        _check_chain(Block.layers(block))  # a subclass may fuse some of them only
-        return block
-
-    def _set_shortcut(self, shortcut_input: str, shortcut_name: str) -> None:
         one_of("shortcut_input", shortcut_input, ("activated", "raw"))
         one_of("shortcut_name", shortcut_name, SHORTCUT_NAMES)
         self.shortcut_input, self.shortcut_name = shortcut_input, shortcut_name
+        self.names, self.boxes = [(f"bn{i}", f"conv{i}") for i in range(1, self.units + 1)], []
+        channels, like = in_planes, {"device": device, "dtype": dtype}
+        for (bn, conv), (width, size, step) in zip(self.names, self._layout(planes, stride), strict=True):
+            self.add_module(bn, nn.BatchNorm2d(channels, **like))
+            self.add_module(conv, nn.Conv2d(channels, width, size, step, padding=size // 2, bias=False, **like))
+            channels = width
+        if stride != 1 or in_planes != channels:
+            projection = nn.Conv2d(in_planes, channels, 1, stride, bias=False, **like)
+            self.add_module(shortcut_name, projection if shortcut_name == "convShortcut" else nn.Sequential(projection))
+
+    @classmethod
+    def of(cls, layers: Layers, children: dict[str, nn.Module], backend: str = "auto") -> Block:
+        """The block of layers that exist; the names that they come with lead to them from its ``children``."""
+        block = cls.__new__(cls)
+        Fused.__init__(block, backend)
+        block.names = [(pair.bn_name, pair.conv_name) for pair in layers.pairs]
+        block.boxes = [name for name, _ in layers.boxes]
+        block.shortcut_name = layers.container_name
+        block.shortcut_input = "raw" if layers.shortcut == "raw" else "activated"
+        for name, child in children.items():
+            block.add_module(name, child)
+        return block
 
     @staticmethod
     def _layout(planes: int, stride: int) -> list[tuple[int, int, int]]:
@@ -105,11 +86,17 @@ class Block(Fused):
 
     def layers(self) -> Layers:
         """The units' layers, in order, and the shortcut."""
-        children = self._modules
-        pairs = [Pair(bn, children[bn], conv, children[conv]) for bn, conv in _names(self.units)]
-        container = children.get(self.shortcut_name)
+        pairs = [Pair(bn, self.layer(bn), conv, self.layer(conv)) for bn, conv in self.names]
+        container = self._modules.get(self.shortcut_name)
         kind = "identity" if container is None else self.shortcut_input
-        return Layers(pairs, kind, self.shortcut_name, container)
+        return Layers(pairs, kind, self.shortcut_name, container, [(path, self.layer(path)) for path in self.boxes])
+
+    def layer(self, path: str) -> nn.Module:
+        """The module of a path in ``names`` or ``boxes``."""
+        module = self
+        for name in path.split("."):
+            module = module._modules[name]
+        return module
 
     def forward(self, x: Tensor) -> Tensor:
         """y [N, planes*expansion, P, Q] of x [N, in_planes, H, W], of the dtype of x where autocast is off.
@@ -128,68 +115,6 @@ class Block(Fused):
                 across = layers.container(out if layers.shortcut == "activated" else x)
             out = conv(out)
         return add(out, across, inplace)
-
-
-def _names(units: int) -> list[tuple[str, str]]:
-    return [(f"bn{i}", f"conv{i}") for i in range(1, units + 1)]
-
-
-def _children(old: nn.Module, units: int) -> dict[str, nn.Module]:
-    """The children of a block that are its units and the convolution of its shortcut; TypeError where it has more.
-
-    The order tells a block that normalises behind its convolutions, with the same names, from one that does in front.
-    """
-    if not isinstance(old, nn.Module):
-        raise TypeError(f"old must be an nn.Module, got {type(old).__name__}")
-    children = {name: child for name, child in old.named_children() if not _is_stateless(child)}
-    found = [*children, *old._parameters, *old._buffers]
-    boxes = [name for name in found if name in SHORTCUT_NAMES]
-    expected = [name for names in _names(units) for name in names]
-    if len(boxes) > 1 or [name for name in found if name not in boxes] != expected:
-        raise TypeError(
-            f"old must have the children {', '.join(expected)} in this order, shortcut or downsample, nn.ReLU and "
-            f"nothing else; got {', '.join(found) or 'none'}"
-        )
-    return children
-
-
-def _is_stateless(child: nn.Module) -> bool:
-    """Whether a child is the activation, or a shortcut that is the identity."""
-    return type(child) in (nn.ReLU, nn.Identity) or (type(child) is nn.Sequential and len(child) == 0)
-
-
-def _refuse_activated_identity(old: nn.Module) -> None:
-    """Raise ValueError where the block has a shortcut without layers, which then has relu(bn1(x)) for x."""
-    for name in SHORTCUT_NAMES:
-        if isinstance(getattr(old, name, None), nn.Module):
-            raise ValueError(
-                f"shortcut_input must be 'raw' where {name} is the identity of x, got 'activated'; "
-                "use models.FirstPreActBlock where it is that of relu(bn1(x))"
-            )
-
-
-def _check_chain(layers: Layers) -> None:
-    """Raise TypeError or ValueError unless the layers have the kinds and channels of a block's."""
-    pairs, name, box = layers.pairs, layers.container_name, layers.container
-    for pair in pairs:
-        check_pair(pair)
-    for front, back in pairwise(pairs):
-        if back.bn.num_features != front.conv.out_channels:
-            raise ValueError(
-                f"{back.bn_name} must have the {front.conv.out_channels} channels that {front.conv_name} gives, "
-                f"got {back.bn.num_features}"
-            )
-    C, K = pairs[0].conv.in_channels, pairs[-1].conv.out_channels
-    if box is None:
-        if C != K:
-            raise ValueError(f"old must have a shortcut of a convolution from {C} to {K} channels, got the identity")
-        return
-    if not (isinstance(box, nn.Sequential) and len(box) == 1 and isinstance(box[0], nn.Conv2d)):
-        inside = ", ".join(type(child).__name__ for child in box.children())
-        raise TypeError(f"{name} must be an nn.Sequential of one nn.Conv2d, got {type(box).__name__}({inside})")
-    before, after = box[0].in_channels, box[0].out_channels
-    if (before, after) != (C, K):
-        raise ValueError(f"{name} must have a convolution from {C} to {K} channels, got {before} to {after}")
 
 
 def _documented(summary: str | None) -> str | None:

@@ -26,12 +26,16 @@ class Pair(NamedTuple):
 
 
 class Layers(NamedTuple):
-    """The layers of a block. ``container`` is the nn.Sequential of the shortcut's convolution, where it has one."""
+    """The layers of a block. ``container`` is the shortcut's convolution or the nn.Sequential of it, if it has one.
+
+    ``boxes`` are the modules that the others are in, where they are not the block's own children; these are not called.
+    """
 
     pairs: list[Pair]
     shortcut: str = "none"
     container_name: str = ""
     container: nn.Module | None = None
+    boxes: Sequence[tuple[str, nn.Module]] = ()
 
     def obstacle(self) -> str | None:
         """Why the layers must run one after the other, or None where they can be fused."""
@@ -39,22 +43,34 @@ class Layers(NamedTuple):
             reason = _obstacle(bn_name, bn, nn.BatchNorm2d) or _obstacle(conv_name, conv, nn.Conv2d)
             if reason is not None:
                 return reason
+        for name, box in self.boxes:
+            if hooked(box) or has_own_forward(box):
+                return f"{name} has hooks or a forward of its own, which run only when it is called"
         name, box = self.container_name, self.container
         if box is None:
             return None
-        if type(box) is not nn.Sequential or len(box._modules) != 1:
-            return f"{name} is not an nn.Sequential of one convolution"
-        [(key, projection)] = box._modules.items()
-        where = f"{name}.{key}"
-        reason = _obstacle(name, box, nn.Sequential) or _obstacle(where, projection, nn.Conv2d)
-        return f"{where} has a bias" if reason is None and projection.bias is not None else reason
+        if type(box) is nn.Sequential:
+            if len(box._modules) != 1:
+                return f"{name} is not an nn.Sequential of one convolution"
+            reason = _obstacle(name, box, nn.Sequential)
+            if reason is not None:
+                return reason
+            name = f"{name}.{next(iter(box._modules))}"
+        projection = self.projection()
+        reason = _obstacle(name, projection, nn.Conv2d)
+        return f"{name} has a bias" if reason is None and projection.bias is not None else reason
+
+    def projection(self) -> nn.Module | None:
+        """The convolution of the shortcut."""
+        box = self.container
+        return next(iter(box._modules.values())) if type(box) is nn.Sequential else box
 
     def block(self) -> Block:
         """What a fused call reads."""
         units = [_unit(pair.bn, pair.conv) for pair in self.pairs]
         if self.container is None:
             return Block(units, Shortcut(self.shortcut))
-        [projection] = self.container._modules.values()
+        projection = self.projection()
         weight = projection._parameters["weight"]
         return Block(units, Shortcut(self.shortcut, weight, conv_geometry(projection)))
 

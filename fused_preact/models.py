@@ -36,32 +36,25 @@ class FirstPreActBlock(PreActBlock):
             )
         super().__init__(in_planes, planes, stride, **options)
 
-    @classmethod
-    def from_block(cls, old: nn.Module, shortcut_input: str = "activated", backend: str = "auto") -> FirstPreActBlock:
-        """As `PreActBlock.from_block`; ValueError, too, where the shortcut of ``old`` has a convolution."""
-        one_of("shortcut_input", shortcut_input, ("activated",))
-        block = super().from_block(old, "raw", backend)  # which is asked of a convolution there
-        if block.shortcut_name in block._modules:
-            raise ValueError(f"{block.shortcut_name} of old must be the identity, got a convolution: use PreActBlock")
-        return block
-
     def forward(self, x: Tensor) -> Tensor:
         """y [N, planes, H, W] of x [N, planes, H, W].
 
         Raises:
             TypeError, ValueError: x does not fit.
         """
-        a = F.relu(normalize(self.bn1, x), overwritable(self.bn1))
-        h = self.conv1(a)
-        return self.dispatch(h, a)
+        bn, conv = map(self.layer, self.names[0])
+        a = F.relu(normalize(bn, x), overwritable(bn))
+        return self.dispatch(conv(a), a)
 
     def layers(self) -> Layers:
         """The second unit."""
-        return Layers(super().layers().pairs[1:])
+        layers = super().layers()
+        return Layers(layers.pairs[1:], boxes=layers.boxes)
 
     def plain(self, layers: Layers, x: Tensor, residual: Tensor | None, inplace: bool) -> Tensor:
         """The second unit by its layers, and the addition."""
-        return add(self.conv2(F.relu(normalize(self.bn2, x), inplace)), residual, inplace)
+        [(_, bn, _, conv)] = layers.pairs
+        return add(conv(F.relu(normalize(bn, x), inplace)), residual, inplace)
 
 
 class PreActResNet(nn.Module):

@@ -77,19 +77,6 @@ class Fused(nn.Module):
         return "" if self.backend == "auto" else f"backend={self.backend!r}"
 
 
-def check_pair(pair: Pair) -> None:
-    """Raise TypeError or ValueError unless two layers have the kinds and channels of a unit's."""
-    bn_name, bn, conv_name, conv = pair
-    if not isinstance(bn, (nn.BatchNorm2d, nn.SyncBatchNorm)):
-        raise TypeError(f"{bn_name} must be an nn.BatchNorm2d or nn.SyncBatchNorm, got {type(bn).__name__}")
-    if not isinstance(conv, nn.Conv2d):
-        raise TypeError(f"{conv_name} must be an nn.Conv2d, got {type(conv).__name__}")
-    if bn.num_features != conv.in_channels:
-        raise ValueError(
-            f"{bn_name} must have the {conv.in_channels} channels that {conv_name} reads, got {bn.num_features}"
-        )
-
-
 class BNReLUConv2d(Fused):
     """conv(relu(bn(x))) + residual, children ``bn`` (nn.BatchNorm2d) and ``conv`` (nn.Conv2d), as one autograd node.
 
@@ -136,7 +123,12 @@ class BNReLUConv2d(Fused):
             TypeError: bn is neither an nn.BatchNorm2d nor an nn.SyncBatchNorm, or conv no nn.Conv2d.
             ValueError: bn does not have the channels that conv reads.
         """
-        check_pair(Pair("bn", bn, "conv", conv))
+        if not isinstance(bn, (nn.BatchNorm2d, nn.SyncBatchNorm)):
+            raise TypeError(f"bn must be an nn.BatchNorm2d or nn.SyncBatchNorm, got {type(bn).__name__}")
+        if not isinstance(conv, nn.Conv2d):
+            raise TypeError(f"conv must be an nn.Conv2d, got {type(conv).__name__}")
+        if bn.num_features != conv.in_channels:
+            raise ValueError(f"bn must have the {conv.in_channels} channels that conv reads, got {bn.num_features}")
         unit = cls.__new__(cls)
         Fused.__init__(unit, backend)
         unit.bn, unit.conv, unit.training = bn, conv, conv.training

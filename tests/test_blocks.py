@@ -193,9 +193,12 @@ def test_a_hooked_shortcut_container_runs():
             lambda block: block.shortcut[0].register_parameter("bias", nn.Parameter(torch.ones(16))),
             "shortcut.0 has a bias",
         ),
-        (lambda block: setattr(block, "shortcut", block.shortcut[0]), "shortcut is not an nn.Sequential"),
+        (
+            lambda block: setattr(block, "shortcut", nn.Sequential(nn.Sequential(block.shortcut[0]))),
+            "shortcut.0 is of type Sequential, not a plain nn.Conv2d",
+        ),
     ],
-    ids=["more", "bias", "bare"],
+    ids=["more", "bias", "deeper"],
 )
 def test_another_shortcut_runs_as_it_is(change, reason):
     """A shortcut that is not one plain convolution without a bias is run, not read."""
@@ -207,17 +210,26 @@ def test_another_shortcut_runs_as_it_is(change, reason):
     assert reason in str(fused_preact.explain(block, x))
 
 
-def test_the_convolution_of_a_shortcut_may_have_any_name():
-    """In its nn.Sequential it is found by its place, and the reasons name it."""
+@pytest.mark.parametrize("name", ["shortcut", "shortcut.conv"])
+def test_the_convolution_of_a_shortcut_may_be_in_a_box_or_in_none(name):
+    """In its nn.Sequential it is found by its place; the reasons name it."""
     block, plain = twins("basic-stride", "library")
     for module in block, plain:
-        module.shortcut = nn.Sequential(OrderedDict(conv=module.shortcut[0]))
+        conv = module.shortcut[0]
+        module.shortcut = conv if name == "shortcut" else nn.Sequential(OrderedDict(conv=conv))
     x = x_of("basic-stride", torch.float32)
     assert_close(block(x), plain(x))
     assert "Stage" in type(block(x.requires_grad_()).grad_fn).__name__
-    assert PreActBlock.from_block(block).shortcut.conv is block.shortcut.conv
-    block.shortcut.conv.register_forward_hook(lambda *_: None)
-    assert "shortcut.conv has hooks" in str(fused_preact.explain(block, x))
+    block.get_submodule(name).register_forward_hook(lambda *_: None)
+    assert f"{name} has hooks" in str(fused_preact.explain(block, x))
+
+
+def test_the_keys_of_wide_resnets():
+    """In those of robustness work the shortcut is the convolution itself."""
+    block = PreActBlock(4, 8, shortcut_name="convShortcut")
+    assert [name for name, _ in block.named_children()] == ["bn1", "conv1", "bn2", "conv2", "convShortcut"]
+    assert "convShortcut.weight" in block.state_dict()
+    assert fused_preact.explain(block, torch.randn(2, 4, 5, 5))[0].backend != "eager"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -252,137 +264,3 @@ def test_a_second_derivative_is_there_in_eager():
     (dx,) = torch.autograd.grad(plain(x).square().sum(), x, create_graph=True)
     dx.square().sum().backward()
     assert x.grad.isfinite().all()
-
-
-class Theirs(nn.Module):
-    """Somebody else's block, as pytorch-cifar writes it, of the layers of a fused one."""
-
-    def __init__(self, block: nn.Module, box: str = "shortcut", activated: bool = True, relu: bool = False) -> None:
-        super().__init__()
-        self.box, self.activated = box, activated
-        for name, child in block.named_children():
-            self.add_module(box if name == "shortcut" else name, child)
-            if relu and name == "bn1":
-                self.relu = nn.ReLU(inplace=True)
-
-    def forward(self, x):
-        out, box = self.bn1(x).relu(), getattr(self, self.box, None)
-        across = x if box is None else box(out if self.activated else x)
-        out = self.conv2(self.bn2(self.conv1(out)).relu())
-        return across + (self.conv3(self.bn3(out).relu()) if hasattr(self, "bn3") else out)
-
-
-def theirs(shape: str, **options) -> Theirs:
-    """Such a block in float64, no setting of which is the default."""
-    old = Theirs(twins(shape, "auto")[0], **options).double().to(memory_format=torch.channels_last)
-    for bn in (old.bn1, old.bn2):
-        bn.eps, bn.momentum = 1e-3, 0.3
-    old.conv1.weight.requires_grad_(False)
-    old.bn2.eval().requires_grad_(False)
-    old.conv2.bias = nn.Parameter(torch.ones(old.conv2.out_channels, dtype=torch.float64))
-    return old
-
-
-def kind_of(shape: str) -> type[nn.Module]:
-    return PreActBlock if shape.startswith("basic") else PreActBottleneck
-
-
-@pytest.mark.parametrize("raw", [False, True], ids=["cifar", "raw"])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_from_block_is_the_block_it_is_made_of(shape, raw):
-    """Keys, what is frozen, settings and layouts are those of the old block, and so is what a training step leaves."""
-    old = theirs(shape, **({"box": "downsample", "activated": False, "relu": True} if raw else {}))
-    block = kind_of(shape).from_block(old, "raw" if raw else "activated", backend="library")
-    assert type(block) is kind_of(shape)
-    assert all(child is old.get_submodule(name) for name, child in block.named_children())
-    plain = copy.deepcopy(old)
-    assert list(block.state_dict()) == list(plain.state_dict())
-    for (name, ours), other in zip(block.named_parameters(), plain.parameters(), strict=True):
-        assert (ours.requires_grad, ours.stride()) == (other.requires_grad, other.stride()), name
-    for name in "bn1", "bn2":
-        bn = block.get_submodule(name)
-        assert (bn.eps, bn.momentum, bn.training) == (1e-3, 0.3, name == "bn1")
-    assert [choice.backend for choice in fused_preact.explain(block, x_of(shape))] == ["library"]
-    assert_same(step(block, x_of(shape)), step(plain, x_of(shape)), rtol=1e-9, atol=1e-10)
-
-
-@pytest.mark.parametrize("identity", [nn.Sequential(), nn.Identity(), None], ids=["empty", "identity", "none"])
-@pytest.mark.parametrize("box", ["shortcut", "downsample"])
-def test_from_block_knows_the_identity(box, identity):
-    """A shortcut that does nothing is written in several ways; the mode of the block is kept, apart from its layers."""
-    old = theirs("basic", box=box, activated=False)
-    setattr(old, box, identity)
-    old.training = False
-    block = PreActBlock.from_block(old, "raw")
-    assert block.layers().shortcut == "identity"
-    assert [m.training for m in (block, block.bn1, block.bn2)] == [False, True, False]
-    assert_close(block(x_of("basic")), copy.deepcopy(old)(x_of("basic")))
-
-
-def test_from_block_asks_what_a_written_identity_reads():
-    """With pytorch-cifar's forward an nn.Identity hands relu(bn1(x)) on, which is another block."""
-    old = theirs("basic")
-    old.shortcut = nn.Identity()
-    with pytest.raises(ValueError, match="shortcut_input must be 'raw' where shortcut is the identity of x, got"):
-        PreActBlock.from_block(old)
-    block = fused_preact.models.FirstPreActBlock.from_block(old)
-    assert_close(block(x_of("basic")), copy.deepcopy(old)(x_of("basic")))
-
-
-def put(name: str, child: nn.Module) -> Callable[[nn.Module], None]:
-    return lambda old: setattr(old, name, child)
-
-
-def box_of(**children: nn.Module) -> Callable[[nn.Module], None]:
-    return put("shortcut", nn.Sequential(OrderedDict(children)))
-
-
-ORDER = "old must have the children bn1, conv1, bn2, conv2 in this order.*; got "
-ONE = "shortcut must be an nn.Sequential of one nn.Conv2d, got "
-NORM = "must be an nn.BatchNorm2d or nn.SyncBatchNorm"
-WRONG = {
-    "missing": (lambda old: delattr(old, "bn2"), TypeError, ORDER + "bn1, conv1, conv2, shortcut"),
-    "excitation": (put("fc1", nn.Conv2d(12, 1, 1)), TypeError, ORDER + ".*, fc1"),
-    "activation": (put("act", nn.LeakyReLU()), TypeError, ORDER + ".*, act"),
-    "scale": (lambda old: old.register_parameter("scale", nn.Parameter(torch.ones(1))), TypeError, ORDER + ".*, scale"),
-    "two shortcuts": (put("downsample", nn.Conv2d(8, 12, 1)), TypeError, ORDER + ".*, shortcut, downsample"),
-    "norm behind": (lambda old: old._modules.update(bn1=old._modules.pop("bn1")), TypeError, ORDER + "conv1, .*, bn1"),
-    "another norm": (put("bn2", nn.GroupNorm(2, 12)), TypeError, f"bn2 {NORM}, got GroupNorm"),
-    "another layer": (put("conv1", nn.Linear(8, 12)), TypeError, "conv1 must be an nn.Conv2d, got Linear"),
-    "fewer": (put("bn1", nn.BatchNorm2d(6)), ValueError, "bn1 must have the 8 channels that conv1 reads, got 6"),
-    "chain": (put("conv1", nn.Conv2d(8, 10, 3)), ValueError, "bn2 must have the 10 channels that conv1 gives, got 12"),
-    "no projection": (lambda old: delattr(old, "shortcut"), ValueError, "from 8 to 12 channels, got the identity"),
-    "projection": (
-        box_of(**{"0": nn.Conv2d(8, 10, 1)}),
-        ValueError,
-        "shortcut must have a convolution from 8 to 12 channels, got 8 to 10",
-    ),
-    "norm": (
-        box_of(**{"0": nn.Conv2d(8, 12, 1), "1": nn.BatchNorm2d(12)}),
-        TypeError,
-        ONE + r"Sequential\(Conv2d, BatchNorm2d\)",
-    ),
-    "pooling": (put("shortcut", nn.AvgPool2d(2)), TypeError, ONE + r"AvgPool2d\(\)"),
-}
-
-
-@pytest.mark.parametrize(("change", "error", "message"), WRONG.values(), ids=WRONG)
-def test_from_block_refuses_another_block(change, error, message):
-    """What would compute something else is named: it is not exchanged without a word."""
-    old = theirs("basic-stride")
-    change(old)
-    with pytest.raises(error, match=message):
-        PreActBlock.from_block(old)
-
-
-def test_from_block_checks_its_arguments():
-    """A class for an object, an unknown word, and a block of more convolutions."""
-    with pytest.raises(TypeError, match=r"old must be an nn.Module, got type"):
-        PreActBlock.from_block(Theirs)
-    for kind, words in (PreActBlock, "'activated', 'raw'"), (fused_preact.models.FirstPreActBlock, "'activated'"):
-        with pytest.raises(ValueError, match=f"shortcut_input must be one of {words}; got 'x'"):
-            kind.from_block(theirs("basic"), shortcut_input="x")
-    with pytest.raises(ValueError, match=r"backend must be one of .*; got 'x'"):
-        PreActBlock.from_block(theirs("basic"), backend="x")
-    with pytest.raises(TypeError, match=ORDER + "bn1, conv1, bn2, conv2, bn3, conv3"):
-        PreActBlock.from_block(theirs("bottleneck"))

@@ -105,22 +105,6 @@ def test_the_first_block_has_no_projection():
         models.create("resnet20", stem_width=8)
 
 
-def test_the_first_block_of_another():
-    """It holds the layers of both units; a projection, which it would not run, is refused."""
-    old = PreActBlock(4, 4).eval()
-    block = models.FirstPreActBlock.from_block(old)
-    assert type(block) is models.FirstPreActBlock
-    assert list(block.state_dict()) == list(old.state_dict())
-    torch.nn.init.zeros_(block.conv2.weight)
-    x = torch.randn(2, 4, 5, 5)
-    assert_close(block(x), block.bn1(x).relu())
-    with pytest.raises(ValueError, match="shortcut of old must be the identity, got a convolution: use PreActBlock"):
-        models.FirstPreActBlock.from_block(PreActBlock(4, 8))
-    old.bn1 = torch.nn.BatchNorm2d(6)
-    with pytest.raises(ValueError, match="bn1 must have the 4 channels that conv1 reads, got 6"):
-        models.FirstPreActBlock.from_block(old)
-
-
 def test_hooks_in_the_first_block_run():
     """Its layers are called or stepped down to like those of any block."""
     block, calls = models.FirstPreActBlock(4, 4), []

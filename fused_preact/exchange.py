@@ -1,0 +1,216 @@
+"""Somebody's net with its pre-activation blocks fused: the same layers under the same names, run by other blocks."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import backends
+from .blocks import Block, PreActBlock, PreActBottleneck
+from .checks import one_of
+from .layers import Layers, Pair, hooked
+from .models import FirstPreActBlock
+from .modules import Fused
+from .schedule import MEMORY
+from .stage import PreActStage
+
+_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+_KINDS: dict[int, tuple[type[Block], ...]] = {2: (PreActBlock, FirstPreActBlock), 3: (PreActBottleneck,)}
+
+
+def fuse(net: nn.Module, memory: str = "fast", backend: str = "auto") -> nn.Module:
+    """Exchange the pre-activation blocks of a net for fused ones, and each nn.Sequential of nothing else for a stage.
+
+    A block is any module whose layers are bn, conv, bn, conv (, bn, conv), of whatever names, and at most one more
+    convolution, and which computes of them what `PreActBlock`, `PreActBottleneck` or `models.FirstPreActBlock` does:
+    that is tried with copies, in training and in eval mode, on random images in float64. The fused blocks hold the
+    layers themselves: parameters (also those that an optimizer has), keys, settings, modes and hooks of these stay.
+    Batch norms that activate, too, as timm's, become plain ones of the same tensors.
+
+    Args:
+        net: the net, changed in place; a block or an nn.Sequential of blocks, too.
+        memory: of the stages, see `PreActStage`; blocks that are in none keep what "fast" keeps.
+        backend: of the blocks, one of `backends.NAMES`.
+
+    Returns:
+        net, or what it is exchanged for where it is a block or a sequence of blocks itself.
+
+    Raises:
+        TypeError: net is no module.
+        ValueError: it has no such block; there is no such mode or backend, or a stage of its blocks has not the mode.
+
+    Warns:
+        UserWarning: modules of such layers have hooks, or compute something else of them: they stay as they are.
+    """
+    if not isinstance(net, nn.Module):
+        raise TypeError(f"net must be a module, got {type(net).__name__}")
+    one_of("memory", memory, MEMORY[:3])
+    one_of("backend", backend, backends.NAMES)
+    exchange = _Exchange(memory, backend)
+    result = exchange.of(net)
+    if not exchange.made:
+        raise ValueError(
+            "net must have a block of batch norm, ReLU and convolution in this order, twice or three times; "
+            f"got a {type(net).__name__} without any{exchange.left()}"
+        )
+    exchange.apply()
+    if exchange.left():
+        warnings.warn("fuse leaves blocks as they are" + exchange.left(), stacklevel=2)
+    return result
+
+
+class _Exchange:
+    """What is to be put where. Nothing changes in the net before `apply`."""
+
+    def __init__(self, memory: str, backend: str) -> None:
+        self.memory, self.backend = memory, backend
+        self.made: dict[nn.Module, nn.Module] = {}  # a module that the net has in two places is exchanged once
+        self._left: dict[str, str] = {}  # why what has the layers of a block is none, by name
+        self._changes: list[tuple[nn.Module, str, nn.Module]] = []
+
+    def of(self, module: nn.Module, name: str = "") -> nn.Module:
+        """What a module is exchanged for, itself where nothing is. What is inside of it comes first."""
+        if module in self.made or isinstance(module, (Fused, PreActStage, torch.jit.ScriptModule)):
+            return self.made.get(module, module)
+        children = {}
+        for key, child in module._modules.items():
+            children[key] = None if child is None else self.of(child, f"{name}.{key}" if name else key)
+        changes = [(module, key, child) for key, child in children.items() if child is not module._modules[key]]
+        if type(module) is nn.Sequential and children and all(isinstance(child, Block) for child in children.values()):
+            new = module if hooked(module) else PreActStage(OrderedDict(children), memory=self.memory)
+        else:
+            new = module if changes else self._block(module, name) or module
+        if new is module:
+            self._changes += changes
+        else:
+            new.training = module.training
+            self.made[module] = new
+        return new
+
+    def apply(self) -> None:
+        """Put everything in its place."""
+        for module, key, new in self._changes:
+            module._modules[key] = new
+
+    def left(self) -> str:
+        """What stays as it is though it has the layers of a block, by the reason; empty where there is nothing."""
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in self._left.items():
+            by_reason.setdefault(reason, []).append(name or "net")
+        return "".join(f"; {', '.join(names)}: {reason}" for reason, names in by_reason.items())
+
+    def _block(self, old: nn.Module, name: str) -> Block | None:
+        layers = _layers(old)
+        if layers is None:
+            return None
+        kept = {layer for pair in layers.pairs for layer in (pair.bn, pair.conv)} | {layers.projection()}
+        if any(hooked(module) for module in old.modules() if module not in kept):
+            self._left[name] = "it has hooks, which run only when it is called"
+            return None
+        shortcuts = ("identity",) if layers.container is None else ("activated", "raw")
+        for kind, shortcut in itertools.product(_KINDS[len(layers.pairs)], shortcuts):
+            block = kind.of(layers._replace(shortcut=shortcut), _children(old, layers), self.backend)
+            if _compute_alike(old, block):
+                self._left = {key: why for key, why in self._left.items() if not key.startswith(f"{name}.")}
+                return block
+        self._left[name] = f"of the layers of a block {type(old).__name__} computes something else"
+        return None
+
+
+def _layers(old: nn.Module) -> Layers | None:
+    """The layers of a module that may be a block, with the shortcut "identity"; None where it cannot be one."""
+    pairs: list[Pair] = []
+    norm, across = None, None
+    for name, layer in [("", old)] if old._parameters or old._buffers else _leaves(old):
+        if norm is None and isinstance(layer, _NORMS):
+            norm = name, layer
+        elif norm is not None and isinstance(layer, nn.Conv2d):
+            pairs.append(Pair(*norm, name, layer))
+            norm = None
+        elif across is None and isinstance(layer, nn.Conv2d):
+            across = name, layer
+        else:
+            return None
+        if len(pairs) > max(_KINDS):
+            return None
+    if norm is not None or len(pairs) not in _KINDS or (across is not None and across[0].count(".") > 1):
+        return None
+    layers = Layers(pairs, "identity", *_shortcut(across), _boxes(old, pairs))
+    conv, C, K = layers.projection(), pairs[0].conv.in_channels, pairs[-1].conv.out_channels
+    fits = C == K if conv is None else (conv.in_channels, conv.out_channels) == (C, K)
+    return layers if fits else None
+
+
+def _shortcut(across: tuple[str, nn.Module] | None) -> tuple[str, nn.Module | None]:
+    """Name and module of a shortcut's convolution as `Block` has it: itself, or in an nn.Sequential."""
+    if across is None:
+        return "shortcut", None
+    (name, _, key), conv = across[0].partition("."), across[1]
+    return name, nn.Sequential(OrderedDict({key: conv})) if key else conv
+
+
+def _boxes(old: nn.Module, pairs: list[Pair]) -> list[tuple[str, nn.Module]]:
+    paths = [path for pair in pairs for path in (pair.bn_name, pair.conv_name)]
+    return [(name, box) for name, box in old.named_modules() if any(path.startswith(f"{name}.") for path in paths)]
+
+
+def _leaves(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """What has tensors inside of a module. Of the rest, ReLU or dropout, tells what the module computes."""
+    for name, child in module.named_children():
+        if isinstance(child, (*_NORMS, nn.Conv2d)) or child._parameters or child._buffers:
+            yield path + name, child
+        else:
+            yield from _leaves(child, f"{path}{name}.")
+
+
+def _children(old: nn.Module, layers: Layers) -> dict[str, nn.Module]:
+    """The children of a block of these layers: those of ``old``, in its order, that have one."""
+    found = {path.partition(".")[0]: None for pair in layers.pairs for path in (pair.bn_name, pair.conv_name)}
+    if layers.container is not None:
+        found[layers.container_name] = layers.container
+    return {name: found[name] or _plain(child) for name, child in old._modules.items() if name in found}
+
+
+def _plain(norm: nn.Module) -> nn.Module:
+    """A batch norm of the same tensors and settings without what a subclass adds to it; anything else as it is."""
+    if not isinstance(norm, nn.BatchNorm2d) or type(norm) is nn.BatchNorm2d:
+        return norm
+    plain = nn.BatchNorm2d.__new__(nn.BatchNorm2d)
+    plain.__dict__ = norm.__dict__ | {"_modules": {}}
+    return plain
+
+
+def _compute_alike(old: nn.Module, block: Block) -> bool:
+    """Whether two modules of the same layers compute the same, tried with copies on random images."""
+    C = block.layer(block.names[0][0]).num_features
+    x = torch.randn(2, C, 8, 8, dtype=torch.float64, device="cpu", generator=torch.Generator().manual_seed(0))
+    try:
+        theirs = _outputs(old, x)
+    except Exception:  # it is somebody else's code, which may raise anything: for one image tensor it computes nothing
+        return False
+    block.backend, backend = "eager", block.backend
+    try:
+        ours = _outputs(block, x)
+    except RuntimeError:  # torch's, of layers that do not follow each other
+        return False
+    finally:
+        block.backend = backend
+    return all(map(_close, theirs, ours))
+
+
+def _outputs(module: nn.Module, x: Tensor) -> list[Any]:
+    """What a copy of the module makes of x in training and in eval mode."""
+    module = copy.deepcopy(module).double().cpu()
+    with torch.no_grad(), torch.random.fork_rng(devices=()):
+        return [module.train(mode)(x.clone()) for mode in (True, False)]
+
+
+def _close(theirs: Any, ours: Tensor) -> bool:
+    return isinstance(theirs, Tensor) and theirs.shape == ours.shape and torch.allclose(theirs, ours, 1e-9, 1e-9)

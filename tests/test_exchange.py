@@ -1,0 +1,366 @@
+"""Somebody's net with its blocks fused: what is a block, what stays, and that nothing but the way it is run changes."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.testing import assert_close
+
+import fused_preact
+from fused_preact import PreActBlock, PreActBottleneck, PreActStage, fuse, models
+
+
+def filters(C: int, K: int, bottleneck: bool, stride: int) -> list[nn.Conv2d]:
+    """The convolutions of a block."""
+    if not bottleneck:
+        return [nn.Conv2d(C, K, 3, stride, 1, bias=False), nn.Conv2d(K, K, 3, 1, 1, bias=False)]
+    M = K // 4
+    return [nn.Conv2d(C, M, 1, bias=False), nn.Conv2d(M, M, 3, stride, 1, bias=False), nn.Conv2d(M, K, 1, bias=False)]
+
+
+class Cifar(nn.Module):
+    """As in pytorch-cifar: the shortcut reads relu(bn1(x)), and is there only where the shape changes."""
+
+    def __init__(self, C: int, K: int, bottleneck: bool, stride: int = 1) -> None:
+        super().__init__()
+        for i, conv in enumerate(filters(C, K, bottleneck, stride), start=1):
+            self.add_module(f"bn{i}", nn.BatchNorm2d(conv.in_channels))
+            self.add_module(f"conv{i}", conv)
+        self.units = i
+        if stride != 1 or C != K:
+            self.shortcut = nn.Sequential(nn.Conv2d(C, K, 1, stride, bias=False))
+
+    def forward(self, x):
+        out = F.relu(self.bn1(x))
+        across = self.shortcut(out) if hasattr(self, "shortcut") else x
+        out = self.conv1(out)
+        for i in range(2, self.units + 1):
+            out = self.get_submodule(f"conv{i}")(F.relu(self.get_submodule(f"bn{i}")(out)))
+        return out + across
+
+
+class Raw(nn.Module):
+    """As in pytorch-classification: ``downsample`` reads x; one nn.ReLU for all."""
+
+    def __init__(self, C: int, K: int, bottleneck: bool, stride: int = 1) -> None:
+        super().__init__()
+        self.relu = nn.ReLU(inplace=True)
+        for i, conv in enumerate(filters(C, K, bottleneck, stride), start=1):
+            self.add_module(f"bn{i}", nn.BatchNorm2d(conv.in_channels))
+            self.add_module(f"conv{i}", conv)
+        self.units = i
+        self.downsample = nn.Sequential(nn.Conv2d(C, K, 1, stride, bias=False)) if stride != 1 or C != K else None
+
+    def forward(self, x):
+        out = x
+        for i in range(1, self.units + 1):
+            out = self.get_submodule(f"conv{i}")(self.relu(self.get_submodule(f"bn{i}")(out)))
+        return out + (x if self.downsample is None else self.downsample(x))
+
+
+class Wide(nn.Module):
+    """As in wide ResNets of robustness work: the shortcut is the convolution itself, and there may be dropout."""
+
+    def __init__(self, C: int, K: int, bottleneck: bool, stride: int = 1, dropped: float = 0.0) -> None:
+        super().__init__()
+        assert not bottleneck
+        conv1, conv2 = filters(C, K, False, stride)
+        self.bn1, self.relu1, self.conv1 = nn.BatchNorm2d(C), nn.ReLU(inplace=True), conv1
+        self.bn2, self.relu2, self.conv2 = nn.BatchNorm2d(K), nn.ReLU(inplace=True), conv2
+        self.dropped = dropped
+        self.convShortcut = None if stride == 1 and C == K else nn.Conv2d(C, K, 1, stride, bias=False)
+
+    def forward(self, x):
+        out = self.relu1(self.bn1(x))
+        across = x if self.convShortcut is None else self.convShortcut(out)
+        out = F.dropout(self.relu2(self.bn2(self.conv1(out))), self.dropped, self.training)
+        return torch.add(across, self.conv2(out))
+
+
+class Normed(nn.BatchNorm2d):
+    """A batch norm that activates, too, with modules for that, as timm's."""
+
+    def __init__(self, C: int) -> None:
+        super().__init__(C)
+        self.drop, self.act = nn.Identity(), nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        return self.act(self.drop(super().forward(x)))
+
+
+class Boxed(nn.Module):
+    """A shortcut of its own kind, with places for other layers."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.conv, self.norm = conv, nn.Identity()
+
+    def forward(self, x):
+        return self.norm(self.conv(x))
+
+
+class Timm(nn.Module):
+    """As in timm: the shortcut comes first, the norms activate, and layers that do nothing stand for others."""
+
+    def __init__(self, C: int, K: int, bottleneck: bool, stride: int = 1) -> None:
+        super().__init__()
+        self.downsample = Boxed(nn.Conv2d(C, K, 1, stride, bias=False)) if stride != 1 or C != K else None
+        for i, conv in enumerate(filters(C, K, bottleneck, stride), start=1):
+            self.add_module(f"norm{i}", Normed(conv.in_channels))
+            self.add_module(f"conv{i}", conv)
+        self.units, self.drop_path = i, nn.Identity()
+
+    def forward(self, x):
+        out = self.norm1(x)
+        across = x if self.downsample is None else self.downsample(out)
+        out = self.conv1(out)
+        for i in range(2, self.units + 1):
+            out = self.get_submodule(f"conv{i}")(self.get_submodule(f"norm{i}")(out))
+        return self.drop_path(out) + across
+
+
+class Unit(nn.Module):
+    """BN, ReLU and convolution as a module, which gives what is between, too."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.bn, self.activ, self.conv = nn.BatchNorm2d(conv.in_channels), nn.ReLU(inplace=True), conv
+
+    def forward(self, x):
+        a = self.activ(self.bn(x))
+        return self.conv(a), a
+
+
+class Nested(nn.Module):
+    """As in pytorchcv: the layers are in modules of modules."""
+
+    def __init__(self, C: int, K: int, bottleneck: bool, stride: int = 1) -> None:
+        super().__init__()
+        self.body = nn.Module()
+        for i, conv in enumerate(filters(C, K, bottleneck, stride), start=1):
+            self.body.add_module(f"conv{i}", Unit(conv))
+        if stride != 1 or C != K:
+            self.identity_conv = nn.Conv2d(C, K, 1, stride, bias=False)
+
+    def forward(self, x):
+        first, *others = self.body.children()
+        out, a = first(x)
+        for unit in others:
+            out, _ = unit(out)
+        return out + (self.identity_conv(a) if hasattr(self, "identity_conv") else x)
+
+
+KINDS = {kind.__name__: kind for kind in (Cifar, Raw, Wide, Timm, Nested)}
+CASES = [(name, bottleneck) for name in KINDS for bottleneck in (False, True) if not (name == "Wide" and bottleneck)]
+
+
+class Net(nn.Module):
+    """Two stages of somebody's blocks, no setting of which is the default, in float64."""
+
+    def __init__(self, kind, bottleneck: bool = False, **options) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.layer1 = nn.Sequential(kind(8, 16, bottleneck, **options), kind(16, 16, bottleneck, **options))
+        self.layer2 = nn.Sequential(kind(16, 24, bottleneck, 2, **options), kind(24, 24, bottleneck, **options))
+        self.bn, self.fc = nn.BatchNorm2d(24), nn.Linear(24, 5)
+        for bn in self.modules():
+            if isinstance(bn, nn.BatchNorm2d):
+                bn.eps, bn.momentum = 1e-3, 0.3
+                nn.init.uniform_(bn.weight, 0.5, 1.5), nn.init.uniform_(bn.bias, -0.5, 0.5)
+        self.double()
+
+    def forward(self, x):
+        return self.fc(F.relu(self.bn(self.layer2(self.layer1(self.stem(x))))).mean((2, 3)))
+
+
+def images() -> torch.Tensor:
+    return torch.randn(3, 3, 9, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def step(net: nn.Module) -> dict[str, torch.Tensor]:
+    """Scores, gradients and state after a training step."""
+    net.zero_grad()
+    y = net(images())
+    y.square().sum().backward()
+    return {"y": y.detach(), **{name: p.grad for name, p in net.named_parameters()}, **net.state_dict()}
+
+
+@pytest.mark.parametrize(("name", "bottleneck"), CASES)
+def test_a_fused_net_is_the_net_it_was(name, bottleneck):
+    """Parameters, their order, keys, settings and modes stay, and so does what a training step makes of them."""
+    net = Net(KINDS[name], bottleneck)
+    list(net.layer1[0].children())[-1].requires_grad_(False)
+    net.layer2.eval()
+    parameters, modes = list(net.parameters()), [m.training for m in net.modules() if isinstance(m, nn.Conv2d)]
+    plain = copy.deepcopy(net)
+    assert fuse(net, backend="library") is net
+    assert [type(stage) for stage in (net.layer1, net.layer2)] == [PreActStage] * 2
+    assert {type(block) for block in net.layer1} == {PreActBottleneck if bottleneck else PreActBlock}
+    assert all(a is b for a, b in zip(net.parameters(), parameters, strict=True))
+    assert list(net.state_dict()) == list(plain.state_dict())
+    assert [m.training for m in net.modules() if isinstance(m, nn.Conv2d)] == modes
+    assert (net.layer1.training, net.layer2.training) == (True, False)
+    assert [choice.backend for choice in fused_preact.explain(net, images())] == ["library"] * 2
+    ours, theirs = step(net), step(plain)
+    for key, value in theirs.items():
+        assert_close(ours[key], value, rtol=1e-9, atol=1e-10, msg=key)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_fused_net_is_copied_pickled_and_compiled(name):
+    """As any of the package's own."""
+    net = fuse(Net(KINDS[name]), memory="lean").eval()
+    assert net.layer1.memory == "lean"
+    y = net(images())
+    assert_close(copy.deepcopy(net)(images()), y)
+    assert_close(pickle.load(io.BytesIO(pickle.dumps(net.layer1)))(net.stem(images())), net.layer1(net.stem(images())))
+    assert_close(torch.compile(net, backend="aot_eager", fullgraph=True)(images()), y)
+
+
+def test_fusing_moves_nothing():
+    """Blocks are tried with copies: statistics, counts and the random numbers that come next are as they were."""
+    net = Net(Wide, dropped=0.3)
+    before, state = copy.deepcopy(net.state_dict()), torch.get_rng_state()
+    with pytest.raises(ValueError, match=r"without any; layer1.0, layer1.1, .*: of the layers of a block Wide"):
+        fuse(net)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert_close(net.state_dict(), before, rtol=0, atol=0)
+    assert {type(block) for block in (*net.layer1, *net.layer2)} == {Wide}
+
+
+def test_what_computes_something_else_stays():
+    """Dropout between the convolutions is no layer that a block has: one warning names where it is."""
+    net = Net(Wide)
+    net.layer1[1].dropped = 0.5
+    with pytest.warns(UserWarning, match=r"^fuse leaves blocks as they are; layer1.1: of the layers of a") as found:
+        fuse(net)
+    assert len(found) == 1
+    assert [type(block) for block in net.layer1] == [PreActBlock, Wide]
+    assert type(net.layer1) is nn.Sequential
+    assert type(net.layer2) is PreActStage
+
+
+def test_a_block_with_hooks_stays():
+    """They would not be called any more; those of its layers are, for then these run one after the other."""
+    net = Net(Cifar)
+    net.layer1[0].shortcut.register_forward_hook(lambda *_: None)
+    net.layer1[1].register_forward_hook(lambda *_: None)
+    net.layer2[0].bn2.register_forward_hook(lambda *_: None)
+    with pytest.warns(UserWarning, match=r"; layer1.0, layer1.1: it has hooks, which run only when it is called$"):
+        fuse(net, backend="library")
+    assert [type(block) for block in net.layer1] == [Cifar, Cifar]
+    assert [choice.backend for choice in fused_preact.explain(net, images())] == ["eager", "library"]
+
+
+def test_batch_norms_without_tensors():
+    """They are layers all the same."""
+    net = Net(Cifar)
+    net.layer1[1].bn1 = nn.BatchNorm2d(16, affine=False, track_running_stats=False)
+    plain = copy.deepcopy(net)
+    fuse(net)
+    assert_close(net(images()), plain(images()))
+    assert list(net.state_dict()) == list(plain.state_dict())
+
+
+def test_hooks_of_a_box_are_heard_of():
+    """A module in which the layers of a block are is not called: with a hook, added later, the layers run plainly."""
+    net = fuse(Net(Nested), backend="library")
+    net.layer1[0].body.conv1.register_forward_hook(lambda *_: None)
+    reasons = str(fused_preact.explain(net, images()))
+    assert "body.conv1 has hooks or a forward of its own, which run only when it is called" in reasons
+
+
+def test_a_module_in_two_places_is_exchanged_once():
+    """It still is one."""
+    block = Cifar(8, 8, False).double()
+    net = nn.Sequential(nn.Conv2d(3, 8, 1).double(), block, nn.Sequential(block, block))
+    plain = copy.deepcopy(net)
+    fuse(net)
+    assert net[1] is net[2][0] is net[2][1]
+    assert_close(net.eval()(images()), plain.eval()(images()))
+
+
+def test_a_block_and_a_sequence_of_blocks():
+    """What cannot be changed in place is returned; what is fused already is taken as it is."""
+    assert type(fuse(Cifar(8, 8, True))) is PreActBottleneck
+    stage = fuse(nn.Sequential(PreActBlock(4, 4), Cifar(4, 8, False)).eval(), memory="lean")
+    assert (type(stage), stage.memory, stage.training) == (PreActStage, "lean", False)
+
+
+@pytest.mark.parametrize("kind", [Raw, Timm])
+def test_a_shortcut_behind_the_first_activation(kind):
+    """As in front of the paper's nets."""
+
+    class First(kind):
+        def forward(self, x):
+            bn, conv = (self.bn1, self.conv1) if kind is Raw else (self.norm1, self.conv1)
+            a = F.relu(bn(x))
+            bn = self.bn2 if kind is Raw else self.norm2
+            return self.conv2(F.relu(bn(conv(a)))) + a
+
+    old = First(8, 8, False).double()
+    plain, x = copy.deepcopy(old), torch.randn(2, 8, 5, 5, dtype=torch.float64)
+    block = fuse(old, backend="library")
+    assert type(block) is models.FirstPreActBlock
+    assert_close(block(x), plain(x))
+    assert_close(block.state_dict(), plain.state_dict())
+
+
+def conv_first(C: int, K: int, bottleneck: bool, stride: int = 1) -> nn.Module:
+    """A block that normalises behind its convolutions: no pre-activation."""
+    conv1, conv2 = filters(C, K, bottleneck, stride)
+    return nn.Sequential(conv1, nn.BatchNorm2d(K), nn.ReLU(), conv2, nn.BatchNorm2d(K))
+
+
+class Scaled(Cifar):
+    """With a parameter of its own."""
+
+    def __init__(self, *args) -> None:
+        super().__init__(*args)
+        self.scale = nn.Parameter(torch.ones(()))
+
+
+class Excited(Cifar):
+    """With layers besides."""
+
+    def __init__(self, *args) -> None:
+        super().__init__(*args)
+        self.excitation = nn.Linear(4, 4)
+
+
+class Deep(Cifar):
+    """Its shortcut's convolution is in a box in a box."""
+
+    def __init__(self, C: int, K: int, bottleneck: bool, stride: int = 2) -> None:
+        super().__init__(C, K, bottleneck, 2)
+        self.shortcut = nn.Sequential(self.shortcut)
+
+
+@pytest.mark.parametrize("kind", [conv_first, Scaled, Excited, Deep])
+def test_what_has_other_layers_is_no_block(kind):
+    """It is passed over without a word."""
+    with pytest.raises(ValueError, match=r"^net must have a block of batch norm, .*; got a Sequential without any$"):
+        fuse(nn.Sequential(kind(8, 8, False), nn.Flatten()))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (dict(net=Cifar), TypeError, "net must be a module, got type"),
+        (dict(memory="none"), ValueError, "memory must be one of 'fast', 'lean', 'min'; got 'none'"),
+        (dict(backend="x"), ValueError, "backend must be one of .*; got 'x'"),
+        (dict(memory="min"), ValueError, "memory='min' needs blocks of three convolutions or more; block 0"),
+    ],
+    ids=["class", "memory", "backend", "mode"],
+)
+def test_what_is_refused_changes_nothing(arguments, error, message):
+    """One sentence, and the net is as it was."""
+    net = Net(Cifar)
+    with pytest.raises(error, match=message):
+        fuse(**dict(net=net) | arguments)
+    assert {type(block) for block in (*net.layer1, *net.layer2)} == {Cifar}
