@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from . import backends
 from .blocks import Block, PreActBlock, PreActBottleneck
 from .checks import one_of
-from .layers import Layers, Pair, hooked
+from .layers import Layers, Pair, bare, has_own_forward, hooked
 from .models import FirstPreActBlock
 from .modules import Fused
 from .schedule import MEMORY
@@ -30,8 +31,9 @@ def fuse(net: nn.Module, memory: str = "fast", backend: str = "auto") -> nn.Modu
 
     A block is any module whose layers are bn, conv, bn, conv (, bn, conv), of whatever names, and at most one more
     convolution, and which computes of them what `PreActBlock`, `PreActBottleneck` or `models.FirstPreActBlock` does:
-    that is tried with copies, in training and in eval mode, on random images in float64. The fused blocks hold the
-    layers themselves: parameters (also those that an optimizer has), keys, settings, modes and hooks of these stay.
+    that is tried with copies, in training and in eval mode, on random parameters and images in float64. The fused
+    blocks hold the layers themselves: parameters (also those that an optimizer has), keys, settings, modes and hooks of
+    these stay.
     Batch norms that activate, too, as timm's, become plain ones of the same tensors.
 
     Args:
@@ -47,7 +49,7 @@ def fuse(net: nn.Module, memory: str = "fast", backend: str = "auto") -> nn.Modu
         ValueError: it has no such block; there is no such mode or backend, or a stage of its blocks has not the mode.
 
     Warns:
-        UserWarning: modules of such layers have hooks, or compute something else of them: they stay as they are.
+        UserWarning: modules of such layers have hooks, are compiled or compute something else: they stay as they are.
     """
     if not isinstance(net, nn.Module):
         raise TypeError(f"net must be a module, got {type(net).__name__}")
@@ -57,8 +59,8 @@ def fuse(net: nn.Module, memory: str = "fast", backend: str = "auto") -> nn.Modu
     result = exchange.of(net)
     if not exchange.made:
         raise ValueError(
-            "net must have a block of batch norm, ReLU and convolution in this order, twice or three times; "
-            f"got a {type(net).__name__} without any{exchange.left()}"
+            "net must have a block of batch norm, ReLU and convolution in this order, twice or three times, "
+            f"not fused yet; got a {type(net).__name__} without any{exchange.left()}"
         )
     exchange.apply()
     if exchange.left():
@@ -79,12 +81,16 @@ class _Exchange:
         """What a module is exchanged for, itself where nothing is. What is inside of it comes first."""
         if module in self.made or isinstance(module, (Fused, PreActStage, torch.jit.ScriptModule)):
             return self.made.get(module, module)
+        if _is_wrapper(module):
+            if any(_layers(inner) is not None for inner in module.modules()):
+                self._left[name] = _COMPILED
+            return module
         children = {}
         for key, child in module._modules.items():
             children[key] = None if child is None else self.of(child, f"{name}.{key}" if name else key)
         changes = [(module, key, child) for key, child in children.items() if child is not module._modules[key]]
         if type(module) is nn.Sequential and children and all(isinstance(child, Block) for child in children.values()):
-            new = module if hooked(module) else PreActStage(OrderedDict(children), memory=self.memory)
+            new = module if _why_called(module) else PreActStage(OrderedDict(children), memory=self.memory)
         else:
             new = module if changes else self._block(module, name) or module
         if new is module:
@@ -108,24 +114,62 @@ class _Exchange:
 
     def _block(self, old: nn.Module, name: str) -> Block | None:
         layers = _layers(old)
-        if layers is None:
-            return None
-        kept = {layer for pair in layers.pairs for layer in (pair.bn, pair.conv)} | {layers.projection()}
-        if any(hooked(module) for module in old.modules() if module not in kept):
-            self._left[name] = "it has hooks, which run only when it is called"
-            return None
-        shortcuts = ("identity",) if layers.container is None else ("activated", "raw")
-        for kind, shortcut in itertools.product(_KINDS[len(layers.pairs)], shortcuts):
-            block = kind.of(layers._replace(shortcut=shortcut), _children(old, layers), self.backend)
-            if _compute_alike(old, block):
-                self._left = {key: why for key, why in self._left.items() if not key.startswith(f"{name}.")}
-                return block
-        self._left[name] = f"of the layers of a block {type(old).__name__} computes something else"
-        return None
+        block = None if layers is None else _block_of(old, layers)
+        if isinstance(block, str):
+            self._left[name], block = block, None
+        elif block is not None:
+            block.backend, inside = self.backend, f"{name}." if name else ""
+            self._left = {key: why for key, why in self._left.items() if not key.startswith(inside)}
+        return block
+
+
+_COMPILED = "it is compiled: fuse it before that"
+
+
+def _is_wrapper(module: nn.Module) -> bool:
+    """Whether a module is what torch.compile returned, which goes on to call what it was made of."""
+    return "_orig_mod" in module._modules
+
+
+def _why_called(module: nn.Module) -> str | None:
+    """Why nothing can take the place of a module, or None."""
+    if _is_wrapper(module) or module._compiled_call_impl is not None:
+        return _COMPILED
+    if hooked(module) or has_own_forward(module):
+        return "it has hooks or a forward of its own, which run only when it is called"
+    return None
+
+
+def _block_of(old: nn.Module, layers: Layers) -> Block | str:
+    """The block that computes of these layers what ``old`` does, as plain layers; or why there is none."""
+    kept = {layer for pair in layers.pairs for layer in (pair.bn, pair.conv)} | {layers.projection()}
+    reasons = (_why_called(module) for module in old.modules() if module not in kept)
+    if reason := next(filter(None, reasons), None):
+        return reason
+    channels = layers.pairs[0].bn.num_features
+    try:
+        theirs = _outputs(old, channels)
+    except Exception as error:  # it is somebody else's code, which may raise anything
+        return f"a copy of it that is tried raises {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    shortcuts = ("identity",) if layers.container is None else ("activated", "raw")
+    for kind, shortcut in itertools.product(_KINDS[len(layers.pairs)], shortcuts):
+        try:
+            block = kind.of(layers._replace(shortcut=shortcut), _children(old, layers), "eager")
+        except KeyError as error:  # nn.Module's
+            return f"no child of a {kind.__name__} can have the name of one of its own: {error.args[0]}"
+        try:
+            ours = _outputs(block, channels)
+        except Exception:  # layers that do not follow each other, or take more than x
+            continue
+        if all(map(_close, theirs, ours)):
+            return block
+    return f"of the layers of a block {type(old).__name__} computes something else"
 
 
 def _layers(old: nn.Module) -> Layers | None:
     """The layers of a module that may be a block, with the shortcut "identity"; None where it cannot be one."""
+    if type(old).forward is nn.Module.forward:  # a box that nothing calls, as an nn.ModuleList
+        return None
     pairs: list[Pair] = []
     norm, across = None, None
     for name, layer in [("", old)] if old._parameters or old._buffers else _leaves(old):
@@ -142,6 +186,8 @@ def _layers(old: nn.Module) -> Layers | None:
             return None
     if norm is not None or len(pairs) not in _KINDS or (across is not None and across[0].count(".") > 1):
         return None
+    if across is not None and any(path.startswith(across[0].partition(".")[0] + ".") for path in _paths(pairs)):
+        return None  # the shortcut's box is to hold nothing else
     layers = Layers(pairs, "identity", *_shortcut(across), _boxes(old, pairs))
     conv, C, K = layers.projection(), pairs[0].conv.in_channels, pairs[-1].conv.out_channels
     fits = C == K if conv is None else (conv.in_channels, conv.out_channels) == (C, K)
@@ -153,12 +199,16 @@ def _shortcut(across: tuple[str, nn.Module] | None) -> tuple[str, nn.Module | No
     if across is None:
         return "shortcut", None
     (name, _, key), conv = across[0].partition("."), across[1]
-    return name, nn.Sequential(OrderedDict({key: conv})) if key else conv
+    return name, nn.Sequential(OrderedDict({key: conv})).train(conv.training) if key else conv
 
 
 def _boxes(old: nn.Module, pairs: list[Pair]) -> list[tuple[str, nn.Module]]:
-    paths = [path for pair in pairs for path in (pair.bn_name, pair.conv_name)]
+    paths = _paths(pairs)
     return [(name, box) for name, box in old.named_modules() if any(path.startswith(f"{name}.") for path in paths)]
+
+
+def _paths(pairs: list[Pair]) -> list[str]:
+    return [path for pair in pairs for path in (pair.bn_name, pair.conv_name)]
 
 
 def _leaves(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -172,7 +222,7 @@ def _leaves(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]
 
 def _children(old: nn.Module, layers: Layers) -> dict[str, nn.Module]:
     """The children of a block of these layers: those of ``old``, in its order, that have one."""
-    found = {path.partition(".")[0]: None for pair in layers.pairs for path in (pair.bn_name, pair.conv_name)}
+    found = {path.partition(".")[0]: None for path in _paths(layers.pairs)}
     if layers.container is not None:
         found[layers.container_name] = layers.container
     return {name: found[name] or _plain(child) for name, child in old._modules.items() if name in found}
@@ -187,28 +237,21 @@ def _plain(norm: nn.Module) -> nn.Module:
     return plain
 
 
-def _compute_alike(old: nn.Module, block: Block) -> bool:
-    """Whether two modules of the same layers compute the same, tried with copies on random images."""
-    C = block.layer(block.names[0][0]).num_features
-    x = torch.randn(2, C, 8, 8, dtype=torch.float64, device="cpu", generator=torch.Generator().manual_seed(0))
-    try:
-        theirs = _outputs(old, x)
-    except Exception:  # it is somebody else's code, which may raise anything: for one image tensor it computes nothing
-        return False
-    block.backend, backend = "eager", block.backend
-    try:
-        ours = _outputs(block, x)
-    except RuntimeError:  # torch's, of layers that do not follow each other
-        return False
-    finally:
-        block.backend = backend
-    return all(map(_close, theirs, ours))
+def _outputs(module: nn.Module, channels: int) -> list[Any]:
+    """What a copy of the module, of random parameters, makes of random images in training and in eval mode.
 
-
-def _outputs(module: nn.Module, x: Tensor) -> list[Any]:
-    """What a copy of the module makes of x in training and in eval mode."""
-    module = copy.deepcopy(module).double().cpu()
+    With the parameters that it has, a last layer that begins with zeros would hide what comes before it, and nothing
+    would be as large as what ReLU6 cuts off.
+    """
+    module, random = copy.deepcopy(module).to_empty(device="cpu").double(), torch.Generator().manual_seed(0)
     with torch.no_grad(), torch.random.fork_rng(devices=()):
+        for child in module.modules():
+            bare(child)
+        for t in module.parameters():
+            t.normal_(std=10 / math.sqrt(math.prod(t.shape[1:])), generator=random)
+        for t in module.buffers():
+            t.uniform_(0.5, 1.5, generator=random) if t.is_floating_point() else t.fill_(1)
+        x = torch.randn(2, channels, 8, 8, dtype=torch.float64, device="cpu", generator=random)
         return [module.train(mode)(x.clone()) for mode in (True, False)]
 
 

@@ -157,6 +157,13 @@ def hooked(child: nn.Module) -> bool:
     return any(child.__dict__[name] for name in _HOOKS)
 
 
+def bare(child: nn.Module) -> None:
+    """Let calling the module run no more than the forward of its class."""
+    for name in _HOOKS:
+        child.__dict__[name].clear()
+    child.__dict__.pop("forward", None)
+
+
 # What a fused call reads of a layer, by the dictionary that has it.
 _TENSORS = {
     nn.BatchNorm2d: {"_parameters": ("weight", "bias"), "_buffers": ("running_mean", "running_var")},

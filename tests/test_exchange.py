@@ -251,7 +251,7 @@ def test_a_block_with_hooks_stays():
     net.layer1[0].shortcut.register_forward_hook(lambda *_: None)
     net.layer1[1].register_forward_hook(lambda *_: None)
     net.layer2[0].bn2.register_forward_hook(lambda *_: None)
-    with pytest.warns(UserWarning, match=r"; layer1.0, layer1.1: it has hooks, which run only when it is called$"):
+    with pytest.warns(UserWarning, match=r"; layer1.0, layer1.1: it has hooks or a forward of its own, .* called$"):
         fuse(net, backend="library")
     assert [type(block) for block in net.layer1] == [Cifar, Cifar]
     assert [choice.backend for choice in fused_preact.explain(net, images())] == ["eager", "library"]
@@ -265,6 +265,142 @@ def test_batch_norms_without_tensors():
     fuse(net)
     assert_close(net(images()), plain(images()))
     assert list(net.state_dict()) == list(plain.state_dict())
+
+
+class Smooth(Cifar):
+    """With SiLU in the place of ReLU."""
+
+    def forward(self, x):
+        return self.conv2(F.silu(self.bn2(self.conv1(F.silu(self.bn1(x)))))) + x
+
+
+class Cut(Cifar):
+    """With ReLU6."""
+
+    def forward(self, x):
+        return self.conv2(F.relu6(self.bn2(self.conv1(F.relu6(self.bn1(x)))))) + x
+
+
+class Scaling(nn.Conv2d):
+    """A convolution that is called with more than x."""
+
+    def forward(self, x, factor):
+        return super().forward(x) * factor
+
+
+class Factor(Cifar):
+    """It calls a layer with more than x."""
+
+    def __init__(self, C: int, K: int, bottleneck: bool) -> None:
+        super().__init__(C, K, bottleneck)
+        self.conv2 = Scaling(K, K, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv2(F.relu(self.bn2(self.conv1(F.relu(self.bn1(x))))), 1.0) + x
+
+
+@pytest.mark.parametrize("kind", [Smooth, Cut, Factor])
+def test_a_block_is_tried_with_other_parameters_than_its_own(kind):
+    """A last layer of zeros hides what is before it, and what an activation cuts off comes later in training."""
+    block = kind(8, 8, False)
+    nn.init.zeros_(block.conv2.weight)
+    with pytest.raises(ValueError, match=r"; net: of the layers of a block .* computes something else$"):
+        fuse(block)
+
+
+def test_a_net_without_numbers():
+    """On the meta device blocks are known by what they compute, too."""
+    with torch.device("meta"):
+        net = fuse(Net(Cifar))
+    assert [type(stage) for stage in (net.layer1, net.layer2)] == [PreActStage] * 2
+
+
+def test_hooks_hear_nothing_of_the_trial():
+    """Those of layers are for the net's own calls."""
+    net, heard = Net(Cifar), []
+    net.layer1[0].conv1.register_forward_hook(lambda *_: heard.append(1))
+    net.layer1[1].conv1.forward = lambda x: heard.append(1)
+    fuse(net)
+    assert not heard
+    assert type(net.layer1) is PreActStage
+
+
+@pytest.mark.parametrize("place", ["block", "stage", "wrapper"])
+def test_what_is_compiled_stays(place):
+    """It goes on to call what it was compiled of."""
+    net = Net(Cifar)
+    if place == "wrapper":
+        net.layer1 = torch.compile(net.layer1, backend="eager")
+    else:
+        (net.layer1 if place == "stage" else net.layer1[0]).compile(backend="eager")
+    before = type(net.layer1)
+    if place == "stage":
+        fuse(net)
+    else:
+        with pytest.warns(UserWarning, match=r"; layer1(.0)?: it is compiled: fuse it before that$"):
+            fuse(net)
+    assert type(net.layer1) is before
+    assert type(net.layer2) is PreActStage
+
+
+def test_a_block_that_cannot_be_tried_says_why():
+    """Its own code, or torch's, raised."""
+
+    class Shy(Cifar):
+        def __deepcopy__(self, memo):
+            raise RuntimeError("no copies\nof this")
+
+    with pytest.raises(ValueError, match=r"; net: a copy of it that is tried raises RuntimeError: no copies$"):
+        fuse(Shy(8, 8, False))
+
+
+class Branch(nn.Module):
+    """The layers are in a module of a name to choose, which is called."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        conv1, conv2 = filters(8, 8, False, 1)
+        branch = nn.Sequential(nn.BatchNorm2d(8), nn.ReLU(), conv1, nn.BatchNorm2d(8), nn.ReLU(), conv2)
+        self.name = name
+        self.add_module(name, branch)
+
+    def forward(self, x):
+        return x + self.get_submodule(self.name)(x)
+
+
+def test_what_is_inside_of_a_block_is_not_spoken_of(recwarn):
+    """It has the layers of a block, too, and is none."""
+    assert type(fuse(Branch("branch"))) is PreActBlock
+    assert not recwarn.list
+
+
+def test_a_child_named_as_something_of_a_block():
+    """It could not be reached."""
+    with pytest.raises(ValueError, match=r"; net: no child of a PreActBlock can have .*: attribute 'layers' already"):
+        fuse(Branch("layers"))
+
+
+def test_all_layers_in_one_box():
+    """That of the shortcut among the others."""
+
+    class Listed(Cifar):
+        def __init__(self) -> None:
+            super().__init__(8, 16, False)
+            self.all = nn.ModuleList([self.bn1, self.conv1, self.bn2, self.conv2, *self.shortcut])
+            del self.bn1, self.conv1, self.bn2, self.conv2, self.shortcut
+
+        def forward(self, x):
+            bn1, conv1, bn2, conv2, shortcut = self.all
+            a = F.relu(bn1(x))
+            return conv2(F.relu(bn2(conv1(a)))) + shortcut(a)
+
+    with pytest.raises(ValueError, match=r"got a Listed without any$"):
+        fuse(Listed())
+
+
+def test_the_mode_of_a_shortcut_stays():
+    """Of its box, too, where that is another."""
+    assert not any(module.training for module in fuse(Net(Timm).eval()).modules())
 
 
 def test_hooks_of_a_box_are_heard_of():
