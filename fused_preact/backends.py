@@ -320,7 +320,8 @@ def explain(target: torch.nn.Module | Callable[..., torch.Tensor], *args: Any, *
     Within ``torch.no_grad()`` a net in eval mode is explained as it runs for inference, which may be served otherwise.
     ``target`` is any module, a whole net too, or `bn_relu_conv2d`: ``print(fused_preact.explain(net, images))``. Of
     another function, a method of a module too, it is not known whose statistics the call would change.
-    Meanwhile what was compiled runs as it was written, in all threads.
+    Meanwhile what was compiled runs as it was written, in all threads, and no other thread may call ``target``, whose
+    tensors are the fake ones.
 
     Raises:
         TypeError, ValueError: ``target`` is something else, or what the call itself would raise for its arguments.
