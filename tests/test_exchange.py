@@ -308,6 +308,27 @@ def test_a_block_is_tried_with_other_parameters_than_its_own(kind):
         fuse(block)
 
 
+class Detached(Cifar):
+    """Its shortcut passes no gradient."""
+
+    def forward(self, x):
+        return super().forward(x) - x + x.detach()
+
+
+class Rounded(Cifar):
+    """It gives another type than x has."""
+
+    def forward(self, x):
+        return super().forward(x).float()
+
+
+@pytest.mark.parametrize("kind", [Detached, Rounded])
+def test_a_block_of_other_gradients_or_types_stays(kind):
+    """Its numbers are the same, or nearly."""
+    with pytest.raises(ValueError, match=r"; net: of the layers of a block .* computes something else$"):
+        fuse(kind(8, 8, False))
+
+
 def test_a_net_without_numbers():
     """On the meta device blocks are known by what they compute, too."""
     with torch.device("meta"):
