@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 import math
 import warnings
@@ -146,6 +147,8 @@ def _block_of(old: nn.Module, layers: Layers) -> Block | str:
     reasons = (_why_called(module) for module in old.modules() if module not in kept)
     if reason := next(filter(None, reasons), None):
         return reason
+    if len(inspect.signature(old.forward).parameters) > 1:
+        return "its forward takes more than x"
     channels = layers.pairs[0].bn.num_features
     try:
         theirs = _outputs(old, channels)
@@ -161,7 +164,8 @@ def _block_of(old: nn.Module, layers: Layers) -> Block | str:
             ours = _outputs(block, channels)
         except Exception:  # layers that do not follow each other, or take more than x
             continue
-        if all(map(_close, theirs, ours)):
+        alike = list(old.state_dict()) == list(block.state_dict()) and len(theirs) == len(ours)
+        if alike and all(map(_close, theirs, ours)):
             return block
     return f"of the layers of a block {type(old).__name__} computes something else"
 
@@ -247,19 +251,21 @@ def _outputs(module: nn.Module, channels: int) -> list[Any]:
         module, random = copy.deepcopy(module).to_empty(device="cpu").double(), torch.Generator().manual_seed(0)
         for child in module.modules():
             bare(child)
-        for t in module.parameters():
+        for _, t in sorted(module.named_parameters()):
             t.data.normal_(std=10 / math.sqrt(math.prod(t.shape[1:])), generator=random)
-        for t in module.buffers():
+        for _, t in sorted(module.named_buffers()):
             t.uniform_(0.5, 1.5, generator=random) if t.is_floating_point() else t.fill_(1)
         x = torch.randn(2, channels, 8, 8, dtype=torch.float64, device="cpu", generator=random)
         return [*_response(module.train(), x), *_response(module.eval(), x)]
 
 
 def _response(module: nn.Module, x: Tensor) -> list[Any]:
-    """What the module makes of x, and the gradient of its squares."""
-    x.requires_grad_()
+    """What the module makes of x, and the gradients of its squares."""
+    leaves = [x.requires_grad_(), *(t.requires_grad_() for _, t in sorted(module.named_parameters()))]
     y = module(x.clone())
-    return [y.detach(), *torch.autograd.grad(y.square().sum(), x)] if isinstance(y, Tensor) else [y]
+    if not isinstance(y, Tensor):
+        return [y]
+    return [y.detach(), *torch.autograd.grad(y.square().sum(), leaves, allow_unused=True)]
 
 
 def _close(theirs: Any, ours: Tensor) -> bool:
