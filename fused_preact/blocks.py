@@ -52,7 +52,8 @@ class Block(Fused):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(backend)
-        positive("in_planes", in_planes), positive("planes", planes), positive("stride", stride)
+        in_planes, planes = positive("in_planes", in_planes), positive("planes", planes)
+        stride = positive("stride", stride)
         one_of("shortcut_input", shortcut_input, ("activated", "raw"))
         one_of("shortcut_name", shortcut_name, SHORTCUT_NAMES)
         self.shortcut_input, self.shortcut_name = shortcut_input, shortcut_name

@@ -7,6 +7,7 @@ ValueError.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -98,8 +99,7 @@ def geometry(
         raise ValueError(f"padding must be an integer, a pair, 'same' or 'valid', got {padding!r}")
     else:
         pads = pair("padding", padding, 0)
-    positive("groups", groups)
-    return Conv(*strides, *pads, *dilations, groups)
+    return Conv(*strides, *pads, *dilations, positive("groups", groups))
 
 
 def tensor(name: str, t: Any) -> None:
@@ -108,12 +108,18 @@ def tensor(name: str, t: Any) -> None:
         raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
 
 
-def positive(name: str, value: Any) -> None:
-    """Raise TypeError unless value is an integer, ValueError unless it is at least 1."""
-    if type(value) is not int:
+def positive(name: str, value: Any) -> int:
+    """``value``, of any type of integers, as an int.
+
+    Raises:
+        TypeError: it is not an integer.
+        ValueError: it is less than 1.
+    """
+    if not isinstance(value, Integral) or isinstance(value, bool):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value!r}")
+    return int(value)
 
 
 def number(name: str, value: Any) -> None:

@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -133,7 +134,8 @@ def test_stride_and_shortcut_options():
 def test_sizes_are_positive_integers(kind, name):
     """A pair is not taken for a stride that changes the shape, and nothing is built that cannot run."""
     sizes = {"in_planes": 4, "planes": 4, "stride": 1}
-    for value in (1, 1), 1.0, None:
+    assert kind(**{**sizes, name: np.int64(4)}).state_dict().keys() >= {"bn1.weight", "conv2.weight"}
+    for value in (1, 1), 1.0, None, True:
         with pytest.raises(TypeError, match=rf"^{name} must be an integer, got {re.escape(repr(value))}$"):
             kind(**{**sizes, name: value})
     for value in 0, -2:
