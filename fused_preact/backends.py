@@ -310,6 +310,18 @@ def _place(where: Any, names: dict[Any, str]) -> str:
     return where if isinstance(where, str) else names.get(where) or type(where).__name__
 
 
+def _fakes(names: dict[torch.nn.Module, str], mode: Any) -> dict[str, torch.Tensor]:
+    """Fake tensors for the parameters and buffers of modules, those of each module once, wherever else it is."""
+    fakes = {}
+    for module, prefix in names.items():
+        for members in module.named_parameters, module.named_buffers:
+            for name, t in members(prefix, recurse=False, remove_duplicate=False):
+                fakes[name] = mode.from_tensor(t)
+                if t.dim() == 0 and not t.requires_grad:  # a count, which nn.BatchNorm2d reads for averages
+                    fakes[name].constant = t.clone()
+    return fakes
+
+
 _explaining = threading.RLock()
 
 
@@ -339,8 +351,9 @@ def _explain(target: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanati
     names: dict[Any, str] = {}
     if isinstance(target, torch.nn.Module):
         names = {module: name for name, module in target.named_modules()}
-        state = {**dict(target.named_parameters()), **dict(target.named_buffers())}
-        target = functools.partial(functional_call, target, tree_map_only(torch.Tensor, mode.from_tensor, state))
+        state = _fakes(names, mode)
+        # Tied, what is in two places would be exchanged twice, and the second time given back as a fake tensor.
+        target = functools.partial(functional_call, target, state, tie_weights=False)
         args, kwargs = (args, kwargs), {}
     elif target is not bn_relu_conv2d:
         raise TypeError(

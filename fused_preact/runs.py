@@ -62,7 +62,7 @@ _REMEMBERED = "_remembered"
 
 def remembered(module: nn.Module, make: Callable[[], Any]) -> Any:
     """What ``make`` gives, made again only when something that a fused call reads of the module changed."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or backends.is_recording():  # `explain` puts fake tensors in, not to be kept
         return make()
     watch, made = module.__dict__.get(_REMEMBERED) or (None, None)
     if watch is None or not watch.holds(module):

@@ -30,6 +30,34 @@ def test_explain_computes_and_changes_nothing():
     assert torch.equal(var, torch.ones(4))
 
 
+def test_explain_of_what_is_in_two_places():
+    """A block and a layer that a net has twice keep their own parameters: no fake tensor is left in the net."""
+    block, first, second = PreActBlock(4, 4), BNReLUConv2d(4, 4, 1), BNReLUConv2d(4, 4, 1)
+    second.conv, first.bn.weight = first.conv, second.bn.weight
+    net = torch.nn.Sequential(block, PreActStage(block, block), first, second)
+    before = net.state_dict(keep_vars=True)
+    assert [choice.where for choice in fused_preact.explain(net, torch.randn(2, 4, 5, 5))] == ["0", "1", "2", "3"]
+    assert all(t is before[name] for name, t in net.state_dict(keep_vars=True).items())
+
+
+def test_explain_keeps_nothing():
+    """What was remembered of the last call stays, and nothing of the fake tensors, which refer to the real ones."""
+    for module in PreActBlock(4, 4), PreActStage(PreActBlock(4, 4)):
+        module(torch.randn(2, 4, 5, 5))
+        before = dict(module.__dict__)
+        fused_preact.explain(module, torch.randn(2, 4, 5, 5))
+        assert module.__dict__ == before
+
+
+def test_explain_of_averages():
+    """Plain batch norms with momentum=None read their count, which a fake tensor does not have."""
+    net = torch.nn.Sequential(BNReLUConv2d(4, 4, 1, momentum=None, backend="eager"), BNReLUConv2d(4, 4, 1))
+    net[1].bn = net[0].bn
+    net.append(net[0])
+    assert [choice.where for choice in fused_preact.explain(net, torch.randn(2, 4, 5, 5))] == ["0", "1", "0"]
+    assert net[0].bn.num_batches_tracked == 0
+
+
 @pytest.mark.parametrize("kind", ["method", "function", "partial", "int"])
 def test_explain_is_of_a_module_or_the_function(kind):
     """Of anything else the tensors that it changes are not known: it is refused, and nothing has changed."""
