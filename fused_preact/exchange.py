@@ -207,8 +207,14 @@ def _shortcut(across: tuple[str, nn.Module] | None) -> tuple[str, nn.Module | No
 
 
 def _boxes(old: nn.Module, pairs: list[Pair]) -> list[tuple[str, nn.Module]]:
+    """The modules that layers are in, with what else is in them: none of these is called."""
     paths = _paths(pairs)
-    return [(name, box) for name, box in old.named_modules() if any(path.startswith(f"{name}.") for path in paths)]
+    tops = {path.partition(".")[0] for path in paths}
+    return [
+        (name, box)
+        for name, box in old.named_modules()
+        if name.partition(".")[0] in tops and not any(f"{name}.".startswith(f"{path}.") for path in paths)
+    ]
 
 
 def _paths(pairs: list[Pair]) -> list[str]:

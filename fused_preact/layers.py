@@ -28,7 +28,8 @@ class Pair(NamedTuple):
 class Layers(NamedTuple):
     """The layers of a block. ``container`` is the shortcut's convolution or the nn.Sequential of it, if it has one.
 
-    ``boxes`` are the modules that the others are in, where they are not the block's own children; these are not called.
+    ``boxes`` are the modules that the others are in, where they are not the block's own children, with what else is in
+    there, as a ReLU; these are not called.
     """
 
     pairs: list[Pair]

@@ -244,11 +244,13 @@ def test_the_mode_of_a_shortcut_stays():
 
 
 def test_hooks_of_a_box_are_heard_of():
-    """A module in which the layers of a block are is not called: with a hook, added later, the layers run plainly."""
-    net = fuse(Net(Nested), backend="library")
-    net.layer1[0].body.conv1.register_forward_hook(lambda *_: None)
-    reasons = str(fused_preact.explain(net, images()))
-    assert "body.conv1 has hooks or a forward of its own, which run only when it is called" in reasons
+    """A module in which layers are, or a ReLU beside them, is not called: hooks added later are named by `explain`."""
+    for name in "body.conv1", "body.conv1.relu":
+        net = Net(Nested)
+        net.layer1[0].body.conv1.relu = nn.ReLU()
+        fuse(net, backend="library").layer1[0].get_submodule(name).register_forward_hook(lambda *_: None)
+        reasons = str(fused_preact.explain(net, images()))
+        assert f"{name} has hooks or a forward of its own, which run only when it is called" in reasons
 
 
 def test_a_module_in_two_places_is_exchanged_once():
