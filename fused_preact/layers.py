@@ -233,7 +233,7 @@ def add(y: Tensor, residual: Tensor, inplace: bool) -> Tensor:
 def conv_geometry(conv: nn.Conv2d) -> checks.Conv:
     """Geometry of a plain convolution layer."""
     if not all(isinstance(setting, tuple) for setting in (conv.stride, conv.padding, conv.dilation)):
-        return checks.geometry(conv.stride, conv.padding, conv.dilation, conv.groups, conv.weight)
+        return checks.geometry(conv.stride, conv.padding, conv.dilation, conv.groups, conv._parameters["weight"])
     return checks.Conv(*conv.stride, *conv.padding, *conv.dilation, conv.groups)
 
 

@@ -389,3 +389,11 @@ def test_symbolic_tracing():
     x = torch.randn(2, 8, 7, 6)
     assert_close(layers(x), stage(x))
     assert_close(traced(x), plain(x))
+
+
+def test_symbolic_tracing_of_padding_by_name():
+    """A geometry that is to be worked out is that of the filter, not of the proxy by which a tracer replaces it."""
+    unit = BNReLUConv2d(8, 4, 3, padding="same")
+    traced = torch.fx.symbolic_trace(unit.eval(), {"residual": None})
+    x = torch.randn(2, 8, 7, 6)
+    assert_close(traced(x), unit(x))
