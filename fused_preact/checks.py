@@ -58,6 +58,7 @@ def pair(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
         result = (value, value)
     else:
         result = tuple(value) if isinstance(value, (tuple, list)) else ()
+        result *= 2 if len(result) == 1 else 1  # as torch takes it
         if len(result) != 2 or not all(type(v) is int for v in result):
             raise TypeError(f"{name} must be an integer or a pair of integers, got {value!r}")
     if min(result) < least:

@@ -376,6 +376,9 @@ def test_settings_that_are_integers():
             module.conv.stride, module.conv.padding = 2, 2
         x = torch.randn(2, 8, 7, 6)
         assert_close(unit(x), plain(x))
+        for module in unit, plain:
+            module.conv.stride = (1,)
+        assert_close(unit(x), plain(x))
 
 
 def test_symbolic_tracing():
