@@ -117,15 +117,16 @@ class Watch:
         try:
             return (
                 all(map(is_, self._find_boxes(module), self._boxes))
-                and self._find_values() == self._values
                 and all(map(is_, self._find_objects(module), self._objects))
+                and self._find_values() == self._values  # last: torch.jit.trace notes that a shape is read
             )
         except KeyError:  # an attribute was deleted
             return False
 
     def may_last(self) -> bool:
-        """Whether no tensor has a graph behind it, which would be kept until the next call."""
-        return all(t.is_leaf for t in self._tensors)
+        """Whether no tensor has a graph behind it, kept until the next call, and no setting can change in place."""
+        settings = map(getitem, *(self._settings or ((), ())))
+        return all(t.is_leaf for t in self._tensors) and not any(isinstance(value, list) for value in settings)
 
     def _find_boxes(self, module: nn.Module) -> Iterator[Any]:
         return chain.from_iterable(map(itemgetter(*_MEMBERS, *_HOOKS), chain((module.__dict__,), self._states)))
@@ -232,8 +233,9 @@ def add(y: Tensor, residual: Tensor, inplace: bool) -> Tensor:
 
 def conv_geometry(conv: nn.Conv2d) -> checks.Conv:
     """Geometry of a plain convolution layer."""
-    if not all(isinstance(setting, tuple) for setting in (conv.stride, conv.padding, conv.dilation)):
-        return checks.geometry(conv.stride, conv.padding, conv.dilation, conv.groups, conv._parameters["weight"])
+    settings = conv.stride, conv.padding, conv.dilation
+    if not all(isinstance(setting, tuple) and len(setting) == 2 for setting in settings):
+        return checks.geometry(*settings, conv.groups, conv._parameters["weight"])
     return checks.Conv(*conv.stride, *conv.padding, *conv.dilation, conv.groups)
 
 

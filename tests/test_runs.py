@@ -202,6 +202,26 @@ def test_scripted_and_traced():
     assert stage(x).shape == (2, 4, 5, 5)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_a_trace_does_not_meet_layers_that_were_exchanged():
+    """What was remembered of them is not read there: torch.jit.trace would refuse it, of parameters that it lacks."""
+    block, x = PreActBlock(8, 8), x_of()
+    block(x)
+    block.bn2 = nn.BatchNorm2d(8)
+    block.eval()
+    assert_close(torch.jit.trace(block, x)(x), block(x))
+
+
+def test_a_setting_that_changes_in_place_is_heard_of():
+    """A list is the same object with other numbers."""
+    unit = BNReLUConv2d(8, 8, 1).eval()
+    unit.conv.stride = [2, 2]
+    x = x_of()
+    y = unit(x)
+    unit.conv.stride[:] = 1, 1
+    assert_close(unit(x)[:, :, ::2, ::2], y)
+
+
 def test_without_numbers():
     """On the meta device shapes come out."""
     assert PreActBlock(8, 8).to("meta")(x_of().to("meta")).shape == (2, 8, 5, 5)
