@@ -23,7 +23,7 @@ def make_stage(backend: str) -> PreActStage:
 
 def branch(block: PreActBottleneck, x: Tensor) -> Tensor:
     """What a block adds to x."""
-    for pair in block.layers().pairs:
+    for pair in block._layers().pairs:
         x = pair.conv(F.relu(pair.bn(x)))
     return x
 

@@ -37,7 +37,7 @@ class Block(Fused):
     """
 
     expansion = 1
-    units: int  # convolutions of the branch
+    _units: int  # convolutions of the branch
 
     def __init__(
         self,
@@ -57,9 +57,9 @@ class Block(Fused):
         one_of("shortcut_input", shortcut_input, ("activated", "raw"))
         one_of("shortcut_name", shortcut_name, SHORTCUT_NAMES)
         self.shortcut_input, self.shortcut_name = shortcut_input, shortcut_name
-        self.names, self.boxes = [(f"bn{i}", f"conv{i}") for i in range(1, self.units + 1)], []
+        self._names, self._boxes = [(f"bn{i}", f"conv{i}") for i in range(1, self._units + 1)], []
         channels, like = in_planes, {"device": device, "dtype": dtype}
-        for (bn, conv), (width, size, step) in zip(self.names, self._layout(planes, stride), strict=True):
+        for (bn, conv), (width, size, step) in zip(self._names, self._layout(planes, stride), strict=True):
             self.add_module(bn, nn.BatchNorm2d(channels, **like))
             self.add_module(conv, nn.Conv2d(channels, width, size, step, padding=size // 2, bias=False, **like))
             channels = width
@@ -72,8 +72,8 @@ class Block(Fused):
         """The block of layers that exist; the names that they come with lead to them from its ``children``."""
         block = cls.__new__(cls)
         Fused.__init__(block, backend)
-        block.names = [(pair.bn_name, pair.conv_name) for pair in layers.pairs]
-        block.boxes = [name for name, _ in layers.boxes]
+        block._names = [(pair.bn_name, pair.conv_name) for pair in layers.pairs]
+        block._boxes = [name for name, _ in layers.boxes]
         block.shortcut_name = layers.container_name
         block.shortcut_input = "raw" if layers.shortcut == "raw" else "activated"
         for name, child in children.items():
@@ -85,14 +85,14 @@ class Block(Fused):
         """(channels out, filter size, stride) of each convolution."""
         raise NotImplementedError
 
-    def layers(self) -> Layers:
+    def _layers(self) -> Layers:
         """The units' layers, in order, and the shortcut."""
-        pairs = [Pair(bn, self.layer(bn), conv, self.layer(conv)) for bn, conv in self.names]
+        pairs = [Pair(bn, self._layer(bn), conv, self._layer(conv)) for bn, conv in self._names]
         container = self._modules.get(self.shortcut_name)
         kind = "identity" if container is None else self.shortcut_input
-        return Layers(pairs, kind, self.shortcut_name, container, [(path, self.layer(path)) for path in self.boxes])
+        return Layers(pairs, kind, self.shortcut_name, container, [(path, self._layer(path)) for path in self._boxes])
 
-    def layer(self, path: str) -> nn.Module:
+    def _layer(self, path: str) -> nn.Module:
         """The module of a path in ``names`` or ``boxes``."""
         module = self
         for name in path.split("."):
@@ -105,9 +105,9 @@ class Block(Fused):
         Raises:
             TypeError, ValueError: x does not fit.
         """
-        return self.dispatch(x)
+        return self._dispatch(x)
 
-    def plain(self, layers: Layers, x: Tensor, residual: Tensor | None, inplace: bool) -> Tensor:
+    def _plain(self, layers: Layers, x: Tensor, residual: Tensor | None, inplace: bool) -> Tensor:
         """The block by its layers."""
         across = out = x
         for i, (_, bn, _, conv) in enumerate(layers.pairs):
@@ -127,7 +127,7 @@ class PreActBlock(Block):
     """Basic block: 3x3, 3x3. ``PreActBlock(in_planes, planes, stride=1, ...)``; the first 3x3 has the stride."""
 
     __doc__ = _documented(__doc__)
-    units = 2
+    _units = 2
 
     @staticmethod
     def _layout(planes: int, stride: int) -> list[tuple[int, int, int]]:
@@ -142,7 +142,7 @@ class PreActBottleneck(Block):
 
     __doc__ = _documented(__doc__)
     expansion = 4
-    units = 3
+    _units = 3
 
     def __init__(self, in_planes: int, planes: int, stride: int = 1, *, stride_on: str = "3x3", **options: Any) -> None:
         one_of("stride_on", stride_on, ("3x3", "first"))

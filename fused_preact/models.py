@@ -42,16 +42,16 @@ class FirstPreActBlock(PreActBlock):
         Raises:
             TypeError, ValueError: x does not fit.
         """
-        bn, conv = map(self.layer, self.names[0])
+        bn, conv = map(self._layer, self._names[0])
         a = F.relu(normalize(bn, x), overwritable(bn))
-        return self.dispatch(conv(a), a)
+        return self._dispatch(conv(a), a)
 
-    def layers(self) -> Layers:
+    def _layers(self) -> Layers:
         """The second unit."""
-        layers = super().layers()
+        layers = super()._layers()
         return Layers(layers.pairs[1:], boxes=layers.boxes)
 
-    def plain(self, layers: Layers, x: Tensor, residual: Tensor | None, inplace: bool) -> Tensor:
+    def _plain(self, layers: Layers, x: Tensor, residual: Tensor | None, inplace: bool) -> Tensor:
         """The second unit by its layers, and the addition."""
         [(_, bn, _, conv)] = layers.pairs
         return add(conv(F.relu(normalize(bn, x), inplace)), residual, inplace)

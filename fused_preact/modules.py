@@ -39,15 +39,15 @@ class Fused(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return lasting_state(self)
 
-    def layers(self) -> Layers:
+    def _layers(self) -> Layers:
         """The children that are fused, in order."""
         raise NotImplementedError
 
-    def plain(self, layers: Layers, x: Tensor, residual: Tensor | None, inplace: bool) -> Tensor:
+    def _plain(self, layers: Layers, x: Tensor, residual: Tensor | None, inplace: bool) -> Tensor:
         """The same by the layers themselves; ``inplace``: ReLU and addition may overwrite what a layer returned."""
         raise NotImplementedError
 
-    def obstacle(self, layers: Layers) -> str | None:
+    def _obstacle(self, layers: Layers) -> str | None:
         """Why the children run as plain layers, or None where they are fused."""
         if self.backend == "eager":
             return "backend='eager' was asked for"
@@ -55,21 +55,21 @@ class Fused(nn.Module):
             return "a global module hook is set, which runs for every layer"
         return layers.obstacle()
 
-    def dispatch(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def _dispatch(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Run the children as one node and update the running statistics once, or else run them one after the other."""
         layers, reason, run = remembered(self, self._parts)
         if isinstance(x, torch.fx.Proxy):  # symbolic tracing, which calls with no tensors
-            return self.plain(layers, x, residual, layers.overwritable())
+            return self._plain(layers, x, residual, layers.overwritable())
         if run is None:
             if backends.is_recording():
                 backends.record(backends.Choice(self, "eager", dict.fromkeys(backends.FUSED, reason)))
-            return self.plain(layers, x, residual, layers.overwritable())
+            return self._plain(layers, x, residual, layers.overwritable())
         y = run(self, x, residual)
-        return self.plain(layers, x, residual, not running.watched()) if y is None else y
+        return self._plain(layers, x, residual, not running.watched()) if y is None else y
 
     def _parts(self) -> _Parts:
-        layers = self.layers()
-        reason = self.obstacle(layers)
+        layers = self._layers()
+        reason = self._obstacle(layers)
         return _Parts(layers, reason, Run.of(self.backend, [layers]) if reason is None else None)
 
     def extra_repr(self) -> str:
@@ -140,14 +140,14 @@ class BNReLUConv2d(Fused):
         Raises:
             TypeError, ValueError: an argument does not fit.
         """
-        return self.dispatch(x, residual)
+        return self._dispatch(x, residual)
 
-    def layers(self) -> Layers:
+    def _layers(self) -> Layers:
         """The two children."""
         children = self._modules
         return Layers([Pair("bn", children["bn"], "conv", children["conv"])])
 
-    def plain(self, layers: Layers, x: Tensor, residual: Tensor | None, inplace: bool) -> Tensor:
+    def _plain(self, layers: Layers, x: Tensor, residual: Tensor | None, inplace: bool) -> Tensor:
         """The unit by its layers."""
         [(_, bn, _, conv)] = layers.pairs
         y = conv(F.relu(normalize(bn, x), inplace))

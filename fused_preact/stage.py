@@ -92,10 +92,10 @@ class PreActStage(nn.Sequential):
         if self.memory != "min":
             return
         for name, block in self._modules.items():
-            if isinstance(block, Block) and block.units < 3:
+            if isinstance(block, Block) and block._units < 3:
                 raise ValueError(
                     f"memory='min' needs blocks of three convolutions or more; block {name} is a "
-                    f"{type(block).__name__} of {block.units}, which keeps one tensor with memory='lean' already"
+                    f"{type(block).__name__} of {block._units}, which keeps one tensor with memory='lean' already"
                 )
 
     def _parts(self) -> Iterator[_Alone | _Part]:
@@ -103,8 +103,8 @@ class PreActStage(nn.Sequential):
         part: list[tuple[Block, Layers]] = []
         for block in self._modules.values():
             reason = _why_alone(block)
-            layers = block.layers() if reason is None else None
-            alone = layers is None or block.obstacle(layers) is not None
+            layers = block._layers() if reason is None else None
+            alone = layers is None or block._obstacle(layers) is not None
             if part and (alone or block.backend != part[-1][0].backend):
                 yield _Part.of(part)
                 part = []

@@ -210,14 +210,14 @@ def test_a_block_that_cannot_be_tried_says_why():
 
 def test_what_is_inside_of_a_block_is_not_spoken_of(recwarn):
     """It has the layers of a block, too, and is none."""
-    assert type(fuse(Branch("branch"))) is PreActBlock
+    assert type(fuse(Branch("layers"))) is PreActBlock
     assert not recwarn.list
 
 
 def test_a_child_named_as_something_of_a_block():
     """It could not be reached."""
-    with pytest.raises(ValueError, match=r"; net: no child of a PreActBlock can have .*: attribute 'layers' already"):
-        fuse(Branch("layers"))
+    with pytest.raises(ValueError, match=r"; net: no child of a PreActBlock can have .*: attribute 'backend' already"):
+        fuse(Branch("backend"))
 
 
 def test_all_layers_in_one_box():

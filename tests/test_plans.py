@@ -19,6 +19,6 @@ def test_plans_do_not_pile_up():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_what_runs_from_block_to_block(dtype, memory):
     """What a mode rebuilds it rebuilds from float32 or better."""
-    block = PreActBlock(4, 4).to(dtype).layers().block()
+    block = PreActBlock(4, 4).to(dtype)._layers().block()
     plan = plans.make_plan(torch.randn(2, 4, 5, 5, dtype=dtype), [block], memory=memory)
     assert plan.stream == (dtype if memory == "fast" or dtype == torch.float64 else torch.float32)

@@ -78,8 +78,8 @@ def test_what_a_mode_keeps(kind, memory):
     plain, inputs, hidden = make(kind, backend="eager"), [], []
     for block in plain:
         block.register_forward_pre_hook(lambda _, args: inputs.append(args[0].numel()))
-        last = block.layers().pairs[-1].conv
-        for *_, conv in block.layers().pairs:
+        last = block._layers().pairs[-1].conv
+        for *_, conv in block._layers().pairs:
             if conv is not last:
                 conv.register_forward_hook(lambda _, __, y: hidden.append(y.numel()))
     y = plain(x)
@@ -87,7 +87,7 @@ def test_what_a_mode_keeps(kind, memory):
         lambda t: saved.setdefault(t.data_ptr(), t) if t.dim() == 4 and t.size(0) == 2 else t, lambda t: t
     ):
         stage(x)
-    changed = [i for i, block in enumerate(stage) if block.layers().container is not None]
+    changed = [i for i, block in enumerate(stage) if block._layers().container is not None]
     if memory != "fast":  # x itself, the inputs of blocks that change the shape, and y to rebuild the others from
         inputs = [inputs[i] for i in sorted({0, *changed})] + [y.numel()]
     if memory == "min":
@@ -111,7 +111,7 @@ def sample_of(kind: Kind, memory: str, dtype: torch.dtype = torch.float64) -> Sa
     stage = make(kind, memory, dtype=dtype)
     with torch.no_grad():
         y = stage(x_of(dtype))
-    blocks = [block.layers().block() for block in stage]
+    blocks = [block._layers().block() for block in stage]
     return Sample(x_of(dtype), blocks, None, torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(dtype))
 
 
