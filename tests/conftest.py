@@ -62,6 +62,18 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     functional._plans.clear()
 
 
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that holds half of a picture."""
+    from matplotlib.figure import Figure
+
+    def savefig(_figure, file, **_options) -> None:
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+
+
 def instruction_sets() -> list[str]:
     """Those that this machine can run, to parametrize tests with."""
     return _extension.instruction_sets().supported if _extension.unavailable is None else []

@@ -261,9 +261,7 @@ def test_from_layers_shares_the_layers(backend):
 def test_from_layers_checks_the_layers():
     """Layers that do not go together are named."""
     for bn in nn.ReLU(), nn.BatchNorm1d(3), nn.BatchNorm3d(3):
-        with pytest.raises(
-            TypeError, match=f"bn must be an nn.BatchNorm2d or nn.SyncBatchNorm, got {type(bn).__name__}"
-        ):
+        with pytest.raises(TypeError, match=f"bn must be an nn.BatchNorm2d or .*, got {type(bn).__name__}"):
             BNReLUConv2d.from_layers(bn, nn.Conv2d(3, 4, 3))
     assert type(BNReLUConv2d.from_layers(nn.SyncBatchNorm(3), nn.Conv2d(3, 4, 3)).bn) is nn.SyncBatchNorm
     with pytest.raises(TypeError, match=r"conv must be an nn.Conv2d, got Linear"):

@@ -85,16 +85,10 @@ def test_what_does_not_fit_is_written_beside(drawn):
     assert short.get_color() == picture.TEXT
 
 
-def test_a_picture_is_written_whole_or_not_at_all(monkeypatch, tmp_path):
+def test_a_picture_is_written_whole_or_not_at_all(full_disk, tmp_path):
     """On a full disk the one before stays, and one error says why."""
     path = tmp_path / "x.png"
     path.write_bytes(b"before")
-
-    def full(figure, file, **options):
-        file.write(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Figure, "savefig", full)
     with pytest.raises(UserError, match=r"x\.png: cannot be written: No space left on device"):
         picture.draw(document("fp32", 1.7, []), path)
     assert [(entry.name, entry.read_bytes()) for entry in tmp_path.iterdir()] == [("x.png", b"before")]

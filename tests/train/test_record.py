@@ -91,16 +91,10 @@ def test_curve(tmp_path, monkeypatch):
     assert not draw(rows, tmp_path / "none.png", "a run")
 
 
-def test_a_curve_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_a_curve_is_written_whole_or_not_at_all(full_disk, tmp_path):
     """On a full disk that of the run before it was resumed stays, and one error says why."""
     path = tmp_path / "curve.png"
     path.write_bytes(b"before")
-
-    def full(figure, file, **options):
-        file.write(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Figure, "savefig", full)
     with pytest.raises(UserError, match=r"curve\.png: cannot be written: No space left on device"):
         draw([], path, "a run")
     assert [(entry.name, entry.read_bytes()) for entry in tmp_path.iterdir()] == [("curve.png", b"before")]
