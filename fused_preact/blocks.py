@@ -93,7 +93,7 @@ class Block(Fused):
         return Layers(pairs, kind, self.shortcut_name, container, [(path, self._layer(path)) for path in self._boxes])
 
     def _layer(self, path: str) -> nn.Module:
-        """The module of a path in ``names`` or ``boxes``."""
+        """The module of a path in ``_names`` or ``_boxes``."""
         module = self
         for name in path.split("."):
             module = module._modules[name]

@@ -20,8 +20,7 @@ from .checks import one_of
 from .layers import Layers, Pair, bare, has_own_forward, hooked
 from .models import FirstPreActBlock
 from .modules import Fused
-from .schedule import MEMORY
-from .stage import PreActStage
+from .stage import MEMORY, PreActStage
 
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 _KINDS: dict[int, tuple[type[Block], ...]] = {2: (PreActBlock, FirstPreActBlock), 3: (PreActBottleneck,)}
@@ -32,7 +31,7 @@ def fuse(net: nn.Module, memory: str = "fast", backend: str = "auto") -> nn.Modu
 
     A block is any module whose layers are bn, conv, bn, conv (, bn, conv), of whatever names, and at most one more
     convolution, and which computes of them what `PreActBlock`, `PreActBottleneck` or `models.FirstPreActBlock` does:
-    that, and the gradient, is tried with copies, in training and in eval mode, on random parameters and images in
+    that, and all gradients, is tried with copies, in training and in eval mode, on random parameters and images in
     float64. The fused blocks hold the layers themselves: parameters (also those that an optimizer has), keys, settings,
     modes and hooks of these stay.
     Batch norms that activate, too, as timm's, become plain ones of the same tensors.
@@ -54,7 +53,7 @@ def fuse(net: nn.Module, memory: str = "fast", backend: str = "auto") -> nn.Modu
     """
     if not isinstance(net, nn.Module):
         raise TypeError(f"net must be a module, got {type(net).__name__}")
-    one_of("memory", memory, MEMORY[:3])
+    one_of("memory", memory, MEMORY)
     one_of("backend", backend, backends.NAMES)
     exchange = _Exchange(memory, backend)
     result = exchange.of(net)
