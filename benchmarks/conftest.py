@@ -13,7 +13,7 @@ from fused_preact.bench import environment
 from fused_preact.bench.cases import Case
 from fused_preact.bench.contenders import Contender, contenders
 from fused_preact.bench.measure import ratio, spread
-from fused_preact.bench.suite import LineUp, line_up
+from fused_preact.bench.suite import LineUp, checked, line_up
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -28,14 +28,15 @@ def pytest_benchmark_update_machine_info(machine_info: dict) -> None:
 
 
 @pytest.fixture(scope="session")
-def lined_up() -> Callable[[Case], LineUp]:
-    """The checked contenders of a case; the last one is kept, for the tests of its other contenders."""
-    last: dict[str, LineUp] = {}
+def lined_up() -> Callable[[Case], tuple[LineUp, dict[str, dict[str, float]]]]:
+    """The checked contenders of a case and their errors; the last are kept, for the tests of its other contenders."""
+    last: dict[str, tuple[LineUp, dict[str, dict[str, float]]]] = {}
 
-    def get(case: Case) -> LineUp:
+    def get(case: Case) -> tuple[LineUp, dict[str, dict[str, float]]]:
         if case.name not in last:
             last.clear()
-            last[case.name] = line_up(case)
+            problem, errors = checked(case)
+            last[case.name] = line_up(problem), errors
         return last[case.name]
 
     return get
@@ -46,7 +47,7 @@ def race(benchmark, lined_up) -> Callable[[Case, Contender, int], None]:
     """Times forward + backward of one contender over some rounds; the rest of the figures go to extra_info."""
 
     def run(case: Case, contender: Contender, rounds: int) -> None:
-        ready = lined_up(case)
+        ready, errors = lined_up(case)
         own = ready.entrants.index(contender)
         log: dict[str, list[tuple[float, float]]] = {entrant.name: [] for entrant in ready.entrants}
 
@@ -64,7 +65,7 @@ def race(benchmark, lined_up) -> Callable[[Case, Contender, int], None]:
             forward_s=asdict(spread([forward for forward, _ in log[contender.name]])),
             ratio={n: asdict(ratio(t, times[contender.name])) for n, t in times.items() if n != contender.name},
             saved_bytes=ready.saved[own],
-            errors=ready.errors[contender.name],
+            errors=errors[contender.name],
         )
 
     return run

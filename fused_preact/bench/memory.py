@@ -1,15 +1,11 @@
 """Peak resident memory of a step, in a fresh process: what one contender freed would hide what the next one takes."""
 
 import re
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 
-from fused_preact.errors import UserError
-
+from . import process
 from .cases import Case
 from .contenders import Contender, Problem, build, step
 
@@ -26,18 +22,10 @@ def peak_rss(case: Case, contender: Contender) -> int | None:
     """
     if not STATUS.exists():
         return None
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        try:
-            return pool.submit(_measure, case, contender, torch.get_num_threads()).result()
-        except BrokenProcessPool as error:
-            raise UserError(
-                f"--memory: the process that measures {case.name}, {contender.name} was ended, as the system does "
-                "where memory runs out; leave it out, or measure smaller cases with --only"
-            ) from error
+    return process.call(f"the memory of {case.name}, {contender.name}", _measure, case, contender)
 
 
-def _measure(case: Case, contender: Contender, threads: int) -> int:
-    torch.set_num_threads(threads)
+def _measure(case: Case, contender: Contender) -> int:
     module = case.make("eager")
     target = torch.zeros(case.shape[0], dtype=torch.int64)
     problem = Problem(case, torch.randn(case.shape), target, module.state_dict())

@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from . import environment
+from . import environment, process
 from .cases import Case
 from .check import NET_BATCH, CheckError, pose, verify, widen
-from .contenders import Contender, build, contenders, step
+from .contenders import Contender, Problem, build, contenders, step
 from .measure import Spread, Step, Times, alternate, ratio, saved_bytes, spread
 from .memory import peak_rss
 from .report import SCHEMA
@@ -80,45 +80,54 @@ def run(
 
 @dataclass(frozen=True)
 class LineUp:
-    """A case whose contenders passed the check, ready to be timed; the lists go together."""
+    """The contenders of a problem, ready to be timed; the lists go together."""
 
     entrants: list[Contender]
     steps: list[Step]
     saved: list[int]
-    errors: dict[str, dict[str, float]]
 
 
-def line_up(case: Case, compiled: bool = False) -> LineUp:
-    """Checks the contenders of a case, builds their steps and counts what they keep for backward.
+def checked(case: Case) -> tuple[Problem, dict[str, dict[str, float]]]:
+    """The problem of a case, and the errors of its contenders, which passed the check.
 
     Raises:
         CheckError: a contender is wrong.
     """
     problem = pose(case.at(NET_BATCH) if case.net else case)
     errors = verify(problem)
-    if case.net:
-        problem = widen(problem, case)
-    entrants = contenders(case, compiled)
+    return widen(problem, case) if case.net else problem, errors
+
+
+def line_up(problem: Problem, compiled: bool = False) -> LineUp:
+    """Builds the steps of a problem's contenders and counts what they keep for backward."""
+    entrants = contenders(problem.case, compiled)
     modules = [build(contender, problem) for contender in entrants]
     steps = [step(contender, problem, module) for contender, module in zip(entrants, modules, strict=True)]
     for contender, trial in zip(entrants, steps, strict=True):
         if contender.backend == "compiled":
             trial.run()
     saved = [saved_bytes(trial.forward, module) for trial, module in zip(steps, modules, strict=True)]
-    return LineUp(entrants, steps, saved, errors)
+    return LineUp(entrants, steps, saved)
+
+
+def race(problem: Problem, settings: Settings) -> tuple[list[Times], list[int]]:
+    """Times of a problem's contenders, and what each keeps for backward."""
+    ready = line_up(problem, settings.compiled)
+    net, budget, (fewest, most) = problem.case.net, settings.budget, settings.rounds
+    return alternate(ready.steps, 3 * budget if net else budget, (3 if net else fewest, most)), ready.saved
 
 
 def measure(case: Case, settings: Settings) -> dict[str, Any]:
-    """Checks a case, then times it.
+    """Checks a case, then times it, in a process that did not see the check.
 
     Raises:
         CheckError: a contender is wrong.
+        UserError: the process was ended.
     """
-    # First, for it takes processes of their own, and what this one holds would be missing there.
-    peaks = [peak_rss(case, c) if settings.memory and case.net else None for c in contenders(case, settings.compiled)]
-    ready = line_up(case, settings.compiled)
-    budget, rounds = settings.budget, settings.rounds
-    times = alternate(ready.steps, 3 * budget if case.net else budget, (3, rounds[1]) if case.net else rounds)
+    problem, errors = checked(case)
+    entrants = contenders(case, settings.compiled)
+    peaks = [peak_rss(case, contender) if settings.memory and case.net else None for contender in entrants]
+    times, saved = process.call(case.name, race, problem, settings)
     return {
         "group": case.group,
         "label": case.label,
@@ -126,7 +135,7 @@ def measure(case: Case, settings: Settings) -> dict[str, Any]:
         "dtype": case.dtype,
         "net": case.net,
         "rounds": len(times[0].total),
-        "errors": ready.errors,
+        "errors": errors,
         "contenders": {
             c.name: {
                 "backend": c.backend,
@@ -137,9 +146,9 @@ def measure(case: Case, settings: Settings) -> dict[str, Any]:
                 "saved_bytes": b,
                 "peak_rss_bytes": peak,
             }
-            for c, t, b, peak in zip(ready.entrants, times, ready.saved, peaks, strict=True)
+            for c, t, b, peak in zip(entrants, times, saved, peaks, strict=True)
         },
-        "rows": list(_rows(case, ready.entrants, times, ready.saved)),
+        "rows": list(_rows(case, entrants, times, saved)),
     }
 
 

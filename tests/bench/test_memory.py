@@ -1,15 +1,7 @@
 """Peak resident memory, from a file in place of the system's."""
 
-import os
-import signal
-from dataclasses import replace
-
-import pytest
-import torch
-
 from fused_preact.bench import memory
 from fused_preact.bench.contenders import Contender
-from fused_preact.errors import UserError
 
 
 def test_what_was_there_before_the_step_is_subtracted(small_net, monkeypatch, tmp_path):
@@ -17,23 +9,10 @@ def test_what_was_there_before_the_step_is_subtracted(small_net, monkeypatch, tm
     status = tmp_path / "status"
     status.write_text("Name:\tpython\nVmHWM:\t    350 kB\nVmRSS:\t    100 kB\n")
     monkeypatch.setattr(memory, "STATUS", status)
-    assert memory._measure(small_net, Contender("eager", "channels_last"), torch.get_num_threads()) == 250 * 1024
+    assert memory._measure(small_net, Contender("eager", "channels_last")) == 250 * 1024
 
 
 def test_a_system_that_does_not_tell(small_net, monkeypatch, tmp_path):
     """Has no figure, and no error."""
     monkeypatch.setattr(memory, "STATUS", tmp_path / "none")
     assert memory.peak_rss(small_net, Contender("eager", "channels_last")) is None
-
-
-def _killed(backend):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def test_a_process_that_is_killed_is_one_clear_error(small_net):
-    """As the system does where memory runs out; the case is named."""
-    case = replace(small_net, make=_killed)
-    with pytest.raises(
-        UserError, match=r"--memory: the process that measures Tiny, net, eager .* was ended, as the sys"
-    ):
-        memory.peak_rss(case, Contender("eager", "channels_last"))
