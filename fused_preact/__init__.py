@@ -3,6 +3,7 @@
 from . import models
 from .backends import explain
 from .blocks import PreActBlock, PreActBottleneck
+from .dense import DenseLayer
 from .exchange import fuse
 from .functional import bn_relu_conv2d
 from .modules import BNReLUConv2d
@@ -12,6 +13,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BNReLUConv2d",
+    "DenseLayer",
     "PreActBlock",
     "PreActBottleneck",
     "PreActStage",

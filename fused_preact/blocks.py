@@ -18,7 +18,49 @@ from .modules import Fused
 SHORTCUT_NAMES = ("shortcut", "downsample", "convShortcut")
 
 
-class Block(Fused):
+class Branch(Fused):
+    """BN-ReLU-Conv units one after the other, of layers that it knows by their ``_names``."""
+
+    _names: list[tuple[str, str]]
+    _boxes: list[str]  # modules that layers are in, where they are no children
+
+    @classmethod
+    def of(cls, layers: Layers, children: dict[str, nn.Module], backend: str = "auto", **settings: Any) -> Branch:
+        """The module of layers that exist; the names that they come with lead to them from its ``children``."""
+        branch = cls.__new__(cls)
+        Fused.__init__(branch, backend)
+        branch._names = [(pair.bn_name, pair.conv_name) for pair in layers.pairs]
+        branch._boxes = [name for name, _ in layers.boxes]
+        for name, value in settings.items():
+            setattr(branch, name, value)
+        for name, child in children.items():
+            branch.add_module(name, child)
+        return branch
+
+    def _layers(self) -> Layers:
+        """The units' layers, in order."""
+        pairs = [Pair(bn, self._layer(bn), conv, self._layer(conv)) for bn, conv in self._names]
+        return Layers(pairs, boxes=[(path, self._layer(path)) for path in self._boxes])
+
+    def _layer(self, path: str) -> nn.Module:
+        """The module of a path in ``_names`` or ``_boxes``."""
+        module = self
+        for name in path.split("."):
+            module = module._modules[name]
+        return module
+
+    def _plain(self, layers: Layers, x: Tensor, residual: Tensor | None, inplace: bool) -> Tensor:
+        """The units by their layers, and the shortcut."""
+        across = out = x
+        for i, (_, bn, _, conv) in enumerate(layers.pairs):
+            out = F.relu(normalize(bn, out), inplace)
+            if i == 0 and layers.container is not None:
+                across = layers.container(out if layers.shortcut == "activated" else x)
+            out = conv(out)
+        return out if layers.shortcut == "none" else add(out, across, inplace)
+
+
+class Block(Branch):
     """Units bn1-conv1, bn2-conv2, ... and a shortcut, which has a 1x1 convolution only where the shape changes.
 
     Args:
@@ -70,15 +112,8 @@ class Block(Fused):
     @classmethod
     def of(cls, layers: Layers, children: dict[str, nn.Module], backend: str = "auto") -> Block:
         """The block of layers that exist; the names that they come with lead to them from its ``children``."""
-        block = cls.__new__(cls)
-        Fused.__init__(block, backend)
-        block._names = [(pair.bn_name, pair.conv_name) for pair in layers.pairs]
-        block._boxes = [name for name, _ in layers.boxes]
-        block.shortcut_name = layers.container_name
-        block.shortcut_input = "raw" if layers.shortcut == "raw" else "activated"
-        for name, child in children.items():
-            block.add_module(name, child)
-        return block
+        source = "raw" if layers.shortcut == "raw" else "activated"
+        return super().of(layers, children, backend, shortcut_name=layers.container_name, shortcut_input=source)
 
     @staticmethod
     def _layout(planes: int, stride: int) -> list[tuple[int, int, int]]:
@@ -87,17 +122,9 @@ class Block(Fused):
 
     def _layers(self) -> Layers:
         """The units' layers, in order, and the shortcut."""
-        pairs = [Pair(bn, self._layer(bn), conv, self._layer(conv)) for bn, conv in self._names]
         container = self._modules.get(self.shortcut_name)
-        kind = "identity" if container is None else self.shortcut_input
-        return Layers(pairs, kind, self.shortcut_name, container, [(path, self._layer(path)) for path in self._boxes])
-
-    def _layer(self, path: str) -> nn.Module:
-        """The module of a path in ``_names`` or ``_boxes``."""
-        module = self
-        for name in path.split("."):
-            module = module._modules[name]
-        return module
+        shortcut = "identity" if container is None else self.shortcut_input
+        return super()._layers()._replace(shortcut=shortcut, container_name=self.shortcut_name, container=container)
 
     def forward(self, x: Tensor) -> Tensor:
         """y [N, planes*expansion, P, Q] of x [N, in_planes, H, W], of the dtype of x where autocast is off.
@@ -106,16 +133,6 @@ class Block(Fused):
             TypeError, ValueError: x does not fit.
         """
         return self._dispatch(x)
-
-    def _plain(self, layers: Layers, x: Tensor, residual: Tensor | None, inplace: bool) -> Tensor:
-        """The block by its layers."""
-        across = out = x
-        for i, (_, bn, _, conv) in enumerate(layers.pairs):
-            out = F.relu(normalize(bn, out), inplace)
-            if i == 0 and layers.container is not None:
-                across = layers.container(out if layers.shortcut == "activated" else x)
-            out = conv(out)
-        return add(out, across, inplace)
 
 
 def _documented(summary: str | None) -> str | None:

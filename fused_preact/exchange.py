@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from . import backends
-from .blocks import Block, PreActBlock, PreActBottleneck
+from .blocks import Block, Branch, PreActBlock, PreActBottleneck
 from .checks import one_of
+from .dense import RETURNS, DenseLayer
 from .layers import Layers, Pair, bare, has_own_forward, hooked
 from .models import FirstPreActBlock
 from .modules import Fused
@@ -56,7 +57,7 @@ def fuse(net: nn.Module, memory: str = "fast", backend: str = "auto") -> nn.Modu
     one_of("memory", memory, MEMORY)
     one_of("backend", backend, backends.NAMES)
     exchange = _Exchange(memory, backend)
-    result = exchange.of(net)
+    result = exchange.all_of(net)
     if not exchange.made:
         raise ValueError(
             "net must have a block of batch norm, ReLU and convolution in this order, twice or three times, "
@@ -76,8 +77,16 @@ class _Exchange:
         self.made: dict[nn.Module, nn.Module] = {}  # a module that the net has in two places is exchanged once
         self._left: dict[str, str] = {}  # why what has the layers of a block is none, by name
         self._changes: list[tuple[nn.Module, str, nn.Module]] = []
+        self._dense = False
 
-    def of(self, module: nn.Module, name: str = "") -> nn.Module:
+    def all_of(self, net: nn.Module) -> nn.Module:
+        """What a net is exchanged for, itself where that is what is inside of it."""
+        self._of(net)
+        # In a second round, for the branch of a residual block, too, may be a module of the layers of a dense one.
+        self._dense, self._changes = True, []
+        return self._of(net)
+
+    def _of(self, module: nn.Module, name: str = "") -> nn.Module:
         """What a module is exchanged for, itself where nothing is. What is inside of it comes first."""
         if module in self.made or isinstance(module, (Fused, PreActStage, torch.jit.ScriptModule)):
             return self.made.get(module, module)
@@ -87,7 +96,7 @@ class _Exchange:
             return module
         children = {}
         for key, child in module._modules.items():
-            children[key] = None if child is None else self.of(child, f"{name}.{key}" if name else key)
+            children[key] = None if child is None else self._of(child, f"{name}.{key}" if name else key)
         changes = [(module, key, child) for key, child in children.items() if child is not module._modules[key]]
         if type(module) is nn.Sequential and children and all(isinstance(child, Block) for child in children.values()):
             new = module if _why_called(module) else PreActStage(OrderedDict(children), memory=self.memory)
@@ -112,14 +121,16 @@ class _Exchange:
             by_reason.setdefault(reason, []).append(name or "net")
         return "".join(f"; {', '.join(names)}: {reason}" for reason, names in by_reason.items())
 
-    def _block(self, old: nn.Module, name: str) -> Block | None:
+    def _block(self, old: nn.Module, name: str) -> Branch | None:
         layers = _layers(old)
-        block = None if layers is None else _block_of(old, layers)
+        block = None if layers is None else _block_of(old, layers, self._dense)
         if isinstance(block, str):
             self._left[name], block = block, None
         elif block is not None:
             block.backend, inside = self.backend, f"{name}." if name else ""
-            self._left = {key: why for key, why in self._left.items() if not key.startswith(inside)}
+            if isinstance(block, DenseLayer):
+                block.memory_efficient = self.memory != "fast" or getattr(old, "memory_efficient", False) is True
+            self._left = {key: why for key, why in self._left.items() if not f"{key}.".startswith(inside)}
         return block
 
 
@@ -140,7 +151,7 @@ def _why_called(module: nn.Module) -> str | None:
     return None
 
 
-def _block_of(old: nn.Module, layers: Layers) -> Block | str:
+def _block_of(old: nn.Module, layers: Layers, dense: bool) -> Branch | str:
     """The block that computes of these layers what ``old`` does, as plain layers; or why there is none."""
     kept = {layer for pair in layers.pairs for layer in (pair.bn, pair.conv)} | {layers.projection()}
     reasons = (_why_called(module) for module in old.modules() if module not in kept)
@@ -153,20 +164,29 @@ def _block_of(old: nn.Module, layers: Layers) -> Block | str:
         theirs = _outputs(old, channels)
     except Exception as error:  # it is somebody else's code, which may raise anything
         return f"a copy of it that is tried raises {type(error).__name__}: {str(error).partition(chr(10))[0]}"
-    shortcuts = ("identity",) if layers.container is None else ("activated", "raw")
-    for kind, shortcut in itertools.product(_KINDS[len(layers.pairs)], shortcuts):
+    for kind, shortcut, settings in _candidates(layers, dense):
         try:
-            block = kind.of(layers._replace(shortcut=shortcut), _children(old, layers), "eager")
+            block = kind.of(layers._replace(shortcut=shortcut), _children(old, layers), "eager", **settings)
         except KeyError as error:  # nn.Module's
             return f"no child of a {kind.__name__} can have the name of one of its own: {error.args[0]}"
-        try:
-            ours = _outputs(block, channels)
-        except Exception:  # layers that do not follow each other, or take more than x
+        ours = _outputs_if_any(block, channels)
+        if ours is None or list(old.state_dict()) != list(block.state_dict()) or not _alike(theirs, ours):
             continue
-        alike = list(old.state_dict()) == list(block.state_dict()) and len(theirs) == len(ours)
-        if alike and all(map(_close, theirs, ours)):
+        of_parts = _outputs_if_any(old, channels, 2) if kind is DenseLayer else None
+        if of_parts is None or _alike(of_parts, _outputs(block, channels, 2)):
             return block
     return f"of the layers of a block {type(old).__name__} computes something else"
+
+
+def _candidates(layers: Layers, dense: bool) -> Iterator[tuple[type[Branch], str, dict[str, Any]]]:
+    """What a module of these layers may be, a residual block or a dense layer: class, shortcut and settings."""
+    if dense and layers.container is None and len(layers.pairs) == 2:
+        for returns in RETURNS:
+            yield DenseLayer, "none", {"drop_rate": 0.0, "memory_efficient": False, "returns": returns}
+    if not dense:
+        shortcuts = ("identity",) if layers.container is None else ("activated", "raw")
+        for kind, shortcut in itertools.product(_KINDS[len(layers.pairs)], shortcuts):
+            yield kind, shortcut, {}
 
 
 def _layers(old: nn.Module) -> Layers | None:
@@ -193,7 +213,7 @@ def _layers(old: nn.Module) -> Layers | None:
         return None  # the shortcut's box is to hold nothing else
     layers = Layers(pairs, "identity", *_shortcut(across), _boxes(old, pairs))
     conv, C, K = layers.projection(), pairs[0].conv.in_channels, pairs[-1].conv.out_channels
-    fits = C == K if conv is None else (conv.in_channels, conv.out_channels) == (C, K)
+    fits = (len(pairs) == 2 or C == K) if conv is None else (conv.in_channels, conv.out_channels) == (C, K)
     return layers if fits else None
 
 
@@ -246,7 +266,15 @@ def _plain(norm: nn.Module) -> nn.Module:
     return plain
 
 
-def _outputs(module: nn.Module, channels: int) -> list[Any]:
+def _outputs_if_any(module: nn.Module, channels: int, parts: int = 1) -> list[Any] | None:
+    """`_outputs`, or None of layers that do not follow each other, or of what takes more than x, or no parts of it."""
+    try:
+        return _outputs(module, channels, parts)
+    except Exception:  # it may be somebody else's code, which may raise anything
+        return None
+
+
+def _outputs(module: nn.Module, channels: int, parts: int = 1) -> list[Any]:
     """What a copy of the module, of random parameters, makes of random images, with gradients, in training and in eval.
 
     With the parameters that it has, a last layer that begins with zeros would hide what comes before it, and nothing
@@ -256,21 +284,27 @@ def _outputs(module: nn.Module, channels: int) -> list[Any]:
         module, random = copy.deepcopy(module).to_empty(device="cpu").double(), torch.Generator().manual_seed(0)
         for child in module.modules():
             bare(child)
+        if hasattr(module, "memory_efficient"):  # it would repeat its forward, which moves the statistics twice
+            module.memory_efficient = False
         for _, t in sorted(module.named_parameters()):
             t.data.normal_(std=10 / math.sqrt(math.prod(t.shape[1:])), generator=random)
         for _, t in sorted(module.named_buffers()):
             t.uniform_(0.5, 1.5, generator=random) if t.is_floating_point() else t.fill_(1)
         x = torch.randn(2, channels, 8, 8, dtype=torch.float64, device="cpu", generator=random)
-        return [*_response(module.train(), x), *_response(module.eval(), x)]
+        return [*_response(module.train(), x, parts), *_response(module.eval(), x, parts)]
 
 
-def _response(module: nn.Module, x: Tensor) -> list[Any]:
-    """What the module makes of x, and the gradients of its squares."""
+def _response(module: nn.Module, x: Tensor, parts: int) -> list[Any]:
+    """What the module makes of x, or of a list of parts of x, and the gradients of its squares."""
     leaves = [x.requires_grad_(), *(t.requires_grad_() for _, t in sorted(module.named_parameters()))]
-    y = module(x.clone())
+    y = module(x.clone() if parts == 1 else list(x.clone().tensor_split(parts, 1)))
     if not isinstance(y, Tensor):
         return [y]
     return [y.detach(), *torch.autograd.grad(y.square().sum(), leaves, allow_unused=True)]
+
+
+def _alike(theirs: list[Any], ours: list[Any]) -> bool:
+    return len(theirs) == len(ours) and all(map(_close, theirs, ours))
 
 
 def _close(theirs: Any, ours: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -55,8 +56,11 @@ class Fused(nn.Module):
             return "a global module hook is set, which runs for every layer"
         return layers.obstacle()
 
-    def _dispatch(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Run the children as one node and update the running statistics once, or else run them one after the other."""
+    def _dispatch(self, x: Tensor, residual: Tensor | None = None, parts: Sequence[Tensor] = ()) -> Tensor:
+        """Run the children as one node and update the running statistics once, or else run them one after the other.
+
+        Backward keeps ``parts``, if any, in the place of x, which they make when they are joined along the channels.
+        """
         layers, reason, run = remembered(self, self._parts)
         if isinstance(x, torch.fx.Proxy):  # symbolic tracing, which calls with no tensors
             return self._plain(layers, x, residual, layers.overwritable())
@@ -64,7 +68,7 @@ class Fused(nn.Module):
             if backends.is_recording():
                 backends.record(backends.Choice(self, "eager", dict.fromkeys(backends.FUSED, reason)))
             return self._plain(layers, x, residual, layers.overwritable())
-        y = run(self, x, residual)
+        y = run(self, x, residual, parts=parts)
         return self._plain(layers, x, residual, not running.watched()) if y is None else y
 
     def _parts(self) -> _Parts:

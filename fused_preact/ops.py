@@ -102,12 +102,13 @@ def _fake_backward(dy, x, y, kept, rows, weight, bias, shortcut_weight, *facts):
     return dx, dweight, dbias, dbn_weight, dbn_bias, like(shortcut_weight)
 
 
-def _save(ctx, backend: str, facts: Facts, x, y, kept, rows, weight, bias, shortcut_weight) -> None:
-    """Keep for backward x, what ``memory`` says, five rows a batch norm and the parameters; y where it is read."""
+def _save(ctx, backend: str, facts: Facts, x, y, kept, rows, weight, bias, shortcut_weight, parts=()) -> None:
+    """Keep for backward x or its parts, what ``memory`` says, the rows and the parameters; y where it is read."""
     y = y if facts.memory > 0 and facts.stage(weight, shortcut_weight).needs_y() else None
-    ctx.save_for_backward(x, y, *kept, *rows, *weight, *bias, *shortcut_weight)
-    ctx.counts = len(kept), len(rows), len(weight), len(bias), len(shortcut_weight)
-    ctx.backend, ctx.facts = backend, facts
+    lists = parts or [x], [y], kept, rows, weight, bias, shortcut_weight
+    ctx.save_for_backward(*itertools.chain(*lists))
+    ctx.counts = [len(tensors) for tensors in lists]
+    ctx.backend, ctx.facts, ctx.stream = backend, facts, x.dtype
 
 
 def _cut(flat: Sequence[Any], counts: Sequence[int]) -> list[list[Any]]:
@@ -121,8 +122,8 @@ def _call_backward(ctx, saved: Sequence[Tensor], dy: Tensor, need_x: bool, wante
 
     Those of gamma and beta are in the accumulation type: autograd casts them where the parameters are of another.
     """
-    x, y, *flat = saved
-    lists = _cut(flat, ctx.counts)
+    parts, [y], *lists = _cut(saved, ctx.counts)
+    x = (torch.cat(parts, 1) if len(parts) > 1 else parts[0]).to(ctx.stream)
     weight, bias, gamma, beta, shortcut = wanted
     norm = [either or other for either, other in zip(gamma, beta, strict=True)]
     _, operator = OPERATORS[ctx.backend]
@@ -145,23 +146,24 @@ class _Once(torch.autograd.Function):
 class _Stage(torch.autograd.Function):
     """The stage as one node of flat tensors: n weights, the biases, n gammas, n betas, the projections' weights.
 
-    ``tensors`` is what the operator is called with, and ``found`` a list that the rows are added to.
+    ``tensors`` is what the operator is called with, ``found`` a list that the rows are added to, and ``parts`` what is
+    kept in the place of x.
     """
 
     @staticmethod
-    def forward(ctx, backend: str, facts: Facts, tensors, found: list[Tensor], x: Tensor, residual, *_flat: Tensor):
+    def forward(ctx, backend: str, facts: Facts, tensors, found, parts, x: Tensor, residual, *_flat: Tensor):
         forward, _ = OPERATORS[backend]
         with torch._C._AutoDispatchBelowAutograd():  # this node is the operator's autograd
             y, kept, rows = forward(*tensors, *facts)
         _, _, weight, bias, *_, shortcut_weight = tensors
-        _save(ctx, backend, facts, x, y, kept, rows, weight, bias, shortcut_weight)
+        _save(ctx, backend, facts, x, y, kept, rows, weight, bias, shortcut_weight, parts)
         found += rows
         return y
 
     @staticmethod
     def backward(ctx, dy: Tensor):
-        _, _, _, _, need_x, need_residual, *flat = ctx.needs_input_grad
-        _, _, n, biases, projections = ctx.counts
+        *_, n, biases, projections = ctx.counts
+        need_x, need_residual, *flat = ctx.needs_input_grad[5:]
         wanted = _cut(flat, (n, biases, n, n, projections))
         saved = ctx.saved_tensors  # with autograd: a checkpoint's forward, which makes them again, may need it
         with torch._C._AutoDispatchBelowAutograd():
@@ -170,7 +172,7 @@ class _Stage(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True
             dx, *parameters = _Once.apply(dx.new_empty(0).requires_grad_(), dx, *parameters)
         tensors = dx if need_x else None, dy if need_residual else None, *_only(parameters, flat)
-        return *[None] * 4, *tensors
+        return *[None] * 5, *tensors
 
 
 def _setup_context(backend: str, ctx, inputs, output) -> None:
@@ -244,8 +246,13 @@ def stage(
     running_mean: Sequence[Tensor],
     running_var: Sequence[Tensor],
     shortcut_weight: Sequence[Tensor],
+    parts: Sequence[Tensor] = (),
 ) -> tuple[Tensor, list[Tensor]]:
-    """Run a stage whose arguments have been checked: (y, rows), of which y carries the gradient."""
+    """Run a stage whose arguments have been checked: (y, rows), of which y carries the gradient.
+
+    Backward keeps ``parts``, if any, in the place of x, which they make when they are joined along the channels; in
+    compiled code, whose compiler chooses what is kept, x.
+    """
     flat = *weight, *bias, *bn_weight, *bn_bias, *shortcut_weight
     differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, residual, *flat))
     if not differentiated:
@@ -261,4 +268,4 @@ def stage(
         return y, rows
     # The generic autograd of an operator with lists of tensors costs ten times what this node does.
     rows = []
-    return _Stage.apply(backend, facts, tensors, rows, x, residual, *flat), rows
+    return _Stage.apply(backend, facts, tensors, rows, parts, x, residual, *flat), rows

@@ -145,18 +145,21 @@ class Arguments(NamedTuple):
         return Arguments(weight, bias, bn_weight, bn_bias, *running, projections)
 
 
-def execute(plan: Plan, x: Tensor, given: Arguments, residual: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+def execute(
+    plan: Plan, x: Tensor, given: Arguments, residual: Tensor | None = None, parts: Sequence[Tensor] = ()
+) -> tuple[Tensor, list[Tensor]]:
     """Run a stage by its plan: (y, rows), with rows[i] the [5, C] rows of batch norm i.
 
-    y has the dtype that the plain layers would give it, but under autocast that of a stream kept in float32.
+    y has the dtype that the plain layers would give it, but under autocast that of a stream kept in float32. ``parts``,
+    if any, are kept for backward in the place of x, which they make when they are joined along the channels.
     """
     stream = x if x.dtype == plan.stream else x.to(plan.stream)
     tensors = given if plan.missing is None else given.filled(stream, plan.missing)
     if plan.cast is None:
-        y, rows = ops.stage(plan.backend, plan.facts, stream, residual, *tensors)
+        y, rows = ops.stage(plan.backend, plan.facts, stream, residual, *tensors, parts)
         return (y, rows) if y.dtype == x.dtype else (y.to(x.dtype), rows)
     with torch.autocast(x.device.type, enabled=False):
-        return ops.stage(plan.backend, plan.facts, stream, _cast(residual, plan.cast), *tensors)
+        return ops.stage(plan.backend, plan.facts, stream, _cast(residual, plan.cast), *tensors, parts)
 
 
 def _cast(t: Any, dtype: torch.dtype) -> Any:

@@ -29,10 +29,17 @@ class Run(NamedTuple):
         running = running_updates(pair for layers in run for pair in layers.pairs)
         return cls(backend, running, blocks, Arguments.of(blocks), Plans(32))
 
-    def __call__(self, where: Any, x: Tensor, residual: Tensor | None = None, memory: str = "fast") -> Tensor | None:
+    def __call__(
+        self,
+        where: Any,
+        x: Tensor,
+        residual: Tensor | None = None,
+        memory: str = "fast",
+        parts: Sequence[Tensor] = (),
+    ) -> Tensor | None:
         """Run as one node and update the running statistics once; None where ``auto`` prefers the plain layers.
 
-        ``where`` is the module that `explain` is to name.
+        ``where`` is the module that `explain` is to name, ``parts`` what is kept in the place of x, see `execute`.
 
         Raises:
             TypeError, ValueError: an argument does not fit.
@@ -41,7 +48,7 @@ class Run(NamedTuple):
         plan.record(where)
         if plan.backend == "eager":
             return None
-        y, rows = execute(plan, x, self.arguments, residual)
+        y, rows = execute(plan, x, self.arguments, residual, parts)
         update(self.running, rows)
         return y
 

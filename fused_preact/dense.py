@@ -1,0 +1,108 @@
+"""The layer of DenseNets; signature and state_dict keys are torchvision's.
+
+Huang, Liu, van der Maaten, Weinberger, "Densely Connected Convolutional Networks", 2017, arXiv 1608.06993: DenseNet-B.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .blocks import Branch
+from .checks import one_of, positive, tensor
+
+RETURNS = ("new", "new+x", "x+new")
+
+
+class DenseLayer(Branch):
+    """conv2(relu(norm2(conv1(relu(norm1(x)))))), a 1x1 and a 3x3 convolution, of all features so far, as one node.
+
+    It keeps x and what conv1 gives, half of what the plain layers keep. With ``memory_efficient`` it keeps the features
+    that x is made of, which the layers share, and joins them again in backward: memory grows with the depth and not
+    with its square, and nothing is done twice but the copy.
+
+    Args:
+        num_input_features: channels of x.
+        growth_rate: channels of the new features.
+        bn_size: conv1 has bn_size*growth_rate channels out.
+        drop_rate: of a dropout behind conv2.
+        memory_efficient: keep the features that x is made of in its place, where they come as a sequence.
+        returns: "new", the new features; or with x "new+x", "x+new", in this order.
+        backend: one of `backends.NAMES`; "eager" is the plain layers.
+        device, dtype: of the parameters.
+
+    Raises:
+        TypeError: a number of channels is no integer.
+        ValueError: one of these is less than 1, drop_rate is not in [0, 1], or an option is none of those named.
+    """
+
+    def __init__(
+        self,
+        num_input_features: int,
+        growth_rate: int,
+        bn_size: int = 4,
+        drop_rate: float = 0.0,
+        memory_efficient: bool = False,
+        *,
+        returns: str = "new",
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(backend)
+        channels = positive("num_input_features", num_input_features)
+        growth = positive("growth_rate", growth_rate)
+        width = positive("bn_size", bn_size) * growth
+        if not 0 <= drop_rate <= 1:
+            raise ValueError(f"drop_rate must be between 0 and 1, got {drop_rate!r}")
+        one_of("returns", returns, RETURNS)
+        self.drop_rate, self.memory_efficient, self.returns = drop_rate, memory_efficient, returns
+        self._names, self._boxes = [("norm1", "conv1"), ("norm2", "conv2")], []
+        like = {"device": device, "dtype": dtype}
+        self.norm1 = nn.BatchNorm2d(channels, **like)
+        self.conv1 = nn.Conv2d(channels, width, 1, bias=False, **like)
+        self.norm2 = nn.BatchNorm2d(width, **like)
+        self.conv2 = nn.Conv2d(width, growth, 3, padding=1, bias=False, **like)
+
+    def forward(self, x: Tensor | Sequence[Tensor]) -> Tensor:
+        """[N, growth_rate, H, W], or with the channels of x, of x [N, num_input_features, H, W] or of parts of it.
+
+        Args:
+            x: the features, or a sequence of tensors that are joined along the channels.
+
+        Raises:
+            TypeError, ValueError: x does not fit.
+        """
+        parts = x if isinstance(x, (list, tuple)) else [x]
+        x = _joined(parts)
+        y = self._dispatch(x, parts=parts if self.memory_efficient else ())
+        if self.drop_rate:
+            y = F.dropout(y, self.drop_rate, self.training)
+        return y if self.returns == "new" else torch.cat((y, x) if self.returns == "new+x" else (x, y), 1)
+
+    def extra_repr(self) -> str:
+        """The options that are not the default."""
+        options = [super().extra_repr()]
+        options += [f"drop_rate={self.drop_rate}"] if self.drop_rate else []
+        options += ["memory_efficient=True"] if self.memory_efficient else []
+        options += [f"returns={self.returns!r}"] if self.returns != "new" else []
+        return ", ".join(filter(None, options))
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Features [N, C, H, W] one behind the other along the channels."""
+    if len(parts) == 1:
+        return parts[0]
+    if not parts:
+        raise ValueError("x must be a tensor, or a sequence of one and more; got an empty one")
+    for i, part in enumerate(parts):
+        tensor(f"x[{i}]", part)
+        if part.dim() != 4 or part.shape[0] != parts[0].shape[0] or part.shape[2:] != parts[0].shape[2:]:
+            raise ValueError(
+                f"x[{i}] must have 4 dimensions (N, C, H, W), and N, H and W of x[0], which is of shape "
+                f"{tuple(parts[0].shape)}; got {tuple(part.shape)}"
+            )
+    return torch.cat(parts, 1)
