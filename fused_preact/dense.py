@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .blocks import Branch
-from .checks import one_of, positive, tensor
+from .checks import flag, number, one_of, positive, tensor
 
 RETURNS = ("new", "new+x", "x+new")
 
@@ -35,7 +35,7 @@ class DenseLayer(Branch):
         device, dtype: of the parameters.
 
     Raises:
-        TypeError: a number of channels is no integer.
+        TypeError: a number of channels is no integer, drop_rate no number, or memory_efficient neither True nor False.
         ValueError: one of these is less than 1, drop_rate is not in [0, 1], or an option is none of those named.
     """
 
@@ -56,6 +56,8 @@ class DenseLayer(Branch):
         channels = positive("num_input_features", num_input_features)
         growth = positive("growth_rate", growth_rate)
         width = positive("bn_size", bn_size) * growth
+        number("drop_rate", drop_rate)
+        flag("memory_efficient", memory_efficient)
         if not 0 <= drop_rate <= 1:
             raise ValueError(f"drop_rate must be between 0 and 1, got {drop_rate!r}")
         one_of("returns", returns, RETURNS)
@@ -99,6 +101,8 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
     if not parts:
         raise ValueError("x must be a tensor, or a sequence of one and more; got an empty one")
     for i, part in enumerate(parts):
+        if isinstance(part, torch.fx.Proxy):  # symbolic tracing, which calls with no tensors
+            continue
         tensor(f"x[{i}]", part)
         if part.dim() != 4 or part.shape[0] != parts[0].shape[0] or part.shape[2:] != parts[0].shape[2:]:
             raise ValueError(

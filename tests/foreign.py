@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 def filters(C: int, K: int, bottleneck: bool, stride: int) -> list[nn.Conv2d]:
@@ -143,6 +144,49 @@ class Nested(nn.Module):
         for unit in others:
             out, _ = unit(out)
         return out + (self.identity_conv(a) if hasattr(self, "identity_conv") else x)
+
+
+class Listed(nn.Module):
+    """A layer as in torchvision's DenseNet, which reads a list and can repeat its first half in backward."""
+
+    def __init__(self, C: int, growth: int, memory_efficient: bool = False) -> None:
+        super().__init__()
+        self.norm1, self.relu1 = nn.BatchNorm2d(C), nn.ReLU(inplace=True)
+        self.conv1 = nn.Conv2d(C, 4 * growth, 1, bias=False)
+        self.norm2, self.relu2 = nn.BatchNorm2d(4 * growth), nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(4 * growth, growth, 3, padding=1, bias=False)
+        self.memory_efficient = memory_efficient
+
+    def joined(self, parts):
+        return torch.cat(parts, 1)
+
+    def forward(self, x):
+        parts = [x] if isinstance(x, torch.Tensor) else x
+
+        def half(*parts):
+            return self.conv1(self.relu1(self.norm1(self.joined(parts))))
+
+        out = checkpoint(half, *parts, use_reentrant=False) if self.memory_efficient else half(*parts)
+        return self.conv2(self.relu2(self.norm2(out)))
+
+
+class Reversed(Listed):
+    """It reads a list as something else than its parts side by side."""
+
+    def joined(self, parts):
+        return torch.cat(parts[::-1], 1)
+
+
+class Joining(Listed):
+    """A layer as in pytorch-cifar's DenseNet, which gives x, too: behind the new features, or as others, before."""
+
+    def __init__(self, C: int, growth: int, before: bool = False) -> None:
+        super().__init__(C, growth)
+        self.before = before
+
+    def forward(self, x):
+        out = self.conv2(F.relu(self.norm2(self.conv1(F.relu(self.norm1(x))))))
+        return torch.cat([x, out] if self.before else [out, x], 1)
 
 
 class Smooth(Cifar):

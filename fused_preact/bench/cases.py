@@ -8,7 +8,7 @@ from itertools import product
 import torch
 from torch import nn
 
-from fused_preact import BNReLUConv2d, PreActBlock, PreActBottleneck, models
+from fused_preact import BNReLUConv2d, DenseLayer, PreActBlock, PreActBottleneck, models
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 USUAL = ("fp32", "bf16")  # what is measured unless more is asked for
@@ -62,6 +62,11 @@ def make_block(kind: str, in_planes: int, planes: int, stride: int, backend: str
     return block(in_planes, planes, stride, backend=backend)
 
 
+def make_dense(channels: int, growth: int, backend: str) -> nn.Module:
+    """A layer of a DenseNet, which gives the new features."""
+    return DenseLayer(channels, growth, backend=backend)
+
+
 def make_net(model: str, backend: str) -> nn.Module:
     """A net of fused_preact.models, for ten classes."""
     return models.create(model, num_classes=10, backend=backend)
@@ -107,6 +112,20 @@ def basics(group: str, widths: tuple[int, ...], batch: int, dtype: str) -> list[
     ]
 
 
+def denses(batch: int, dtype: str) -> list[Case]:
+    """Layers of DenseNet-121 on 32x32 images, one in the midst of each of its first three blocks."""
+    return [
+        Case(
+            "DenseNet-121 layer",
+            f"{C}x{H}x{H}, N={batch}, {dtype}",
+            partial(make_dense, C, 32),
+            (batch, C, H, H),
+            dtype,
+        )
+        for C, H in ((160, 32), (320, 16), (640, 8))
+    ]
+
+
 def net(title: str, model: str, batch: int, dtype: str = "fp32") -> Case:
     """A training step of a net on 32x32 images."""
     return Case(
@@ -144,7 +163,7 @@ def default_cases() -> list[Case]:
     """Under two minutes on two slow cores."""
     blocks = [case for dtype in USUAL for case in bottlenecks(16, dtype)]
     blocks += [case for dtype in USUAL for case in basics("ResNet-110 block", (16, 32, 64), 16, dtype)]
-    blocks += basics("PreActResNet-18 block", (64, 128, 256, 512), 16, "fp32")
+    blocks += basics("PreActResNet-18 block", (64, 128, 256, 512), 16, "fp32") + denses(16, "fp32")
     nets = [net("ResNet-110", "resnet110", 16), net("PreActResNet-18", "preactresnet18", 8), resnet1001(8)]
     return [*blocks, *nets, host_cost()]
 
@@ -154,7 +173,7 @@ def full_cases() -> list[Case]:
     blocks = [case for batch, dtype in product((1, 16, 64), USUAL) for case in bottlenecks(batch, dtype)]
     for batch, dtype in product((1, 16), USUAL):
         blocks += basics("ResNet-110 block", (16, 32, 64), batch, dtype)
-        blocks += basics("PreActResNet-18 block", (64, 128, 256, 512), batch, dtype)
+        blocks += basics("PreActResNet-18 block", (64, 128, 256, 512), batch, dtype) + denses(batch, dtype)
     nets = [net("ResNet-110", "resnet110", 128), net("PreActResNet-18", "preactresnet18", 16)]
     nets += [net("ResNet-164", "resnet164", 16, dtype) for dtype in USUAL]
     return blocks + nets + [resnet1001(batch) for batch in (8, 16, 64)] + [resnet1001(8, "bf16"), host_cost()]
