@@ -3,7 +3,7 @@
 from . import models
 from .backends import explain
 from .blocks import PreActBlock, PreActBottleneck
-from .dense import DenseLayer
+from .dense import DenseLayer, Transition
 from .exchange import fuse
 from .functional import bn_relu_conv2d
 from .modules import BNReLUConv2d
@@ -17,6 +17,7 @@ __all__ = [
     "PreActBlock",
     "PreActBottleneck",
     "PreActStage",
+    "Transition",
     "bn_relu_conv2d",
     "explain",
     "fuse",

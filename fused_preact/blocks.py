@@ -37,6 +37,14 @@ class Branch(Fused):
             branch.add_module(name, child)
         return branch
 
+    def forward(self, x: Tensor) -> Tensor:
+        """y [N, K, P, Q] of x [N, C, H, W], of the dtype of x where autocast is off.
+
+        Raises:
+            TypeError, ValueError: x does not fit.
+        """
+        return self._dispatch(x)
+
     def _layers(self) -> Layers:
         """The units' layers, in order."""
         pairs = [Pair(bn, self._layer(bn), conv, self._layer(conv)) for bn, conv in self._names]
@@ -125,14 +133,6 @@ class Block(Branch):
         container = self._modules.get(self.shortcut_name)
         shortcut = "identity" if container is None else self.shortcut_input
         return super()._layers()._replace(shortcut=shortcut, container_name=self.shortcut_name, container=container)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """y [N, planes*expansion, P, Q] of x [N, in_planes, H, W], of the dtype of x where autocast is off.
-
-        Raises:
-            TypeError, ValueError: x does not fit.
-        """
-        return self._dispatch(x)
 
 
 def _documented(summary: str | None) -> str | None:

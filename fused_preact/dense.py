@@ -1,6 +1,6 @@
-"""The layer of DenseNets; signature and state_dict keys are torchvision's.
+"""What DenseNets are made of; signatures and state_dict keys are torchvision's.
 
-Huang, Liu, van der Maaten, Weinberger, "Densely Connected Convolutional Networks", 2017, arXiv 1608.06993: DenseNet-B.
+Huang, Liu, van der Maaten, Weinberger, "Densely Connected Convolutional Networks", 2017, arXiv 1608.06993: DenseNet-BC.
 """
 
 from __future__ import annotations
@@ -92,6 +92,44 @@ class DenseLayer(Branch):
         options += ["memory_efficient=True"] if self.memory_efficient else []
         options += [f"returns={self.returns!r}"] if self.returns != "new" else []
         return ", ".join(filter(None, options))
+
+
+class Transition(Branch):
+    """conv(relu(norm(x))), a 1x1 convolution, as one node, and the mean over squares of 2x2: half of height and width.
+
+    Args:
+        num_input_features, num_output_features: channels of x and of y.
+        backend: one of `backends.NAMES`; "eager" is the plain layers.
+        device, dtype: of the parameters.
+
+    Raises:
+        TypeError: a number of channels is no integer.
+        ValueError: one of these is less than 1, or there is no backend of that name.
+    """
+
+    def __init__(
+        self,
+        num_input_features: int,
+        num_output_features: int,
+        *,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(backend)
+        channels = positive("num_input_features", num_input_features)
+        width = positive("num_output_features", num_output_features)
+        self._names, self._boxes = [("norm", "conv")], []
+        self.norm = nn.BatchNorm2d(channels, device=device, dtype=dtype)
+        self.conv = nn.Conv2d(channels, width, 1, bias=False, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y [N, num_output_features, H//2, W//2] of x [N, num_input_features, H, W].
+
+        Raises:
+            TypeError, ValueError: x does not fit.
+        """
+        return F.avg_pool2d(self._dispatch(x), 2)
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:

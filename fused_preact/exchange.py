@@ -8,7 +8,7 @@ import itertools
 import math
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -17,29 +17,31 @@ from torch import Tensor, nn
 from . import backends
 from .blocks import Block, Branch, PreActBlock, PreActBottleneck
 from .checks import one_of
-from .dense import RETURNS, DenseLayer
+from .dense import RETURNS, DenseLayer, Transition
 from .layers import Layers, Pair, bare, has_own_forward, hooked
 from .models import FirstPreActBlock
 from .modules import Fused
 from .stage import MEMORY, PreActStage
 
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
-_KINDS: dict[int, tuple[type[Block], ...]] = {2: (PreActBlock, FirstPreActBlock), 3: (PreActBottleneck,)}
+_KINDS: dict[int, tuple[type[Block], ...]] = {1: (), 2: (PreActBlock, FirstPreActBlock), 3: (PreActBottleneck,)}
+_RESIDUAL = 0
 
 
 def fuse(net: nn.Module, memory: str = "fast", backend: str = "auto") -> nn.Module:
     """Exchange the pre-activation blocks of a net for fused ones, and each nn.Sequential of nothing else for a stage.
 
-    A block is any module whose layers are bn, conv, bn, conv (, bn, conv), of whatever names, and at most one more
-    convolution, and which computes of them what `PreActBlock`, `PreActBottleneck` or `models.FirstPreActBlock` does:
-    that, and all gradients, is tried with copies, in training and in eval mode, on random parameters and images in
-    float64. The fused blocks hold the layers themselves: parameters (also those that an optimizer has), keys, settings,
-    modes and hooks of these stay.
+    A block is any module whose layers are bn, conv (, bn, conv (, bn, conv)), of whatever names, and at most one more
+    convolution, and which computes of them what `PreActBlock`, `PreActBottleneck` or `models.FirstPreActBlock` does, or
+    of up to two pairs what `DenseLayer` or `Transition` does, or no more than the pairs: that, and all gradients, is
+    tried with copies, in training and in eval mode, on random parameters and images in float64. The fused blocks hold
+    the layers themselves: parameters (also those that an optimizer has), keys, settings, modes and hooks of these stay.
     Batch norms that activate, too, as timm's, become plain ones of the same tensors.
 
     Args:
         net: the net, changed in place; a block or an nn.Sequential of blocks, too.
-        memory: of the stages, see `PreActStage`; blocks that are in none keep what "fast" keeps.
+        memory: of the stages, see `PreActStage`; with another than "fast", each `DenseLayer` is ``memory_efficient``.
+            Other blocks that are in no stage keep what "fast" keeps.
         backend: of the blocks, one of `backends.NAMES`.
 
     Returns:
@@ -60,7 +62,7 @@ def fuse(net: nn.Module, memory: str = "fast", backend: str = "auto") -> nn.Modu
     result = exchange.all_of(net)
     if not exchange.made:
         raise ValueError(
-            "net must have a block of batch norm, ReLU and convolution in this order, twice or three times, "
+            "net must have a block of batch norm, ReLU and convolution in this order, one to three times, "
             f"not fused yet; got a {type(net).__name__} without any{exchange.left()}"
         )
     exchange.apply()
@@ -75,16 +77,21 @@ class _Exchange:
     def __init__(self, memory: str, backend: str) -> None:
         self.memory, self.backend = memory, backend
         self.made: dict[nn.Module, nn.Module] = {}  # a module that the net has in two places is exchanged once
-        self._left: dict[str, str] = {}  # why what has the layers of a block is none, by name
+        self._left: dict[str, tuple[str, set[nn.Module]]] = {}  # why what has these layers is no block, by name
+        self._fused: set[nn.Module] = set()  # the layers of what is
         self._changes: list[tuple[nn.Module, str, nn.Module]] = []
-        self._dense = False
+        self._dense = _RESIDUAL
 
     def all_of(self, net: nn.Module) -> nn.Module:
-        """What a net is exchanged for, itself where that is what is inside of it."""
-        self._of(net)
-        # In a second round, for the branch of a residual block, too, may be a module of the layers of a dense one.
-        self._dense, self._changes = True, []
-        return self._of(net)
+        """What a net is exchanged for, itself where that is what is inside of it.
+
+        Residual blocks come first, then what is nothing but units, of two before of one: the branch of a block may be a
+        module of its own, and so may each unit of it.
+        """
+        for self._dense in (_RESIDUAL, 2, 1):
+            self._changes = []
+            result = self._of(net)
+        return result
 
     def _of(self, module: nn.Module, name: str = "") -> nn.Module:
         """What a module is exchanged for, itself where nothing is. What is inside of it comes first."""
@@ -92,7 +99,7 @@ class _Exchange:
             return self.made.get(module, module)
         if _is_wrapper(module):
             if any(_layers(inner) is not None for inner in module.modules()):
-                self._left[name] = _COMPILED
+                self._left[name] = _COMPILED, set(module.modules())
             return module
         children = {}
         for key, child in module._modules.items():
@@ -115,25 +122,31 @@ class _Exchange:
             module._modules[key] = new
 
     def left(self) -> str:
-        """What stays as it is though it has the layers of a block, by the reason; empty where there is nothing."""
+        """What stays as it is though it has the layers of a block, by the reason; empty where there is nothing.
+
+        A block may be inside of it, or it inside of a block.
+        """
         by_reason: dict[str, list[str]] = {}
-        for name, reason in self._left.items():
-            by_reason.setdefault(reason, []).append(name or "net")
+        for name, (reason, layers) in self._left.items():
+            if not layers <= self._fused:
+                by_reason.setdefault(reason, []).append(name or "net")
         return "".join(f"; {', '.join(names)}: {reason}" for reason, names in by_reason.items())
 
     def _block(self, old: nn.Module, name: str) -> Branch | None:
         layers = _layers(old)
-        block = None if layers is None else _block_of(old, layers, self._dense)
+        candidates = [] if layers is None else list(_candidates(layers, self._dense))
+        block = _block_of(old, layers, candidates) if candidates else None
         if isinstance(block, str):
-            self._left[name], block = block, None
+            self._left[name], block = (block, layers.all()), None
         elif block is not None:
-            block.backend, inside = self.backend, f"{name}." if name else ""
+            block.backend = self.backend
             if isinstance(block, DenseLayer):
                 block.memory_efficient = self.memory != "fast" or getattr(old, "memory_efficient", False) is True
-            self._left = {key: why for key, why in self._left.items() if not f"{key}.".startswith(inside)}
+            self._fused |= layers.all()
         return block
 
 
+_Candidate = tuple[type[Branch], str, dict[str, Any]]  # class, shortcut and settings
 _COMPILED = "it is compiled: fuse it before that"
 
 
@@ -151,10 +164,9 @@ def _why_called(module: nn.Module) -> str | None:
     return None
 
 
-def _block_of(old: nn.Module, layers: Layers, dense: bool) -> Branch | str:
-    """The block that computes of these layers what ``old`` does, as plain layers; or why there is none."""
-    kept = {layer for pair in layers.pairs for layer in (pair.bn, pair.conv)} | {layers.projection()}
-    reasons = (_why_called(module) for module in old.modules() if module not in kept)
+def _block_of(old: nn.Module, layers: Layers, candidates: Iterable[_Candidate]) -> Branch | str:
+    """That of the candidates which computes of these layers what ``old`` does, its layers plain; or why none does."""
+    reasons = (_why_called(module) for module in old.modules() if module not in layers.all())
     if reason := next(filter(None, reasons), None):
         return reason
     if len(inspect.signature(old.forward).parameters) > 1:
@@ -164,7 +176,7 @@ def _block_of(old: nn.Module, layers: Layers, dense: bool) -> Branch | str:
         theirs = _outputs(old, channels)
     except Exception as error:  # it is somebody else's code, which may raise anything
         return f"a copy of it that is tried raises {type(error).__name__}: {str(error).partition(chr(10))[0]}"
-    for kind, shortcut, settings in _candidates(layers, dense):
+    for kind, shortcut, settings in candidates:
         try:
             block = kind.of(layers._replace(shortcut=shortcut), _children(old, layers), "eager", **settings)
         except KeyError as error:  # nn.Module's
@@ -172,18 +184,21 @@ def _block_of(old: nn.Module, layers: Layers, dense: bool) -> Branch | str:
         ours = _outputs_if_any(block, channels)
         if ours is None or list(old.state_dict()) != list(block.state_dict()) or not _alike(theirs, ours):
             continue
-        of_parts = _outputs_if_any(old, channels, 2) if kind is DenseLayer else None
-        if of_parts is None or _alike(of_parts, _outputs(block, channels, 2)):
+        of_parts = None if isinstance(block, Block) else _outputs_if_any(old, channels, 2)
+        if of_parts is None or _alike(of_parts, _outputs_if_any(block, channels, 2) or []):
             return block
     return f"of the layers of a block {type(old).__name__} computes something else"
 
 
-def _candidates(layers: Layers, dense: bool) -> Iterator[tuple[type[Branch], str, dict[str, Any]]]:
-    """What a module of these layers may be, a residual block or a dense layer: class, shortcut and settings."""
-    if dense and layers.container is None and len(layers.pairs) == 2:
+def _candidates(layers: Layers, dense: int) -> Iterator[_Candidate]:
+    """What a module of these layers may be: residual blocks, or of so many units a branch, or what DenseNets have."""
+    if layers.container is None and len(layers.pairs) == dense:
+        yield Branch, "none", {}
         for returns in RETURNS:
             yield DenseLayer, "none", {"drop_rate": 0.0, "memory_efficient": False, "returns": returns}
-    if not dense:
+        if dense == 1:
+            yield Transition, "none", {}
+    if dense == _RESIDUAL:
         shortcuts = ("identity",) if layers.container is None else ("activated", "raw")
         for kind, shortcut in itertools.product(_KINDS[len(layers.pairs)], shortcuts):
             yield kind, shortcut, {}
@@ -213,7 +228,7 @@ def _layers(old: nn.Module) -> Layers | None:
         return None  # the shortcut's box is to hold nothing else
     layers = Layers(pairs, "identity", *_shortcut(across), _boxes(old, pairs))
     conv, C, K = layers.projection(), pairs[0].conv.in_channels, pairs[-1].conv.out_channels
-    fits = (len(pairs) == 2 or C == K) if conv is None else (conv.in_channels, conv.out_channels) == (C, K)
+    fits = (len(pairs) < 3 or C == K) if conv is None else (conv.in_channels, conv.out_channels) == (C, K)
     return layers if fits else None
 
 

@@ -66,6 +66,11 @@ class Layers(NamedTuple):
         box = self.container
         return next(iter(box._modules.values())) if type(box) is nn.Sequential else box
 
+    def all(self) -> set[nn.Module]:
+        """Batch norms and convolutions, that of the shortcut, too."""
+        units = {layer for pair in self.pairs for layer in (pair.bn, pair.conv)}
+        return units if self.container is None else units | {self.projection()}
+
     def block(self) -> Block:
         """What a fused call reads."""
         units = [_unit(pair.bn, pair.conv) for pair in self.pairs]

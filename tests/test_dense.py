@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from cases import BACKENDS
-from fused_preact import DenseLayer, PreActStage, explain
+from fused_preact import DenseLayer, PreActStage, Transition, explain
 from fused_preact.bench.measure import saved_bytes
 from fused_preact.dense import RETURNS
 from test_blocks import assert_same
@@ -97,6 +97,24 @@ def test_what_is_kept_does_not_change_a_bit(layout):
     saving.memory_efficient = True
     parts = [part.to(memory_format=layout) for part in features()]
     assert_same(step(saving, parts), step(layer, parts), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_transition_is_its_plain_layers(backend):
+    """Torchvision's keys; an odd row and column are left out, as by torch's pooling."""
+    layer = Transition(6, 3, backend=backend).double()
+    nn.init.uniform_(layer.norm.bias, -0.5, 0.5)
+    plain = nn.Sequential(copy.deepcopy(layer.norm), nn.ReLU(), copy.deepcopy(layer.conv), nn.AvgPool2d(2))
+    x = features()[0]
+    for mode in True, False:
+        y, expected = layer.train(mode)(x), plain.train(mode)(x)
+        assert_close(y, expected)
+        grads = [
+            torch.autograd.grad(out.square().sum(), [x, *m.parameters()]) for out, m in ((y, layer), (expected, plain))
+        ]
+        assert_close(*grads, rtol=1e-9, atol=1e-10)
+    assert list(layer.state_dict())[:5] == [f"norm.{name}" for name in plain[0].state_dict()]
+    assert_close([*layer.state_dict().values()], [*plain.state_dict().values()])
 
 
 def test_memory_grows_with_the_depth_not_with_its_square():
@@ -289,3 +307,11 @@ def test_options_that_do_not_fit(options, kind, message):
     """One error that names the option."""
     with pytest.raises(kind, match=message):
         DenseLayer(**{"num_input_features": 8, "growth_rate": 4} | options)
+
+
+def test_channels_of_a_transition_that_do_not_fit():
+    """One error that names them."""
+    with pytest.raises(ValueError, match="num_input_features must be"):
+        Transition(0, 4)
+    with pytest.raises(TypeError, match="num_output_features must be"):
+        Transition(4, 2.0)

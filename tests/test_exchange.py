@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 import pickle
 
 import pytest
@@ -19,12 +20,9 @@ from foreign import (
     Detached,
     Excited,
     Factor,
-    Joining,
-    Listed,
     Nested,
     Raw,
     Renamed,
-    Reversed,
     Rounded,
     Scaled,
     Smooth,
@@ -34,7 +32,7 @@ from foreign import (
     Wide,
     conv_first,
 )
-from fused_preact import DenseLayer, PreActBlock, PreActBottleneck, PreActStage, fuse, models
+from fused_preact import PreActBlock, PreActBottleneck, PreActStage, blocks, fuse, models
 
 KINDS = {kind.__name__: kind for kind in (Cifar, Raw, Wide, Timm, Nested)}
 CASES = [(name, bottleneck) for name in KINDS for bottleneck in (False, True) if not (name == "Wide" and bottleneck)]
@@ -104,55 +102,26 @@ def test_a_fused_net_is_copied_pickled_and_compiled(name):
     assert_close(torch.compile(net, backend="aot_eager", fullgraph=True)(images()), y)
 
 
-class DenseNet(nn.Module):
-    """Three layers of somebody's dense block, which read a list of features."""
+@pytest.mark.parametrize("units", [1, 2])
+def test_units_alone(units, recwarn):
+    """Whatever becomes of what they give, of which nothing needs to be said."""
 
-    def __init__(self, **options) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 8, 3, padding=1)
-        self.layers = nn.ModuleDict({f"denselayer{i + 1}": Listed(8 + 4 * i, 4, **options) for i in range(3)})
-        self.double()
+    class Head(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            layers = [(nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3, 1, 1, groups=2)) for _ in range(units)]
+            self.units = nn.Sequential(*itertools.chain(*layers))
 
-    def forward(self, x):
-        parts = [self.stem(x)]
-        for layer in self.layers.values():
-            parts.append(layer(parts))
-        return torch.cat(parts, 1).mean((2, 3))
+        def forward(self, x):
+            return self.units(x).sigmoid()
 
-
-@pytest.mark.parametrize("memory", ["fast", "lean", "min"])
-@pytest.mark.parametrize("memory_efficient", [False, True])
-def test_a_fused_densenet_is_the_net_it_was(memory, memory_efficient):
-    """What it saved it goes on to save; but for that torchvision's layers then move their statistics twice."""
-    net = DenseNet(memory_efficient=memory_efficient)
-    plain = copy.deepcopy(net)
-    for layer in plain.layers.values():
-        layer.memory_efficient = False
-    parameters = list(net.parameters())
-    assert fuse(net, memory, "library") is net
-    assert {type(layer) for layer in net.layers.values()} == {DenseLayer}
-    assert {layer.memory_efficient for layer in net.layers.values()} == {memory_efficient or memory != "fast"}
-    assert all(a is b for a, b in zip(net.parameters(), parameters, strict=True))
-    ours, theirs = step(net), step(plain)
-    assert list(ours) == list(theirs)
-    for key, value in theirs.items():
-        assert_close(ours[key], value, rtol=1e-9, atol=1e-10, msg=key)
-
-
-@pytest.mark.parametrize("before", [False, True])
-def test_dense_layers_that_give_x_too(before):
-    """In either order; a sequence of them is no stage, which is of residual blocks."""
-    net = nn.Sequential(Joining(6, 4, before), Joining(10, 4, before))
-    plain, x = copy.deepcopy(net), torch.randn(2, 6, 5, 5)
-    assert fuse(net) is net
-    assert [layer.returns for layer in net] == ["x+new" if before else "new+x"] * 2
+    net = Head()
+    plain, x = copy.deepcopy(net), torch.randn(2, 4, 5, 5)
+    assert type(fuse(net).units) is blocks.Branch
+    assert not recwarn.list
     assert_close(net(x), plain(x))
-
-
-def test_a_dense_layer_that_joins_its_features_in_another_way():
-    """A single tensor does not show it."""
-    with pytest.raises(ValueError, match=r"; net: of the layers of a block Reversed computes something else"):
-        fuse(Reversed(8, 4))
+    assert list(net.state_dict()) == list(plain.state_dict())
+    assert_close(net.state_dict(), plain.state_dict())
 
 
 def test_fusing_moves_nothing():
@@ -269,10 +238,19 @@ def test_what_is_inside_of_a_block_is_not_spoken_of(recwarn):
 
 
 def test_a_child_named_as_something_of_a_block():
-    """It could not be reached; what is inside of it can be exchanged all the same."""
-    with pytest.warns(UserWarning, match=r"; net: no child of a PreActBlock can have .*: attribute 'backend' already"):
-        net = fuse(Branch("backend"))
-    assert type(net.backend) is DenseLayer
+    """It could not be reached."""
+
+    class Named(Nested):
+        def __init__(self) -> None:
+            super().__init__(8, 8, False)
+            self.backend = self._modules.pop("body")
+
+        @property
+        def body(self):
+            return self.backend
+
+    with pytest.raises(ValueError, match=r"; net: no child of a PreActBlock can have .*: attribute 'backend' already"):
+        fuse(Named())
 
 
 def test_all_layers_in_one_box():
