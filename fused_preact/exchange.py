@@ -137,7 +137,8 @@ class _Exchange:
         candidates = [] if layers is None else list(_candidates(layers, self._dense))
         block = _block_of(old, layers, candidates) if candidates else None
         if isinstance(block, str):
-            self._left[name], block = (block, layers.all()), None
+            self._left.setdefault(name, (block, layers.all()))
+            block = None
         elif block is not None:
             block.backend = self.backend
             if isinstance(block, DenseLayer):
