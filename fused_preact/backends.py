@@ -35,7 +35,7 @@ class Problem(NamedTuple):
     convolutions: tuple[tuple[Conv, tuple[int, ...]], ...]  # geometry, weight shape
     format: str = "channels_last"  # memory format of x, or "contiguous"
     inference: bool = False  # no batch statistics, and no backward
-    saves_memory: bool = False  # "lean" or "min" was asked for
+    saves_memory: bool = False  # "lean", "min" or memory_efficient was asked for
     transformed: bool = False  # within a transform of torch.func, a forward-mode derivative or torch.jit.trace
     rounded: bool = False  # x is of another type than dtype, and is not kept as it is
 

@@ -80,7 +80,7 @@ class DenseLayer(Branch):
         """
         parts = x if isinstance(x, (list, tuple)) else [x]
         x = _joined(parts)
-        y = self._dispatch(x, parts=parts if self.memory_efficient else ())
+        y = self._dispatch(x, parts=parts if self.memory_efficient and len(parts) > 1 else ())
         if self.drop_rate:
             y = F.dropout(y, self.drop_rate, self.training)
         return y if self.returns == "new" else torch.cat((y, x) if self.returns == "new+x" else (x, y), 1)

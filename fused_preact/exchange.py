@@ -134,7 +134,7 @@ class _Exchange:
 
     def _block(self, old: nn.Module, name: str) -> Branch | None:
         layers = _layers(old)
-        candidates = [] if layers is None else list(_candidates(layers, self._dense))
+        candidates = [] if layers is None else list(_candidates(old, layers, self._dense))
         block = _block_of(old, layers, candidates) if candidates else None
         if isinstance(block, str):
             self._left.setdefault(name, (block, layers.all()))
@@ -191,12 +191,14 @@ def _block_of(old: nn.Module, layers: Layers, candidates: Iterable[_Candidate]) 
     return f"of the layers of a block {type(old).__name__} computes something else"
 
 
-def _candidates(layers: Layers, dense: int) -> Iterator[_Candidate]:
+def _candidates(old: nn.Module, layers: Layers, dense: int) -> Iterator[_Candidate]:
     """What a module of these layers may be: residual blocks, or of so many units a branch, or what DenseNets have."""
     if layers.container is None and len(layers.pairs) == dense:
         yield Branch, "none", {}
+        rate = getattr(old, "drop_rate", None)
         for returns in RETURNS:
-            yield DenseLayer, "none", {"drop_rate": 0.0, "memory_efficient": False, "returns": returns}
+            settings = {"drop_rate": rate if isinstance(rate, float) else 0.0, "memory_efficient": False}
+            yield DenseLayer, "none", settings | {"returns": returns}
         if dense == 1:
             yield Transition, "none", {}
     if dense == _RESIDUAL:
@@ -312,6 +314,7 @@ def _outputs(module: nn.Module, channels: int, parts: int = 1) -> list[Any]:
 
 def _response(module: nn.Module, x: Tensor, parts: int) -> list[Any]:
     """What the module makes of x, or of a list of parts of x, and the gradients of its squares."""
+    torch.manual_seed(0)  # what is dropped
     leaves = [x.requires_grad_(), *(t.requires_grad_() for _, t in sorted(module.named_parameters()))]
     y = module(x.clone() if parts == 1 else list(x.clone().tensor_split(parts, 1)))
     if not isinstance(y, Tensor):

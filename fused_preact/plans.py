@@ -46,9 +46,14 @@ def call_key(name: str, x: Tensor) -> tuple[Any, ...]:
 
 
 def make_plan(
-    x: Tensor, blocks: Sequence[Block], residual: Tensor | None = None, backend: str = "auto", memory: str = "fast"
+    x: Tensor,
+    blocks: Sequence[Block],
+    residual: Tensor | None = None,
+    backend: str = "auto",
+    memory: str = "fast",
+    in_parts: bool = False,
 ) -> Plan:
-    """Check the arguments of a stage and choose its backend.
+    """Check the arguments of a stage and choose its backend; ``in_parts``: parts are to be kept in the place of x.
 
     Raises:
         TypeError, ValueError: an argument does not fit.
@@ -66,7 +71,7 @@ def make_plan(
     layout = "channels_last" if memory_format(x) == torch.channels_last else "contiguous"
     training = [unit.batch for unit in units]
     inference = not grad and not any(training)
-    saves = memory != "fast" and not (inference or transformed)
+    saves = (memory != "fast" or in_parts) and not (inference or transformed)
     shape = tuple(x.shape)
     rounded = memory == "fast" and given.dtype != x.dtype
     problem = backends.Problem(x.device, x.dtype, shape, convolutions, layout, inference, saves, transformed, rounded)

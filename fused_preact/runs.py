@@ -44,7 +44,7 @@ class Run(NamedTuple):
         Raises:
             TypeError, ValueError: an argument does not fit.
         """
-        plan = self.plan(x, residual, memory)
+        plan = self.plan(x, residual, memory, bool(parts))
         plan.record(where)
         if plan.backend == "eager":
             return None
@@ -57,10 +57,10 @@ class Run(NamedTuple):
         plan = self.plan(x, None, memory)
         return backends.describe(where, plan.asked, plan.problem)
 
-    def plan(self, x: Tensor, residual: Tensor | None, memory: str) -> Plan:
+    def plan(self, x: Tensor, residual: Tensor | None, memory: str, in_parts: bool = False) -> Plan:
         """The plan of a call, checked once for arguments that differ in the numbers only."""
-        key = memory, *call_key("x", x), *(() if residual is None else call_key("residual", residual))
-        return self.plans.find(key, lambda: make_plan(x, self.blocks, residual, self.backend, memory))
+        key = memory, in_parts, *call_key("x", x), *(() if residual is None else call_key("residual", residual))
+        return self.plans.find(key, lambda: make_plan(x, self.blocks, residual, self.backend, memory, in_parts))
 
 
 # Where a module's own dictionary has what was made of it, with which it is so freed, and what it was made from.

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from cases import BACKENDS
-from fused_preact import DenseLayer, PreActStage, Transition, explain
+from fused_preact import DenseLayer, PreActStage, Transition, explain, tables
 from fused_preact.bench.measure import saved_bytes
 from fused_preact.dense import RETURNS
 from test_blocks import assert_same
@@ -219,6 +219,15 @@ def test_an_explanation_names_it():
     layer, _ = twins("cpu", memory_efficient=True)
     (choice,) = explain(layer, features())
     assert choice.backend == "cpu"
+
+
+def test_memory_comes_before_speed(monkeypatch):
+    """Plain layers would keep everything, however fast they were; of one tensor there is nothing to keep less of."""
+    monkeypatch.setattr(tables, "best", lambda problem: "eager")
+    saving, fast = twins(memory_efficient=True)[0], twins()[0]
+    parts = features()
+    asked = (saving, parts), (saving, torch.cat(parts, 1)), (fast, parts)
+    assert [explain(*call)[0].backend for call in asked] == ["cpu", "eager", "eager"]
 
 
 def test_symbolic_tracing():
