@@ -71,9 +71,9 @@ def make_plan(
     layout = "channels_last" if memory_format(x) == torch.channels_last else "contiguous"
     training = [unit.batch for unit in units]
     inference = not grad and not any(training)
-    saves = (memory != "fast" or in_parts) and not (inference or transformed)
+    rounded = memory == "fast" and given.dtype != x.dtype  # which comes before what is kept of it
+    saves = (memory != "fast" or (in_parts and not rounded)) and not (inference or transformed)
     shape = tuple(x.shape)
-    rounded = memory == "fast" and given.dtype != x.dtype
     problem = backends.Problem(x.device, x.dtype, shape, convolutions, layout, inference, saves, transformed, rounded)
     half = given.dtype in (torch.bfloat16, torch.float16)
     stream = x.dtype if memory == "fast" else torch.float32 if half else given.dtype
