@@ -77,13 +77,15 @@ def ratio(baseline: Sequence[float], contender: Sequence[float]) -> Spread:
 
 
 def alternate(steps: Sequence[Step], budget: float, rounds: tuple[int, int]) -> list[Times]:
-    """Runs the steps in turn (A B A B ...), after one warm-up each, and returns the times of each.
+    """Runs the steps in turn (A B A B ...), after two warm-ups each, and returns the times of each.
 
     Args:
         steps: the contenders.
-        budget: seconds for the timed rounds, all contenders together; the warm-up tells how many fit.
+        budget: seconds for the timed rounds, all contenders together; the second warm-up tells how many fit.
         rounds: fewest and most rounds, whatever the budget.
     """
+    for step in steps:
+        step.run()  # the first starts threads and makes what torch remembers: it says nothing of the next
     took = sum(step.run()[1] for step in steps)
     count = min(max(int(budget / took), rounds[0]), rounds[1])
     collecting = gc.isenabled()

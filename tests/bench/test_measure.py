@@ -1,4 +1,5 @@
 import gc
+import itertools
 import weakref
 
 import numpy as np
@@ -35,11 +36,11 @@ def recording(log, name):
 
 
 def test_alternate_takes_turns():
-    """A B A B, one warm-up each, every run prepared; no more rounds than allowed however cheap they are."""
+    """A B A B, two warm-ups each, every run prepared; no more rounds than allowed however cheap they are."""
     log = []
     times = measure.alternate([recording(log, "a"), recording(log, "b")], budget=60.0, rounds=(1, 3))
     turn = [f"{name} {phase}" for name in "ab" for phase in ("prepare", "forward", "backward")]
-    assert log == turn * 4
+    assert log == turn * 5
     assert [len(t.total) for t in times] == [3, 3]
     assert all(0 <= f <= t for sample in times for f, t in zip(sample.forward, sample.total, strict=True))
 
@@ -57,6 +58,19 @@ def test_a_time_ends_when_the_device_has_finished(monkeypatch):
     assert step.run() == (1.0, 3.0)
 
 
+def test_how_many_rounds_fit_is_told_by_the_second_warm_up(monkeypatch):
+    """The first takes as long as a process, a compiler or a cache of the system needs."""
+    now, costs = [0.0], itertools.chain([60.0], itertools.repeat(1.0))
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
+
+    def forward():
+        now[0] += next(costs)
+        return torch.ones(())
+
+    (times,) = measure.alternate([measure.Step(lambda: None, forward, lambda _: None)], budget=10.0, rounds=(2, 50))
+    assert times.total == (1.0,) * 10
+
+
 def test_alternate_keeps_to_the_fewest_rounds_without_budget():
     """A slow contender is still measured often enough for a spread."""
     times = measure.alternate([recording([], "a")], budget=0.0, rounds=(4, 9))
@@ -69,13 +83,13 @@ def test_alternate_leaves_the_garbage_collector_as_it_was():
 
     def fail(_):
         seen.append(gc.isenabled())
-        if len(seen) == 2:
+        if len(seen) == 3:
             raise RuntimeError("boom")
 
     step = measure.Step(lambda: None, lambda: torch.ones(()), fail)
     with pytest.raises(RuntimeError, match="boom"):
         measure.alternate([step], budget=0.0, rounds=(1, 1))
-    assert seen == [True, False]
+    assert seen == [True, True, False]
     assert gc.isenabled()
 
 
