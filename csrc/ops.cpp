@@ -218,7 +218,7 @@ Tensors expect_kept(const Tensors& kept, const Stage& stage, ScalarType stream) 
     const Conv& conv = chain.conv[0];
     if (k > 0 && stage.keeps_input(k)) expect_next(stream, {conv.N, conv.C, conv.H, conv.W});
     for (size_t i = 0; i + 1 < chain.units; ++i)
-      if (stage.keeps_hidden(chain, i)) expect_next(stage.type, output_sizes(chain.conv[i]));
+      if (stage.keeps_hidden(k, i)) expect_next(stage.type, output_sizes(chain.conv[i]));
   }
   expect_tensors("kept", kept, dense.size());
   return dense;

@@ -31,13 +31,14 @@ class Forward {
     Tensor stream = x;
     for (size_t k = 0; k < stage_.blocks.size(); ++k) {
       if (k > 0 && stage_.keeps_input(k)) kept_.push_back(stream);
-      stream = block(stage_.blocks[k], stream, residual);
+      stream = block(k, stream, residual);
     }
     return {stream, std::move(kept_), std::move(rows_)};
   }
 
  private:
-  Tensor block(const Chain& chain, const Tensor& stream, const std::optional<Tensor>& residual) {
+  Tensor block(size_t k, const Tensor& stream, const std::optional<Tensor>& residual) {
+    const Chain& chain = stage_.blocks[k];
     const Tensor x = convert(stream, stage_.type);
     // The batch norm in front has its rows from the block before, unless there is none that read the same values.
     if (rows_.size() == chain.first) rows_.push_back(norm_rows(chain.first, x));
@@ -60,7 +61,7 @@ class Forward {
         rows_.push_back(*next_rows);
       else if (!last)
         rows_.push_back(norm_rows(unit + 1, h));
-      if (!last && stage_.keeps_hidden(chain, i)) kept_.push_back(h);
+      if (!last && stage_.keeps_hidden(k, i)) kept_.push_back(h);
     }
     return apart ? sum(*across, h) : convert(h, stream.scalar_type());
   }
@@ -136,14 +137,14 @@ class Backward {
     const Chain& chain = stage_.blocks[k];
     const bool kept = k > 0 && stage_.keeps_input(k);
     size_t next = unread_ - kept;
-    for (size_t i = 0; i + 1 < chain.units; ++i) next -= stage_.keeps_hidden(chain, i);
+    for (size_t i = 0; i + 1 < chain.units; ++i) next -= stage_.keeps_hidden(k, i);
     const size_t end = std::exchange(unread_, next);
     const Tensor stream = k == 0 ? x : kept ? kept_[next++] : rebuild(chain, *y, kept_[end - 1]);
     inputs_ = {convert(stream, stage_.type)};
     for (size_t i = 0; i + 1 < chain.units; ++i)
-      inputs_.push_back(stage_.keeps_hidden(chain, i) ? kept_[next++]
-                                                      : convolve(chain, i, inputs_[i], chain.weight[i],
-                                                                 stage_.bias_of(chain.first + i), std::nullopt));
+      inputs_.push_back(stage_.keeps_hidden(k, i) ? kept_[next++]
+                                                  : convolve(chain, i, inputs_[i], chain.weight[i],
+                                                             stage_.bias_of(chain.first + i), std::nullopt));
     return stream;
   }
 
@@ -231,9 +232,10 @@ bool Stage::keeps_input(size_t block) const {
   return memory == Memory::fast || (memory != Memory::none && !rebuilt);
 }
 
-bool Stage::keeps_hidden(const Chain& chain, size_t unit) const {
-  const bool last = unit + 2 == chain.units;
-  return memory == Memory::fast || memory == Memory::lean || (memory == Memory::min && last);
+bool Stage::keeps_hidden(size_t block, size_t unit) const {
+  const size_t units = blocks[block].units;
+  if (memory == Memory::fast) return block % repeating_blocks != repeating_blocks - 1 || unit > 0 || units < 3;
+  return memory == Memory::lean || (memory == Memory::min && unit + 2 == units);
 }
 
 std::optional<Tensor> Stage::bias_of(size_t unit) const {

@@ -12,9 +12,11 @@ namespace fused_preact {
 
 enum class Shortcut { none, identity, activated, raw };
 
-// What forward keeps for backward: of every block its input and all hidden tensors; the hidden tensors alone where the
-// input can be rebuilt; only the last hidden tensor; or nothing, where there will be no backward.
+// What forward keeps for backward: of every block its input and all hidden tensors, but one of so many blocks not the first
+// of several; the hidden tensors alone where the input can be rebuilt; only the last hidden tensor; or nothing, where
+// there will be no backward.
 enum class Memory { fast, lean, min, none };
+constexpr size_t repeating_blocks = 32;
 
 // One block. n = units; of conv and weight there is one more where the shortcut is a convolution, the last.
 struct Chain {
@@ -40,7 +42,7 @@ struct Stage {
   // x itself is always at hand. A later block's input is its output minus its branch where the
   // shortcut is the identity.
   bool keeps_input(size_t block) const;
-  bool keeps_hidden(const Chain&, size_t unit) const;
+  bool keeps_hidden(size_t block, size_t unit) const;
   bool needs_y() const { return blocks.size() > 1 && !keeps_input(blocks.size() - 1); }  // that forward returned
   std::optional<Tensor> bias_of(size_t unit) const;
 };

@@ -85,7 +85,7 @@ def _fake_forward(x, residual, weight, bias, bn_weight, bn_bias, running_mean, r
         for i in range(block.units):
             rows.append(x.new_empty((5, shape[1]), dtype=schedule.accumulation_type(stage.dtype)))
             shape = block.conv[i].output_shape(shape, block.weight[i].shape)
-            if i < block.units - 1 and stage.keeps_hidden(block, i):
+            if i < block.units - 1 and stage.keeps_hidden(k, i):
                 kept.append(activation(shape, stage.dtype))
     return x.new_empty(shape).to(memory_format=schedule.memory_format(x)), kept, rows
 

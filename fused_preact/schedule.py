@@ -19,6 +19,8 @@ MEAN, RSTD, VARIANCE, SCALE, SHIFT = range(5)
 DGAMMA, DBETA, SLOPE, OFFSET = range(4)
 SHORTCUTS = ("none", "identity", "activated", "raw")  # in the order of their codes
 MEMORY = ("fast", "lean", "min", "none")  # likewise; "none" where there is no backward
+REPEATING = 32
+"""In mode "fast" so many blocks have one whose first of several hidden tensors is not kept: docs/memory.md says why."""
 
 
 class Conv(NamedTuple):
@@ -154,9 +156,12 @@ class Stage:
         chain = self.blocks[block]
         return self.memory == "fast" or (self.memory != "none" and (chain.shortcut != "identity" or chain.units < 2))
 
-    def keeps_hidden(self, chain: Chain, unit: int) -> bool:
+    def keeps_hidden(self, block: int, unit: int) -> bool:
         """Whether the output of a unit that is not its block's last is kept; else it is computed again."""
-        return self.memory in ("fast", "lean") or (self.memory == "min" and unit == chain.units - 2)
+        units = self.blocks[block].units
+        if self.memory == "fast":
+            return block % REPEATING != REPEATING - 1 or unit > 0 or units < 3
+        return self.memory == "lean" or (self.memory == "min" and unit == units - 2)
 
     def needs_y(self) -> bool:
         """Whether backward reads what forward returned."""
@@ -182,14 +187,14 @@ class _Forward:
 
     def run(self, x: Tensor, residual: Tensor | None) -> Tensor:
         stream = x
-        for k, chain in enumerate(self.stage.blocks):
+        for k in range(len(self.stage.blocks)):
             if k > 0 and self.stage.keeps_input(k):
                 self.kept.append(stream)
-            stream = self.block(chain, stream, residual)
+            stream = self.block(k, stream, residual)
         return stream
 
-    def block(self, chain: Chain, stream: Tensor, residual: Tensor | None) -> Tensor:
-        stage, dtype = self.stage, self.stage.dtype
+    def block(self, k: int, stream: Tensor, residual: Tensor | None) -> Tensor:
+        stage, dtype, chain = self.stage, self.stage.dtype, self.stage.blocks[k]
         x = stream.to(dtype)
         # The batch norm in front has its rows from the block before, unless there is none that read the same values.
         if len(self.rows) == chain.first:
@@ -217,7 +222,7 @@ class _Forward:
                 self.rows.append(rows)
             elif not last:
                 self.rows.append(self.norm_rows(unit + 1, h))
-            if not last and stage.keeps_hidden(chain, i):
+            if not last and stage.keeps_hidden(k, i):
                 self.kept.append(h)
         return across + h if apart else h.to(stream.dtype)
 
@@ -300,7 +305,7 @@ class _Backward:
     def restore(self, k: int, x: Tensor, y: Tensor | None) -> tuple[Tensor, list[Tensor]]:
         """The stream in front of block k, and what each of its units read; y is the stream behind."""
         stage, chain = self.stage, self.stage.blocks[k]
-        hidden = [self.kept.pop() if stage.keeps_hidden(chain, i) else None for i in reversed(range(chain.units - 1))]
+        hidden = [self.kept.pop() if stage.keeps_hidden(k, i) else None for i in reversed(range(chain.units - 1))]
         if k > 0:
             x = self.kept.pop() if stage.keeps_input(k) else self.rebuild(chain, y, hidden[0])
         inputs = [x.to(stage.dtype)]

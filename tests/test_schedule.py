@@ -1,11 +1,15 @@
+import copy
+
 import pytest
 import torch
+from torch import nn
 from torch.testing import assert_close
 from torch.utils._pytree import tree_leaves
 
-from cases import BY_ID, CHAINS, backward_arguments, forward_arguments, needs_cpu
-from fused_preact import ops, schedule
+from cases import BACKENDS, BY_ID, CHAINS, backward_arguments, forward_arguments, needs_cpu
+from fused_preact import PreActBlock, PreActBottleneck, PreActStage, ops, schedule
 from fused_preact.schedule import Conv
+from test_blocks import assert_same, step
 
 CASES = CHAINS + [BY_ID[name] for name in ("odd", "stride-2", "odd-eval")]
 
@@ -84,3 +88,53 @@ def test_needs_are_split_by_kind():
     plain = schedule.Stage.parse(weight, [], [], facts[0], facts[1][:14], [2], [0], torch.float32, 0)
     needs = schedule.Needs.parse([True, False, True, True, False], plain)
     assert needs == schedule.Needs(True, [False, True], [False, False], [True, False], [False])
+
+
+def deep(backend: str, kind: type = PreActBottleneck, planes: int = 2) -> PreActStage:
+    """So many tiny blocks that one of them repeats its first unit."""
+    torch.manual_seed(0)
+    blocks = [kind(8, planes, backend=backend) for _ in range(schedule.REPEATING + 1)]
+    stage = PreActStage(*blocks).double()
+    for name, p in stage.named_parameters():
+        if "bn" in name:
+            nn.init.uniform_(p, 0.5, 1.5)
+    return stage
+
+
+def images() -> torch.Tensor:
+    return torch.randn(3, 8, 3, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("kind", "planes", "repeated"), [(PreActBottleneck, 2, 1), (PreActBlock, 8, 0)])
+def test_fast_keeps_all_but_one_hidden_tensor_of_many_bottlenecks(kind, planes, repeated, backend):
+    """By which a net keeps less than half of what its plain layers keep; a basic block has but one, of a 3x3."""
+    stage, kept = deep(backend, kind, planes), []
+
+    def pack(t):
+        kept.append(t.shape[1] if t.dim() == 4 and t.shape[0] == 3 else 0)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        stage(images())
+    blocks, inside = len(stage), stage[0]._units - 1
+    expected = sorted([8] * blocks + [planes] * (blocks * inside - repeated))
+    assert sorted(filter(None, kept)) == expected
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_deep_stage_is_its_plain_layers(backend, compiled):
+    """With what is made again, in compiled code too, where its shapes are foretold."""
+    stage, plain = deep(backend), deep("eager")
+    call = torch.compile(stage, backend="aot_eager", fullgraph=True) if compiled else stage
+    assert_same(step(stage, images(), call), step(plain, images()), rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("backend", ["reference", "library"])
+def test_what_is_made_again_is_the_same_to_the_bit(backend, monkeypatch):
+    """By the same kernel from the same x and rows."""
+    stage, count = deep(backend), schedule.REPEATING
+    ours = step(copy.deepcopy(stage), images())
+    monkeypatch.setattr(schedule, "REPEATING", count + 2)
+    assert_same(ours, step(stage, images()), rtol=0, atol=0)
