@@ -24,7 +24,7 @@ class PreActStage(nn.Sequential):
     The statistics of a block's output come from the kernel that computes it, and nothing of Python or autograd runs
     between blocks. ``memory`` says what is kept for backward, here for a bottleneck of width C:
 
-    - "fast": the input of every batch norm; half of what the plain layers keep.
+    - "fast": the input of every batch norm, but for one of 32 blocks; half of what the plain layers keep.
     - "lean": those inside of the blocks only. A block's input is rebuilt from its output, x = y - branch: a sixth.
     - "min": of those the last only; the others are computed again: a twelfth. Not for blocks of two convolutions.
 
