@@ -314,7 +314,7 @@ def _outputs(module: nn.Module, channels: int, parts: int = 1) -> list[Any]:
 
 def _response(module: nn.Module, x: Tensor, parts: int) -> list[Any]:
     """What the module makes of x, or of a list of parts of x, and the gradients of its squares."""
-    torch.manual_seed(0)  # what is dropped
+    torch.default_generator.manual_seed(0)  # what is dropped, on the CPU; those of other devices go on as they were
     leaves = [x.requires_grad_(), *(t.requires_grad_() for _, t in sorted(module.named_parameters()))]
     y = module(x.clone() if parts == 1 else list(x.clone().tensor_split(parts, 1)))
     if not isinstance(y, Tensor):

@@ -44,7 +44,7 @@ class Run(NamedTuple):
         Raises:
             TypeError, ValueError: an argument does not fit.
         """
-        plan = self.plan(x, residual, memory, bool(parts))
+        plan = self.plan(x, residual, memory, len(parts) > 0)
         plan.record(where)
         if plan.backend == "eager":
             return None

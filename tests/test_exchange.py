@@ -124,9 +124,10 @@ def test_units_alone(units, recwarn):
     assert_close(net.state_dict(), plain.state_dict())
 
 
-def test_fusing_moves_nothing():
+def test_fusing_moves_nothing(monkeypatch):
     """Blocks are tried with copies: statistics, counts and the random numbers that come next are as they were."""
     net = Net(Wide, dropped=0.3)
+    monkeypatch.setattr(torch, "manual_seed", lambda _: pytest.fail("seeded the generators of every device"))
     before, state = copy.deepcopy(net.state_dict()), torch.get_rng_state()
     with pytest.raises(ValueError, match=r"without any; layer1.0, layer1.1, .*: of the layers of a block Wide"):
         fuse(net)
