@@ -12,11 +12,11 @@ namespace fused_preact {
 
 enum class Shortcut { none, identity, activated, raw };
 
-// What forward keeps for backward: of every block its input and all hidden tensors, but one of so many blocks not the first
+// What forward keeps for backward: of every block its input and all hidden tensors, but of every 32nd not the first
 // of several; the hidden tensors alone where the input can be rebuilt; only the last hidden tensor; or nothing, where
 // there will be no backward.
 enum class Memory { fast, lean, min, none };
-constexpr size_t repeating_blocks = 32;
+constexpr size_t repeating_blocks = 32;  // REPEATING in fused_preact/schedule.py
 
 // One block. n = units; of conv and weight there is one more where the shortcut is a convolution, the last.
 struct Chain {

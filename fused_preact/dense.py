@@ -29,7 +29,8 @@ class DenseLayer(Branch):
         growth_rate: channels of the new features.
         bn_size: conv1 has bn_size*growth_rate channels out.
         drop_rate: of a dropout behind conv2.
-        memory_efficient: keep the features that x is made of in its place, where they come as a sequence.
+        memory_efficient: keep the features that x is made of in its place, where they come as a list or tuple and the
+            layers are fused; plain layers, as `explain` names them, keep all.
         returns: "new", the new features; or with x "new+x", "x+new", in this order.
         backend: one of `backends.NAMES`; "eager" is the plain layers.
         device, dtype: of the parameters.
@@ -73,7 +74,7 @@ class DenseLayer(Branch):
         """[N, growth_rate, H, W], or with the channels of x, of x [N, num_input_features, H, W] or of parts of it.
 
         Args:
-            x: the features, or a sequence of tensors that are joined along the channels.
+            x: the features, or a list or tuple of tensors that are joined along the channels.
 
         Raises:
             TypeError, ValueError: x does not fit.
@@ -137,7 +138,7 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
     if len(parts) == 1:
         return parts[0]
     if not parts:
-        raise ValueError("x must be a tensor, or a sequence of one and more; got an empty one")
+        raise ValueError("x must be a tensor, or a list of one and more; got an empty one")
     for i, part in enumerate(parts):
         if isinstance(part, torch.fx.Proxy):  # symbolic tracing, which calls with no tensors
             continue

@@ -128,7 +128,8 @@ class _Exchange:
         """
         by_reason: dict[str, list[str]] = {}
         for name, (reason, layers) in self._left.items():
-            if not layers <= self._fused:
+            plain = layers - self._fused
+            if plain and not any(plain <= inner < layers for _, inner in self._left.values()):
                 by_reason.setdefault(reason, []).append(name or "net")
         return "".join(f"; {', '.join(names)}: {reason}" for reason, names in by_reason.items())
 
@@ -170,13 +171,16 @@ def _block_of(old: nn.Module, layers: Layers, candidates: Iterable[_Candidate]) 
     reasons = (_why_called(module) for module in old.modules() if module not in layers.all())
     if reason := next(filter(None, reasons), None):
         return reason
-    if len(inspect.signature(old.forward).parameters) > 1:
+    parameters = list(inspect.signature(old.forward).parameters.values())
+    if len(parameters) != 1 or parameters[0].kind is inspect.Parameter.VAR_POSITIONAL:
         return "its forward takes more than x"
-    channels = layers.pairs[0].bn.num_features
+    channels, takes_x = layers.pairs[0].bn.num_features, True
     try:
         theirs = _outputs(old, channels)
     except Exception as error:  # it is somebody else's code, which may raise anything
-        return f"a copy of it that is tried raises {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        theirs, takes_x = _outputs_if_any(old, channels, 1), False
+        if theirs is None:
+            return f"a copy of it that is tried raises {type(error).__name__}: {str(error).partition(chr(10))[0]}"
     for kind, shortcut, settings in candidates:
         try:
             block = kind.of(layers._replace(shortcut=shortcut), _children(old, layers), "eager", **settings)
@@ -185,7 +189,11 @@ def _block_of(old: nn.Module, layers: Layers, candidates: Iterable[_Candidate]) 
         ours = _outputs_if_any(block, channels)
         if ours is None or list(old.state_dict()) != list(block.state_dict()) or not _alike(theirs, ours):
             continue
-        of_parts = None if isinstance(block, Block) else _outputs_if_any(old, channels, 2)
+        if isinstance(block, Block):
+            if takes_x:
+                return block
+            continue
+        of_parts = _outputs_if_any(old, channels, 2)
         if of_parts is None or _alike(of_parts, _outputs_if_any(block, channels, 2) or []):
             return block
     return f"of the layers of a block {type(old).__name__} computes something else"
@@ -193,12 +201,13 @@ def _block_of(old: nn.Module, layers: Layers, candidates: Iterable[_Candidate]) 
 
 def _candidates(old: nn.Module, layers: Layers, dense: int) -> Iterator[_Candidate]:
     """What a module of these layers may be: residual blocks, or of so many units a branch, or what DenseNets have."""
-    if layers.container is None and len(layers.pairs) == dense:
+    # Through a plain nn.Sequential its parent may walk by itself.
+    if layers.container is None and len(layers.pairs) == dense and type(old) is not nn.Sequential:
         yield Branch, "none", {}
         rate = getattr(old, "drop_rate", None)
-        for returns in RETURNS:
-            settings = {"drop_rate": rate if isinstance(rate, float) else 0.0, "memory_efficient": False}
-            yield DenseLayer, "none", settings | {"returns": returns}
+        rates = dict.fromkeys((rate if isinstance(rate, float) else 0.0, 0.0))
+        for rate, returns in itertools.product(rates, RETURNS):
+            yield DenseLayer, "none", {"drop_rate": rate, "memory_efficient": False, "returns": returns}
         if dense == 1:
             yield Transition, "none", {}
     if dense == _RESIDUAL:
@@ -284,7 +293,7 @@ def _plain(norm: nn.Module) -> nn.Module:
     return plain
 
 
-def _outputs_if_any(module: nn.Module, channels: int, parts: int = 1) -> list[Any] | None:
+def _outputs_if_any(module: nn.Module, channels: int, parts: int = 0) -> list[Any] | None:
     """`_outputs`, or None of layers that do not follow each other, or of what takes more than x, or no parts of it."""
     try:
         return _outputs(module, channels, parts)
@@ -292,7 +301,7 @@ def _outputs_if_any(module: nn.Module, channels: int, parts: int = 1) -> list[An
         return None
 
 
-def _outputs(module: nn.Module, channels: int, parts: int = 1) -> list[Any]:
+def _outputs(module: nn.Module, channels: int, parts: int = 0) -> list[Any]:
     """What a copy of the module, of random parameters, makes of random images, with gradients, in training and in eval.
 
     With the parameters that it has, a last layer that begins with zeros would hide what comes before it, and nothing
@@ -308,15 +317,19 @@ def _outputs(module: nn.Module, channels: int, parts: int = 1) -> list[Any]:
             t.data.normal_(std=10 / math.sqrt(math.prod(t.shape[1:])), generator=random)
         for _, t in sorted(module.named_buffers()):
             t.uniform_(0.5, 1.5, generator=random) if t.is_floating_point() else t.fill_(1)
-        x = torch.randn(2, channels, 8, 8, dtype=torch.float64, device="cpu", generator=random)
-        return [*_response(module.train(), x, parts), *_response(module.eval(), x, parts)]
+        # Two sizes, one of them odd: what pools or pads may see no difference in one.
+        large, small = (
+            torch.randn(2, channels, *size, dtype=torch.float64, device="cpu", generator=random)
+            for size in ((9, 12), (8, 6))
+        )
+        return [*_response(module.train(), large, parts), *_response(module.eval(), small, parts)]
 
 
 def _response(module: nn.Module, x: Tensor, parts: int) -> list[Any]:
-    """What the module makes of x, or of a list of parts of x, and the gradients of its squares."""
+    """What the module makes of x, or of a list of so many parts of x, and the gradients of its squares."""
     torch.default_generator.manual_seed(0)  # what is dropped, on the CPU; those of other devices go on as they were
     leaves = [x.requires_grad_(), *(t.requires_grad_() for _, t in sorted(module.named_parameters()))]
-    y = module(x.clone() if parts == 1 else list(x.clone().tensor_split(parts, 1)))
+    y = module(list(x.clone().tensor_split(parts, 1)) if parts else x.clone())
     if not isinstance(y, Tensor):
         return [y]
     return [y.detach(), *torch.autograd.grad(y.square().sum(), leaves, allow_unused=True)]

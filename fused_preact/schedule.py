@@ -20,7 +20,10 @@ DGAMMA, DBETA, SLOPE, OFFSET = range(4)
 SHORTCUTS = ("none", "identity", "activated", "raw")  # in the order of their codes
 MEMORY = ("fast", "lean", "min", "none")  # likewise; "none" where there is no backward
 REPEATING = 32
-"""In mode "fast" so many blocks have one whose first of several hidden tensors is not kept: docs/memory.md says why."""
+"""In mode "fast" each 32nd block, if it has several hidden tensors, does not keep the first: docs/memory.md.
+
+csrc/schedule.h has the same number.
+"""
 
 
 class Conv(NamedTuple):

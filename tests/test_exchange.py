@@ -102,6 +102,20 @@ def test_a_fused_net_is_copied_pickled_and_compiled(name):
     assert_close(torch.compile(net, backend="aot_eager", fullgraph=True)(images()), y)
 
 
+class Chain(nn.Module):
+    """Units by themselves."""
+
+    def __init__(self, units: int, act: type[nn.Module] = nn.ReLU) -> None:
+        super().__init__()
+        layers = [(nn.BatchNorm2d(4), act(), nn.Conv2d(4, 4, 3, 1, 1, groups=2)) for _ in range(units)]
+        self.layers = nn.ModuleList(itertools.chain(*layers))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
 @pytest.mark.parametrize("units", [1, 2])
 def test_units_alone(units, recwarn):
     """Whatever becomes of what they give, of which nothing needs to be said."""
@@ -109,8 +123,7 @@ def test_units_alone(units, recwarn):
     class Head(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            layers = [(nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3, 1, 1, groups=2)) for _ in range(units)]
-            self.units = nn.Sequential(*itertools.chain(*layers))
+            self.units = Chain(units)
 
         def forward(self, x):
             return self.units(x).sigmoid()
@@ -122,6 +135,20 @@ def test_units_alone(units, recwarn):
     assert_close(net(x), plain(x))
     assert list(net.state_dict()) == list(plain.state_dict())
     assert_close(net.state_dict(), plain.state_dict())
+
+
+def test_a_sequential_of_layers_stays():
+    """Its parent may go through it, layer by layer."""
+    net = nn.Sequential(nn.Sequential(*Chain(1).layers), Chain(1))
+    fuse(net)
+    assert [type(part) for part in net] == [nn.Sequential, blocks.Branch]
+
+
+def test_what_is_around_what_was_fused_is_not_spoken_of():
+    """What stays is."""
+    net = nn.Sequential(Chain(1, nn.SiLU), Chain(1))
+    with pytest.warns(UserWarning, match=r"as they are; 0: of the layers of a block Chain computes something else$"):
+        fuse(net)
 
 
 def test_fusing_moves_nothing(monkeypatch):

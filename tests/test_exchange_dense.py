@@ -14,6 +14,10 @@ from fused_preact import DenseLayer, Transition, fuse
 from test_exchange import step
 
 
+class Squeezing(nn.Sequential):
+    """A transition as torchvision's, which has a class of its own; a plain nn.Sequential may be one of other layers."""
+
+
 class DenseNet(nn.Module):
     """Three layers of somebody's dense block, which read a list of features, and a transition."""
 
@@ -22,7 +26,7 @@ class DenseNet(nn.Module):
         self.stem = nn.Conv2d(3, 8, 3, padding=1)
         self.layers = nn.ModuleDict({f"denselayer{i + 1}": Listed(8 + 4 * i, 4, **options) for i in range(3)})
         layers = nn.BatchNorm2d(20), nn.ReLU(inplace=True), nn.Conv2d(20, 10, 1, bias=False), nn.AvgPool2d(2)
-        self.transition = nn.Sequential(OrderedDict(zip(("norm", "relu", "conv", "pool"), layers, strict=True)))
+        self.transition = Squeezing(OrderedDict(zip(("norm", "relu", "conv", "pool"), layers, strict=True)))
         self.double()
 
     def forward(self, x):
@@ -76,6 +80,52 @@ def test_dropout_stays_where_it_is():
     layer.inside = True
     with pytest.raises(ValueError, match=r"; net: of the layers of a block Dropping computes something else"):
         fuse(layer)
+
+
+@pytest.mark.parametrize(
+    "pool",
+    [nn.AvgPool2d(2, ceil_mode=True), nn.AdaptiveAvgPool2d(4), nn.AdaptiveAvgPool2d((4, 6)), nn.Upsample(size=8)],
+)
+def test_a_transition_that_pools_otherwise(pool):
+    """One size of images would not tell."""
+
+    class Pooling(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.conv, self.pool = nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1), pool
+
+        def forward(self, x):
+            return self.pool(self.conv(F.relu(self.norm(x))))
+
+    with pytest.raises(ValueError, match=r"; net: of the layers of a block Pooling computes something else"):
+        fuse(Pooling())
+
+
+def test_layers_that_take_features_one_by_one():
+    """A dense layer takes them in a list."""
+
+    class Starred(Listed):
+        def forward(self, *parts):
+            return super().forward(parts)
+
+    with pytest.raises(ValueError, match=r"; net: its forward takes more than x"):
+        fuse(Starred(8, 4))
+
+
+def test_layers_that_take_nothing_but_a_list():
+    """As do many copies of torchvision's; its dropout may be of no effect."""
+
+    class Strict(Listed):
+        drop_rate = 0.5
+
+        def forward(self, parts):
+            assert isinstance(parts, list)
+            return super().forward(parts)
+
+    layer, parts = Strict(8, 4), [torch.randn(2, 5, 5, 5), torch.randn(2, 3, 5, 5)]
+    fused = fuse(copy.deepcopy(layer))
+    assert (type(fused), fused.drop_rate) == (DenseLayer, 0.0)
+    assert_close(fused(parts), layer(parts))
 
 
 @pytest.mark.parametrize("before", [False, True])

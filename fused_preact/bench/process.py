@@ -5,6 +5,7 @@ float64 it would keep what it gives back in a program that only trains, and each
 """
 
 import sys
+import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -29,14 +30,16 @@ def call(what: str, function: Callable[..., R], *arguments: object) -> R:
     Args:
         what: what is measured, for messages.
         function: of a module, as it goes to the process by its name.
-        arguments: which can be pickled; tensors are shared, not copied.
+        arguments: which can be pickled; they go by a file that is mapped, so that malloc has no part in it.
 
     Raises:
         UserError: the process was ended from outside.
     """
-    with ProcessPoolExecutor(1, mp_context=_CONTEXT) as pool:
+    with tempfile.NamedTemporaryFile() as file, ProcessPoolExecutor(1, mp_context=_CONTEXT) as pool:
+        torch.save(arguments, file)
+        file.flush()
         try:
-            return pool.submit(_threaded, torch.get_num_threads(), function, *arguments).result()
+            return pool.submit(_threaded, torch.get_num_threads(), function, file.name).result()
         except BrokenProcessPool as error:
             raise UserError(
                 f"the process that measures {what} was ended, as the system does where memory runs out; measure "
@@ -44,6 +47,6 @@ def call(what: str, function: Callable[..., R], *arguments: object) -> R:
             ) from error
 
 
-def _threaded(threads: int, function: Callable[..., R], *arguments: object) -> R:
+def _threaded(threads: int, function: Callable[..., R], arguments: str) -> R:
     torch.set_num_threads(threads)
-    return function(*arguments)
+    return function(*torch.load(arguments, mmap=True, weights_only=False))  # this package has just written it

@@ -1,6 +1,7 @@
 """What a process of its own has of this one, and what it has not."""
 
 import os
+import resource
 import signal
 
 import pytest
@@ -29,6 +30,20 @@ def test_threads_and_tensors_go_there_and_back():
     assert pid != os.getpid()
     assert threads == before + 1
     assert doubled.tolist() == [0, 2, 4]
+
+
+def _count(tensors):
+    return len(tensors)
+
+
+def test_a_net_of_many_tensors_goes_there():
+    """Shared one by one they would need more descriptors than a process usually may have."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    try:
+        assert process.call("many", _count, [torch.ones(3) for _ in range(1000)]) == 1000
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_each_call_has_a_process_of_its_own():
