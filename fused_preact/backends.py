@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 
 from . import _extension, tables, tracing
 from .checks import one_of
-from .schedule import Conv
+from .kernels import Conv
 
 # Read here, for torch.compile traces the choice of a backend; the variable is Triton's own.
 _INSTALLED = importlib.util.find_spec("triton") is not None

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .schedule import Conv, accumulation_type
+from .kernels import Conv, accumulation_type
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import _extension, library, reference, schedule
+from .kernels import accumulation_type, memory_format
 
 # No strings: torch's stable conversion of a string argument leaks it.
 FORWARD = (
@@ -83,11 +84,11 @@ def _fake_forward(x, residual, weight, bias, bn_weight, bn_bias, running_mean, r
         if k > 0 and stage.keeps_input(k):
             kept.append(activation(shape, x.dtype))
         for i in range(block.units):
-            rows.append(x.new_empty((5, shape[1]), dtype=schedule.accumulation_type(stage.dtype)))
+            rows.append(x.new_empty((5, shape[1]), dtype=accumulation_type(stage.dtype)))
             shape = block.conv[i].output_shape(shape, block.weight[i].shape)
             if i < block.units - 1 and stage.keeps_hidden(k, i):
                 kept.append(activation(shape, stage.dtype))
-    return x.new_empty(shape).to(memory_format=schedule.memory_format(x)), kept, rows
+    return x.new_empty(shape).to(memory_format=memory_format(x)), kept, rows
 
 
 def _fake_backward(dy, x, y, kept, rows, weight, bias, shortcut_weight, *facts):
@@ -96,7 +97,7 @@ def _fake_backward(dy, x, y, kept, rows, weight, bias, shortcut_weight, *facts):
     def like(tensors: Sequence[Tensor]) -> list[Tensor]:
         return [torch.empty_like(t) if next(needs) else t.new_empty(0) for t in tensors]
 
-    dx = x.new_empty(x.shape).to(memory_format=schedule.memory_format(x)) if next(needs) else x.new_empty(0)
+    dx = x.new_empty(x.shape).to(memory_format=memory_format(x)) if next(needs) else x.new_empty(0)
     dweight, dbias, sizes = like(weight), like(bias), [row.size(1) if next(needs) else 0 for row in rows]
     dbn_weight, dbn_bias = ([row.new_empty(n) for row, n in zip(rows, sizes, strict=True)] for _ in range(2))
     return dx, dweight, dbias, dbn_weight, dbn_bias, like(shortcut_weight)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from . import backends, checks, ops, tables
 from .checks import Block
-from .schedule import MEMORY, SHORTCUTS, memory_format
+from .kernels import memory_format
+from .schedule import MEMORY, SHORTCUTS
 
 
 class Plan(NamedTuple):

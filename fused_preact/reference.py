@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .schedule import MEAN, RSTD, SCALE, SHIFT, Activation, Affine, Conv, Gradient, accumulation_type
+from .kernels import MEAN, RSTD, SCALE, SHIFT, Activation, Affine, Conv, Gradient, accumulation_type
 
 
 def _column(row: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from . import _extension
-from .schedule import MEAN, VARIANCE
+from .kernels import MEAN, VARIANCE
 
 
 def recomputing() -> bool:

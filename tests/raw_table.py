@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fused_preact import reference
-from fused_preact.schedule import OFFSET, SLOPE, Activation, Affine, Conv, Gradient, accumulation_type
+from fused_preact.kernels import OFFSET, SLOPE, Activation, Affine, Conv, Gradient, accumulation_type
 
 NAMES = ("forward", "dgrad", "wgrad", "statistics", "running", "dx")
 TABLE = (*NAMES, "gradients", "convert", "permute")  # struct Kernels

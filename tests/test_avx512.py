@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from cases import BY_ID, CHAINS, QUADS, UNITS, Case, assert_as_close_as_eager, assert_exact_on_integers, errors, fused
 from fused_preact import _extension, reference
-from fused_preact.schedule import Activation, Affine, Gradient
+from fused_preact.kernels import Activation, Affine, Gradient
 from raw_table import stand_in
 
 pytestmark = [

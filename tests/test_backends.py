@@ -75,7 +75,7 @@ def gpu(monkeypatch):
 
 def on_cuda(C=16, K=16, size=3, stride=1, dtype=torch.bfloat16, format="channels_last", count=2):
     """The problem of a block of ``count`` such convolutions on a CUDA device."""
-    conv = fused_preact.schedule.Conv(stride, stride, 1, 1, 1, 1, 1)
+    conv = fused_preact.kernels.Conv(stride, stride, 1, 1, 1, 1, 1)
     return backends.Problem(torch.device("cuda"), dtype, (2, C, 8, 8), ((conv, (K, C, size, size)),) * count, format)
 
 

@@ -34,7 +34,7 @@ from cases import (
     point,
 )
 from fused_preact import reference
-from fused_preact.schedule import Activation, Affine, Gradient
+from fused_preact.kernels import Activation, Affine, Gradient
 from raw_table import stand_in
 
 # Tests that are written once: pytest runs them here too, with the fixture `backend` of this file.

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fused_preact import reference, schedule
+from fused_preact import kernels, reference, schedule
 
 C, K, H, W = 5, 7, 6, 5
 NONE, IDENTITY, ACTIVATED, _ = range(4)  # codes of the shortcuts
@@ -18,7 +18,7 @@ NONE, IDENTITY, ACTIVATED, _ = range(4)  # codes of the shortcuts
 def make(N: int = 2, *, training: bool = True, dtype: torch.dtype = torch.float32) -> SimpleNamespace:
     """Arguments of both operators for a chain of two units, the first of stride 2, with biases and a projection."""
     generator = torch.Generator().manual_seed(0)
-    accumulation = schedule.accumulation_type(dtype)
+    accumulation = kernels.accumulation_type(dtype)
 
     def normal(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.randn(shape, generator=generator).to(dtype)

@@ -4,7 +4,7 @@ from torch.testing import assert_close
 
 from cases import CHAINS, OTHER_FILTERS, UNITS
 from fused_preact import library, reference
-from fused_preact.schedule import Activation, Affine, Conv, Gradient
+from fused_preact.kernels import Activation, Affine, Conv, Gradient
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 

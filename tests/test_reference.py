@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from fused_preact import reference
-from fused_preact.schedule import Activation, Affine, Conv, Gradient
+from fused_preact.kernels import Activation, Affine, Conv, Gradient
 
 CONV = Conv(2, 1, 1, 2, 1, 1, 1)
 

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from cases import BACKENDS, needs_cpu
 from fused_preact import BNReLUConv2d, PreActBlock, PreActStage, _extension, running
-from fused_preact.schedule import MEAN, VARIANCE
+from fused_preact.kernels import MEAN, VARIANCE
 
 UPDATES = [pytest.param(running.update, marks=needs_cpu, id="native"), pytest.param(running._update, id="lists")]
 CHANNELS = (1, 7, 32)

@@ -7,8 +7,8 @@ from torch.testing import assert_close
 from torch.utils._pytree import tree_leaves
 
 from cases import BACKENDS, BY_ID, CHAINS, backward_arguments, forward_arguments, needs_cpu
-from fused_preact import PreActBlock, PreActBottleneck, PreActStage, ops, schedule
-from fused_preact.schedule import Conv
+from fused_preact import PreActBlock, PreActBottleneck, PreActStage, kernels, ops, schedule
+from fused_preact.kernels import Conv
 from test_blocks import assert_same, step
 
 CASES = CHAINS + [BY_ID[name] for name in ("odd", "stride-2", "odd-eval")]
@@ -72,10 +72,10 @@ def test_output_shape_is_that_of_conv2d(conv, size, filters):
 def test_memory_format():
     """A result is channels_last where the input's channels are next to each other, and there is more than one."""
     x = torch.zeros(2, 3, 4, 5)
-    assert schedule.memory_format(x) == torch.contiguous_format
-    assert schedule.memory_format(x.contiguous(memory_format=torch.channels_last)) == torch.channels_last
-    assert schedule.memory_format(torch.zeros(2, 1, 4, 5)) == torch.contiguous_format
-    assert schedule.memory_format(torch.zeros(2, 4, 5, 6).permute(0, 3, 1, 2)[:, 1:4]) == torch.channels_last
+    assert kernels.memory_format(x) == torch.contiguous_format
+    assert kernels.memory_format(x.contiguous(memory_format=torch.channels_last)) == torch.channels_last
+    assert kernels.memory_format(torch.zeros(2, 1, 4, 5)) == torch.contiguous_format
+    assert kernels.memory_format(torch.zeros(2, 4, 5, 6).permute(0, 3, 1, 2)[:, 1:4]) == torch.channels_last
 
 
 def test_needs_are_split_by_kind():

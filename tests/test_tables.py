@@ -15,7 +15,7 @@ SHIPPED = sorted(Path(fused_preact.__file__).with_name("measured").glob("*.json"
 
 
 def problem(N: int, *convolutions: tuple[int, int]) -> backends.Problem:
-    conv = fused_preact.schedule.Conv(1, 1, 0, 0, 1, 1, 1)
+    conv = fused_preact.kernels.Conv(1, 1, 0, 0, 1, 1, 1)
     shapes = tuple((conv, (K, C, 1, 1)) for K, C in convolutions)
     return backends.Problem(torch.device("cpu"), torch.float32, (N, 4, 8, 8), shapes)
 

@@ -15,7 +15,7 @@ from cases import (
     errors,
     fused,
 )
-from fused_preact import PreActBlock, backends, ops, reference, schedule, tables, tune
+from fused_preact import PreActBlock, backends, kernels, ops, reference, tables, tune
 from fused_preact.bench.measure import Step, Times
 from fused_preact.triton import configurations, launch, statistics
 from fused_preact.triton.launch import Config
@@ -85,12 +85,12 @@ def test_an_infinite_gradient_stays_infinite_with_running_statistics():
 
 @interpreted
 def test_rows_that_are_zero_are_absent():
-    """With running statistics a gradient has dgamma and dbeta alone, as `schedule.Gradient` promises."""
-    conv, rows = schedule.Conv(1, 1, 0, 0, 1, 1, 1), torch.rand(5, 4) + 0.5
+    """With running statistics a gradient has dgamma and dbeta alone, as `kernels.Gradient` promises."""
+    conv, rows = kernels.Conv(1, 1, 0, 0, 1, 1, 1), torch.rand(5, 4) + 0.5
     x, g, weight = torch.randn(2, 4, 3, 3), torch.randn(2, 6, 3, 3), torch.randn(6, 4, 1, 1)
     x, g = (t.contiguous(memory_format=torch.channels_last) for t in (x, g))
     for batch, count in (True, 4), (False, 2):
-        args = conv, schedule.Gradient(g), weight, schedule.Activation(x, rows), None, batch
+        args = conv, kernels.Gradient(g), weight, kernels.Activation(x, rows), None, batch
         ours, expected = (ops.table(name).dgrad(*args) for name in ("triton", "reference"))
         assert len(ours.grad) == len(expected.grad) == count
         torch.testing.assert_close((ours.g, *ours.grad), (expected.g, *expected.grad))
@@ -104,8 +104,8 @@ def test_statistics_of_many_tiles(mean):
         memory_format=torch.channels_last
     )
     assert x.numel() // 3 > launch.GROUP * statistics.CONFIG.rows
-    affine = schedule.Affine(torch.ones(3), torch.zeros(3), 1e-5)
-    wide = schedule.Affine(*(t.double() for t in affine[:2]), 1e-5)
+    affine = kernels.Affine(torch.ones(3), torch.zeros(3), 1e-5)
+    wide = kernels.Affine(*(t.double() for t in affine[:2]), 1e-5)
     exact = reference.statistics(x.double(), wide)
     torch.testing.assert_close(ops.table("triton").statistics(x, affine).double(), exact, rtol=3e-7, atol=1e-7)
 
@@ -138,7 +138,7 @@ def test_a_tile_that_was_measured_serves_later_calls(folder, monkeypatch):
     fast, last = Config(64, 32, 16, 4, 1), Config(32, 32, 16, 4, 1)
     monkeypatch.setattr(configurations, "candidates", lambda *args: (fast, last))
     monkeypatch.setattr(configurations, "trial", {})
-    x, weight, conv = torch.empty(8, 16, 4, 4), torch.empty(16, 16, 3, 3), schedule.Conv(1, 1, 1, 1, 1, 1, 1)
+    x, weight, conv = torch.empty(8, 16, 4, 4), torch.empty(16, 16, 3, 3), kernels.Conv(1, 1, 1, 1, 1, 1, 1)
 
     def call(N=8):
         return configurations.configuration("forward", x[:N], conv, weight, 16, 16)
@@ -190,7 +190,7 @@ def test_groups_and_dilation_are_refused_by_name(changed, shape, said, monkeypat
     """Asked for by name the backend says which of the two it does not have; "auto" takes another."""
     monkeypatch.setattr(backends, "_triton_unavailable", lambda: None)
     device = "cpu" if triton.knobs.runtime.interpret else "cuda"
-    plain = schedule.Conv(1, 1, 1, 1, 1, 1, 1)
+    plain = kernels.Conv(1, 1, 1, 1, 1, 1, 1)
     problem = backends.Problem(torch.device(device), torch.float32, (1, 4, 4, 4), ((plain, (4, 4, 3, 3)),))
     assert backends.choose("triton", problem) == "triton"
     problem = problem._replace(convolutions=((plain._replace(**changed), shape),))

@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 
 from .. import tables
-from ..schedule import Conv
+from ..kernels import Conv
 from .launch import Config
 
 PROGRAMS = 128  # about the multiprocessors of a large GPU

@@ -22,9 +22,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..schedule import RSTD as RSTD_ROW
-from ..schedule import SCALE as SCALE_ROW
-from ..schedule import Activation, Conv, Gradient
+from ..kernels import RSTD as RSTD_ROW
+from ..kernels import SCALE as SCALE_ROW
+from ..kernels import Activation, Conv, Gradient
 from . import launch
 from .configurations import configuration
 from .tile import MEAN, load_gradient, load_pairs, multiply, narrow, normalise, split, store_pair

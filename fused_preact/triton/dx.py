@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..schedule import Gradient
+from ..kernels import Gradient
 from . import launch
 from .tile import load_gradient, narrow
 

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..schedule import Activation, Affine, Conv
+from ..kernels import Activation, Affine, Conv
 from . import launch
 from .configurations import configuration
 from .statistics import rows_of

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backends import allows_tf32
-from ..schedule import Gradient, accumulation_type
+from ..kernels import Gradient, accumulation_type
 
 
 class Config(NamedTuple):

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..schedule import Affine
+from ..kernels import Affine
 from . import launch
 from .launch import GROUP
 from .tile import INTERPRETED, MEAN, RSTD, SCALE, SHIFT, VARIANCE, load_pairs, store_moments, store_pair

@@ -7,14 +7,14 @@ The kernels address a tensor by ``pixel*channels + channel``, in the type that `
 import triton
 import triton.language as tl
 
-from .. import schedule
+from .. import kernels
 
 # Rows of the arrays [5, C] that forward keeps.
-MEAN = tl.constexpr(schedule.MEAN)
-RSTD = tl.constexpr(schedule.RSTD)
-VARIANCE = tl.constexpr(schedule.VARIANCE)
-SCALE = tl.constexpr(schedule.SCALE)
-SHIFT = tl.constexpr(schedule.SHIFT)
+MEAN = tl.constexpr(kernels.MEAN)
+RSTD = tl.constexpr(kernels.RSTD)
+VARIANCE = tl.constexpr(kernels.VARIANCE)
+SCALE = tl.constexpr(kernels.SCALE)
+SHIFT = tl.constexpr(kernels.SHIFT)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 

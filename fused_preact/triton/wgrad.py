@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..schedule import Activation, Conv, Gradient, accumulation_type
+from ..kernels import Activation, Conv, Gradient, accumulation_type
 from . import launch
 from .configurations import configuration
 from .tile import load_activation, load_gradient, multiply, narrow, split
