@@ -13,7 +13,7 @@ sys.path.insert(0, str(ROOT / "build_backend"))
 
 import nvcc  # noqa: E402
 import torch_location  # noqa: E402
-from toolchain import Toolchain, find_compiler, instruction_sets  # noqa: E402
+from toolchain import Toolchain, find_compiler, instruction_sets, known_to  # noqa: E402
 
 
 class BuildExtension(build_ext):
@@ -51,7 +51,10 @@ class BuildExtension(build_ext):
             raise CompileError(f"building without isolation needs {torch_location.REQUIREMENT} installed first")
         objects = ROOT / self.get_finalized_command("build").build_base / "objects"
         cuda = nvcc.find(self.cuda_archs)
-        toolchain = Toolchain(torch, find_compiler(), ROOT / "csrc", objects, self.isas, cuda)
+        compiler = find_compiler()
+        isas = known_to(compiler, self.isas)
+        unknown = tuple(isa for isa in self.isas if isa not in isas)
+        toolchain = Toolchain(torch, compiler, ROOT / "csrc", objects, isas, cuda, unknown)
         print(toolchain.describe(), flush=True)
         toolchain.build(Path(self.get_ext_fullpath(ext.name)))
 

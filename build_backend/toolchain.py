@@ -46,6 +46,7 @@ KERNEL_FLAGS = (
 )
 AVX512_FLAGS = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma")
 X86_FLAGS = {
+    "amx_bf16": (*AVX512_FLAGS, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
     "avx512_bf16": (*AVX512_FLAGS, "-mavx512bf16"),
     "avx512": AVX512_FLAGS,
     "avx2": ("-mavx2", "-mfma"),
@@ -81,6 +82,16 @@ def find_compiler() -> str:
     raise CompileError(NO_COMPILER)
 
 
+def known_to(compiler: str, isas: list[str]) -> list[str]:
+    """Those of `isas` whose flags the compiler knows: an old one serves the others."""
+
+    def knows(isa: str) -> bool:
+        command = [*shlex.split(compiler), *X86_FLAGS.get(isa, ()), "-fsyntax-only", "-x", "c++", os.devnull]
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+    return [isa for isa in isas if isa == "baseline" or knows(isa)]
+
+
 @dataclass(frozen=True)
 class Toolchain:
     """The resolved configuration of one build."""
@@ -91,6 +102,7 @@ class Toolchain:
     objects: Path  # where objects and the ninja file go
     isas: list[str]  # of instruction_sets()
     cuda: Cuda | None = None  # None leaves the CUDA kernels out
+    unknown: tuple[str, ...] = ()  # instruction sets that were asked for and whose flags the compiler does not know
 
     def describe(self) -> str:
         """One line a fact, for the log of the build."""
@@ -100,7 +112,8 @@ class Toolchain:
             for name, value in {
                 "torch": f"{self.torch.version} in {self.torch.folder}",
                 "compiler": f"{self.compiler}: {version.stdout.splitlines()[0]}",
-                "instruction sets": ", ".join(self.isas),
+                "instruction sets": ", ".join(self.isas)
+                + (f" (not {', '.join(self.unknown)}, which this compiler is too old for)" if self.unknown else ""),
                 "CUDA": "left out"
                 if self.cuda is None
                 else f"{self.cuda.version} in {self.cuda.home}, for {', '.join(self.cuda.architectures)}",

@@ -148,12 +148,31 @@ def test_a_compiler_with_arguments(toolchain, monkeypatch):
 
 @pytest.mark.parametrize(
     ("machine", "expected"),
-    [("x86_64", ["avx512_bf16", "avx512", "avx2", "baseline"]), ("aarch64", ["baseline"])],
+    [("x86_64", ["amx_bf16", "avx512_bf16", "avx512", "avx2", "baseline"]), ("aarch64", ["baseline"])],
 )
 def test_instruction_sets_are_those_of_the_machine(toolchain, monkeypatch, machine, expected):
     """The widest first; flags of one processor are errors of the compiler on another."""
     monkeypatch.setattr(toolchain.platform, "machine", lambda: machine)
     assert toolchain.instruction_sets() == expected
+
+
+def test_an_old_compiler_serves_what_it_knows(toolchain, tmp_path):
+    """The instruction sets whose flags it does not know are left out, and the log of the build names them."""
+    compiler = tmp_path / "old c++"
+    compiler.write_text('#!/bin/sh\ncase "$*" in *amx*) exit 1;; *--version*) echo "old 1.0";; esac\n')
+    compiler.chmod(0o755)
+    command = shlex.quote(str(compiler))
+    isas = toolchain.known_to(command, ["amx_bf16", "avx2", "baseline"])
+    assert isas == ["avx2", "baseline"]
+    torch = toolchain.Torch(tmp_path, "2.13.0")
+    tools = toolchain.Toolchain(torch, command, ROOT / "csrc", tmp_path, isas, None, ("amx_bf16",))
+    assert "avx2, baseline (not amx_bf16, which this compiler is too old for)" in tools.describe()
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="there is one instruction set here")
+def test_the_compiler_here_knows_all_of_them(toolchain):
+    """So the tests of each are those of what was built."""
+    assert toolchain.known_to(toolchain.find_compiler(), toolchain.instruction_sets()) == toolchain.instruction_sets()
 
 
 def test_a_build_waits_for_another_and_says_when_it_failed(toolchain, monkeypatch, tmp_path):
@@ -294,7 +313,7 @@ def test_the_baseline_is_not_left_out():
     """The binary would not load on a processor without the others."""
     command = [sys.executable, "setup.py", "-q", "build_ext", "--isas=avx2", "--inplace"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert "--isas: expected baseline and any of avx512_bf16,avx512,avx2,baseline, got avx2" in result.stderr
+    assert "--isas: expected baseline and any of amx_bf16,avx512_bf16,avx512,avx2,baseline, got avx2" in result.stderr
 
 
 has_cuda = pytest.mark.skipif(

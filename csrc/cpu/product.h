@@ -1,9 +1,8 @@
 // The product that forward and each class of dgrad are: a window's strips times a packed filter, panel by panel; of
-// taps (correlate.h) or of quads (winograd.h).
+// taps (correlate.h), of quads (winograd.h) or of matrices (matrices.h).
 #pragma once
-#include "correlate.h"
+#include "cut.h"
 #include "pack.h"
-#include "winograd.h"
 
 namespace fused_preact::cpu::FUSED_PREACT_ISA {
 
@@ -39,6 +38,7 @@ class Product : public ProductCut<E> {
       : ProductCut<E>(cut),
         panels{filter.outer, cut.depth()},
         splits(splits_for(cut.groups(), panels.count())),
+        matrix_depth_(matrix_depth<E>(cut.w, cut.tiling[0].by_position)),
         packed_(packed(filter, workspace)) {}
 
   // The operand of one tile, in the scratch memory of the thread.
@@ -46,7 +46,10 @@ class Product : public ProductCut<E> {
    public:
     template <class Source>
     Strip(const Product& product, const Tile& tile, const Source& source)
-        : product_(product), tile_(tile), scratch_(product.tiling, product.block_size() + product.quads_size()) {
+        : product_(product),
+          tile_(tile),
+          scratch_(product.tiling, product.block_size() + product.quads_size()),
+          shape_(product.is(Method::kMatrices) ? minimum(kMatrixRows, line_of(tile)) : 0, product.matrix_depth_) {
       read(source);
     }
 
@@ -58,9 +61,13 @@ class Product : public ProductCut<E> {
       const E* const weights = product_.packed_ + product_.panels.offset(panel);
       const int64_t columns = product_.panels.columns(panel);
       if constexpr (std::is_same_v<E, T>)
-        if (product_.winograd)
+        if (product_.is(Method::kQuads))
           return correlate_quads(scratch_.operand, tile_, product_.w.C, weights, columns,
                                  scratch_.block + product_.block_size(), scratch_.block, sink);
+      if constexpr (kHasMatrices && std::is_same_v<E, BFloat16>)
+        if (product_.is(Method::kMatrices))
+          return correlate_matrices(scratch_.operand, product_.w, tile_, product_.matrix_depth_, weights, columns,
+                                    scratch_.block, sink);
       correlate(scratch_.operand, product_.w, tile_, weights, columns, scratch_.block, sink);
     }
 
@@ -68,7 +75,7 @@ class Product : public ProductCut<E> {
     template <class Source>
     void read(const Source& source) {
       if constexpr (std::is_same_v<E, T>)
-        if (product_.winograd)
+        if (product_.is(Method::kQuads))
           return gather_quads(quads(), scratch_.operand, scratch_.strip, product_.w, tile_, source);
       gather(scratch_.operand, scratch_.strip, product_.w, tile_, source);
     }
@@ -78,22 +85,24 @@ class Product : public ProductCut<E> {
     const Product& product_;
     const Tile& tile_;
     TileScratch<E> scratch_;
+    const MatrixShape shape_;
   };
 
  private:
   int64_t block_size() const { return this->tiling.most_pixels() * kColumns * kLanes<T>; }
   int64_t products_size() const { return this->tiling.most_pixels() / 4 * quad_stride<T>(kColumns * kLanes<T>); }
   int64_t quads_size() const {
-    return this->winograd ? products_size() + this->tiling.most_pixels() / 4 * quad_stride<T>(this->w.C) : 0;
+    return this->is(Method::kQuads) ? products_size() + this->tiling.most_pixels() / 4 * quad_stride<T>(this->w.C) : 0;
   }
 
   template <class S>
   const E* packed(const FilterView<const S*>& filter, Workspace& workspace) const {
     if constexpr (std::is_same_v<E, T>)
-      if (this->winograd) return pack_positions(filter, workspace);
+      if (this->is(Method::kQuads)) return pack_positions(filter, workspace);
     return pack<E>(filter, workspace);
   }
 
+  const int64_t matrix_depth_;
   const E* const packed_;
 };
 

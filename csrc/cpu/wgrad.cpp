@@ -7,9 +7,9 @@
 // the groups are added up.
 // Every group of tiles has a dW of its own, stored by its first tile; the groups are added up in order at the end.
 // Bytes: x and dy (or dz' and x') read once, dW written and read once a group.
+#include "cut.h"
 #include "walk.h"
 #include "wide.h"
-#include "winograd.h"
 
 namespace fused_preact::cpu::FUSED_PREACT_ISA {
 
@@ -126,9 +126,9 @@ void add_panel(Accumulate<E>* dw, bool is_first, const OuterOperands<E>& x, cons
 }
 
 // Sums a few values in T, and these sums in double.
-template <class E>
-void add_bias(double* dbias, const OuterOperands<E>& x, int64_t width, int64_t column) {
-  using T = Accumulate<E>;
+template <class Operands>
+void add_bias(double* dbias, const Operands& x, int64_t width, int64_t column) {
+  using T = Accumulate<std::decay_t<decltype(*x.dy)>>;
   constexpr int64_t kFew = 8;
   for (int64_t c = 0; c < width; c += kLanes<T>) {
     Wide<T> total = load_wide<T>(dbias + c);
@@ -199,7 +199,7 @@ void merge_groups(const Accumulate<S>* partial, const double* bias_partial, cons
   const GroupSum<T> total{partial, plan.groups, plan.panels.size()};
   const PackedRow* const order = order_of_rows(dweight, workspace);
   for_each_panel(plan.panels, [&](int64_t panel) {
-    if (plan.winograd)
+    if (plan.is(Method::kQuads))
       store_positions(panel, dweight, order, plan.panels, total);
     else
       store_panel(panel, dweight, order, total);
@@ -248,7 +248,9 @@ class Wgrad {
     const Tile tile = plan_.tiling[t];
     const bool is_first = t == cut(tiles(), groups(), g);
     if constexpr (std::is_same_v<E, T>)
-      if (plan_.winograd) return run_quads(p, tile, is_first);
+      if (plan_.is(Method::kQuads)) return run_quads(p, tile, is_first);
+    if constexpr (kHasMatrices && std::is_same_v<E, BFloat16Pair>)
+      if (plan_.is(Method::kMatrices)) return run_matrices(p, tile, is_first);
     const OuterOperands<E> operands(w, plan_.tiling, tile, activation_, gradient_, p.begin, p.width);
     for (int64_t panel = p.first_panel; panel < p.last_panel; ++panel)
       add_panel(p.dw + panels.offset(panel), is_first, operands, w, tile, panels.first_channel(panel) - p.begin,
@@ -278,7 +280,7 @@ class Wgrad {
 
   void run_quads(const Part& p, const Tile& tile, bool is_first) const {
     const Panels<T>& panels = plan_.panels;
-    const auto operands = outer_quads<T>(plan_, tile, activation_, gradient_, p.begin, p.width);
+    const auto operands = outer_quads<T>(plan_.w, plan_.tiling, tile, activation_, gradient_, p.begin, p.width);
     for (int64_t s = 0; s < kPositions; ++s)
       for (int64_t panel = p.first_panel; panel < p.last_panel; ++panel)
         add_position(p.dw + panels.offset(panel), is_first, operands, s, plan_.w.C,
@@ -286,6 +288,19 @@ class Wgrad {
     // Position (1, 1) of A dy A' is the sum of a quad.
     if (dbias_ != nullptr) add_bias(p.dbias, operands, p.width, 5 * p.width);
   }
+
+#if defined(__AMX_BF16__)
+  void run_matrices(const Part& p, const Tile& tile, bool is_first) const {
+    const Panels<T>& panels = plan_.panels;
+    const int64_t rows = matrix_rows<E>(plan_.w);
+    const MatrixOperands operands(plan_.w, tile, activation_, gradient_, p.begin, p.width);
+    const MatrixShape shape(rows, kMatrixDepth);
+    for (int64_t panel = p.first_panel; panel < p.last_panel; ++panel)
+      add_panel_of_matrices(p.dw + panels.offset(panel), is_first, operands, plan_.w, rows,
+                            panels.first_channel(panel) - p.begin, panels.columns(panel));
+    if (dbias_ != nullptr) add_bias(p.dbias, operands, p.width, 0);
+  }
+#endif
 
   const Plan<E> plan_;
   const ActivationSource<S> activation_;

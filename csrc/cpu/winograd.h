@@ -51,23 +51,6 @@ inline Tile whole_quads(Tile tile) {
   return tile;
 }
 
-// How the products of a window are made and cut into tiles of about `pixels`. Depends on the shape alone.
-template <class E>
-struct Cut {
-  Window w;
-  bool winograd;
-  Tiling tiling;
-
-  Cut(const Window& window, int64_t outer, int64_t pixels)
-      : w(window),
-        winograd(takes_winograd<E>(w, outer)),
-        tiling(w, pixels, winograd ? 0 : images_by_position<E>(w), winograd ? 2 : 1) {}
-
-  int64_t tiles() const { return tiling.count(); }
-  // Rows of the packed filter.
-  int64_t depth() const { return winograd ? kPositions * position_rows(w.C) : w.depth(); }
-};
-
 // From one quad to the next: an odd number of cache lines, for the same reason.
 template <class T>
 int64_t quad_stride(int64_t channels) {
@@ -200,12 +183,11 @@ void transform_columns(T* quads, const T* dy, int64_t ld, const Tile& tile, int6
 
 // What a tile gives to the outer products of wgrad where they are made this way: a step is a quad.
 template <class T, class S>
-OuterOperands<T> outer_quads(const Cut<T>& cut, const Tile& tile, const ActivationSource<S>& a,
+OuterOperands<T> outer_quads(const Window& w, const Tiling& tiling, const Tile& tile, const ActivationSource<S>& a,
                              const GradientSource<S>& gradient, int64_t begin, int64_t width) {
-  const Window& w = cut.w;
-  const int64_t pixels = cut.tiling.most_pixels(), most = pixels / 4, block = pixels * width;
+  const int64_t pixels = tiling.most_pixels(), most = pixels / 4, block = pixels * width;
   const int64_t stride = quad_stride<T>(width);
-  TileScratch<T> scratch(cut.tiling, block + most * (stride + quad_stride<T>(w.C)));
+  TileScratch<T> scratch(tiling, block + most * (stride + quad_stride<T>(w.C)));
   T* const dy = scratch.block + block;
   gather_quads(dy + most * stride, scratch.operand, scratch.strip, w, tile, a);
   int64_t ld = 0;
