@@ -12,16 +12,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from .encoding import MODRM_OF_REGISTERS, address_length, byte
+
 LENGTH = 6  # without an address
 SPILL = 3 * 64  # bytes that a substitute needs
 JUMP = 0xE9
 # EVEX prefix: map 0F38, F3, W0, 512 bits, neither mask nor broadcast; opcode; registers or an address.
 PATTERN = re.compile(
-    b"\x62[%s][%s][%s][\x52\x72]."
-    % tuple(
-        b"".join(re.escape(bytes([byte])) for byte in range(256) if byte & mask == value)
-        for mask, value in ((0x0F, 0x02), (0x87, 0x06), (0xF7, 0x40))
-    ),
+    b"\x62" + byte(0x0F, 0x02) + byte(0x87, 0x06) + byte(0xF7, 0x40) + b"[\x52\x72].",
     re.DOTALL,
 )
 ROUND = 0x72
@@ -33,13 +31,13 @@ def sites(code: bytes) -> Iterator[tuple[int, bytes]]:
     """(offset, instruction) of all such instructions in machine code."""
     for match in re.finditer(PATTERN, code):
         begin = match.start()
-        yield begin, code[begin : begin + _length(match[0], code[match.end()])]
+        yield begin, code[begin : begin + LENGTH + address_length(match[0][-1], code[match.end()])]
 
 
 def substitute(instruction: bytes, at: int, spill: int, back: int) -> bytes:
     """Code to stand at address `at` for one instruction, that goes on at `back`; spill: address of SPILL free bytes."""
     x, y, z = _registers(instruction)
-    rounds, reads_memory = instruction[4] == ROUND, instruction[5] < 0xC0
+    rounds, reads_memory = instruction[4] == ROUND, instruction[5] < MODRM_OF_REGISTERS
     if not rounds and (x == y or (x == z and not reads_memory)):
         raise ValueError(f"vdpbf16ps with its sum among its factors: {instruction.hex()}")
     t, u, v, *_ = (register for register in range(6) if register not in (x, y, z))
@@ -53,17 +51,6 @@ def substitute(instruction: bytes, at: int, spill: int, back: int) -> bytes:
     for i, register in enumerate((t, u, v)):
         code += _move(0x10, register, spill + 64 * i - (at + len(code)))
     return code + jump(at + len(code), back)
-
-
-def _length(instruction: bytes, following: int) -> int:
-    """Of an instruction with its address, which may have more bytes; `following` is the first that would be one."""
-    mod, rm = instruction[5] >> 6, instruction[5] & 7
-    if mod == 3:
-        return LENGTH
-    base_and_index = rm == 4
-    base = following & 7 if base_and_index else rm
-    displacement = {0: 4 if base == 5 else 0, 1: 1, 2: 4}[mod]
-    return LENGTH + base_and_index + displacement
 
 
 def _load_operand(to: int, instruction: bytes) -> bytes:
