@@ -54,8 +54,13 @@ each_case = pytest.mark.parametrize("case", [*UNITS, *QUADS, *CHAINS], ids=lambd
 # The instruction sets differ in products of bf16 alone.
 each_product = pytest.mark.parametrize(
     ("kernels", "dtype"),
-    [("avx512", torch.float32), ("avx512", torch.bfloat16), ("avx512_bf16", torch.bfloat16)],
-    ids=["fp32", "bf16", "bf16-pairs"],
+    [
+        ("avx512", torch.float32),
+        ("avx512", torch.bfloat16),
+        ("avx512_bf16", torch.bfloat16),
+        ("amx_bf16", torch.bfloat16),
+    ],
+    ids=["fp32", "bf16", "bf16-pairs", "bf16-matrices"],
     indirect=["kernels"],
 )
 

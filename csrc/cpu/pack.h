@@ -185,9 +185,20 @@ FUSED_PREACT_INLINE Vec<Accumulate<S>> load_strided(const S* from, int64_t step,
   return load(buffer);
 }
 
+#if defined(__AVX512BF16__)
+// Every other value, which is one of each pair.
+FUSED_PREACT_INLINE void store_in_pairs(BFloat16* to, Vec<float> v) {
+  _mm512_mask_storeu_epi16(to, __mmask32(0x55555555), (__m512i)extend(rounded(v)));
+}
+#endif
+
 template <class S>
 FUSED_PREACT_INLINE void store_strided(S* to, int64_t step, Vec<Accumulate<S>> v, int64_t n) {
   if (step == 1) return store_lanes(to, v, n);
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<S, BFloat16>)
+    if (step == 2 && n == kLanes<float>) return store_in_pairs(to, v);
+#endif
   S buffer[kLanes<Accumulate<S>>];
   store(buffer, v);
   for (int64_t l = 0; l < n; ++l) to[l * step] = buffer[l];

@@ -17,6 +17,10 @@ namespace {
 
 constexpr int64_t kTileBytes = 1 << 16, kLeastPixels = 64, kMostPixels = 128;
 
+// Each tile reads and writes its group's dW. Beside the products of matrices (amx.h) one that leaves the second level cache
+// takes most of the time: it is to meet more pixels at once.
+constexpr int64_t kCachedFilterBytes = 1 << 21, kPixelsForLargeFilter = 512;
+
 // A group's dW costs a write and a read a weight; so many pixels a group make that small beside the products: more
 // where it does not stay in the second level cache. Its memory is bounded too.
 constexpr int64_t kPixelsPerGroup = 256, kPixelsPerLargeGroup = 1024, kMostCachedBytes = 1 << 17;
@@ -31,7 +35,7 @@ struct Plan : Cut<E> {
   explicit Plan(const Conv& conv) : Plan(conv, forward_window(conv)) {}
 
  private:
-  Plan(const Conv& conv, const Window& w) : Cut<E>(w, conv.K, tile_pixels(w)), panels{conv.K, this->depth()} {
+  Plan(const Conv& conv, const Window& w) : Cut<E>(w, conv.K, tile_pixels(w, conv.K)), panels{conv.K, this->depth()} {
     const int64_t bytes = panels.size() * sizeof(T);
     const int64_t pixels = bytes > kMostCachedBytes ? kPixelsPerLargeGroup : kPixelsPerGroup;
     const int64_t wanted = minimum(w.N * w.P * w.Q / pixels, kMostGroups);
@@ -40,7 +44,8 @@ struct Plan : Cut<E> {
     splits = splits_for(groups, panels.count());
   }
 
-  static int64_t tile_pixels(const Window& w) {
+  static int64_t tile_pixels(const Window& w, int64_t K) {
+    if (matrix_rows<E>(w) > 0 && w.depth() * K * int64_t{sizeof(T)} > kCachedFilterBytes) return kPixelsForLargeFilter;
     return minimum(maximum<int64_t>(kTileBytes / maximum<int64_t>(w.C * sizeof(T), 1), kLeastPixels), kMostPixels);
   }
 };
