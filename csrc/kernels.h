@@ -124,6 +124,12 @@ struct Kernels {
   // of NCHW and back. Null where torch does it as well.
   void (*permute)(int64_t value_bytes, int64_t N, int64_t rows, int64_t columns, const void* from, void* to,
                   Workspace&);
+
+  // joined = stream + branch, or minus it, in f32 over [pixels][C]: bf16 branches on a stream that stays in f32. The branch
+  // is formed as dy above. narrowed, which may be null, is the same rounded to bf16; where next_rows is not null, which
+  // then neither is, also the rows of `next` from the batch statistics of it. Null where torch does it as well.
+  void (*join)(Dtype, int64_t pixels, int64_t C, const void* stream, const Gradient& branch, bool subtract,
+               void* joined, void* narrowed, const Affine& next, void* next_rows, Workspace&);
 };
 
 }  // namespace fused_preact

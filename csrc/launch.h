@@ -58,6 +58,15 @@ class Launch {
   // Overwrites dy.g.
   Tensor dx(const Gradient& dy, const std::optional<Tensor>& add) const;
 
+  struct Joined {
+    Tensor stream;
+    std::optional<Tensor> narrowed, rows;
+  };
+  // stream + branch, or minus it, in the wider type of the two; where asked for the same in the type of the kernels, and
+  // the rows of `next`, where there is one, which reads that. May overwrite branch.g.
+  Joined join(const Tensor& stream, const Gradient& branch, bool subtract, bool narrow,
+              const std::optional<Affine>& next) const;
+
   // x in dense NHWC: itself, or a copy.
   Tensor dense_nhwc(const Tensor& x) const;
   // y, which is dense NHWC, in the layout that results have for an input x: channels_last where x is, else contiguous.

@@ -39,21 +39,20 @@ class Forward {
  private:
   Tensor block(size_t k, const Tensor& stream, const std::optional<Tensor>& residual) {
     const Chain& chain = stage_.blocks[k];
-    const Tensor x = convert(stream, stage_.type);
+    const Tensor x = narrowed_ ? *std::exchange(narrowed_, std::nullopt) : convert(stream, stage_.type);
     // The batch norm in front has its rows from the block before, unless there is none that read the same values.
     if (rows_.size() == chain.first) rows_.push_back(norm_rows(chain.first, x));
     std::optional<Tensor> across = residual;
     if (chain.shortcut == Shortcut::identity) across = stream;
     if (chain.shortcut == Shortcut::activated || chain.shortcut == Shortcut::raw) across = projection(chain, x);
-    // A stream of another type than the convolutions' is added apart.
+    // A stream of another type than the convolutions' is joined apart.
     const bool apart = across && across->scalar_type() != stage_.type;
 
     Tensor h = x;
     for (size_t i = 0; i < chain.units; ++i) {
       const bool last = i == chain.units - 1;
       const size_t unit = chain.first + i;
-      std::optional<Launch::Affine> next;
-      if (unit + 1 < stage_.units() && stage_.training[unit + 1] && !(last && apart)) next = affine(unit + 1);
+      const std::optional<Launch::Affine> next = last && apart ? std::nullopt : affine_after(unit);
       auto [y, next_rows] = kernels_.forward(chain.conv[i], {h, rows_[unit]}, chain.weight[i], stage_.bias_of(unit),
                                              last && !apart ? across : std::nullopt, next);
       h = y;
@@ -63,7 +62,16 @@ class Forward {
         rows_.push_back(norm_rows(unit + 1, h));
       if (!last && stage_.keeps_hidden(k, i)) kept_.push_back(h);
     }
-    return apart ? sum(*across, h) : convert(h, stream.scalar_type());
+    const bool is_last = k + 1 == stage_.blocks.size();
+    if (!apart) {
+      if (!is_last) narrowed_ = h;
+      return convert(h, stream.scalar_type());
+    }
+    const Launch::Joined joined =
+        kernels_.join(*across, {h}, false, !is_last, affine_after(chain.first + chain.units - 1));
+    narrowed_ = joined.narrowed;
+    if (joined.rows) rows_.push_back(*joined.rows);
+    return joined.stream;
   }
 
   Tensor projection(const Chain& chain, const Tensor& x) {
@@ -79,6 +87,12 @@ class Forward {
     return {contiguous(norms_.weight[unit], type), contiguous(norms_.bias[unit], type), norms_.eps[unit]};
   }
 
+  // The batch norm that reads what a unit gives, where it uses batch statistics.
+  std::optional<Launch::Affine> affine_after(size_t unit) const {
+    if (unit + 1 >= stage_.units() || !stage_.training[unit + 1]) return std::nullopt;
+    return affine(unit + 1);
+  }
+
   Tensor norm_rows(size_t unit, const Tensor& x) const {
     if (stage_.training[unit]) return kernels_.statistics(x, affine(unit));
     const ScalarType type = accumulation_type(stage_.type);
@@ -89,6 +103,7 @@ class Forward {
   const Launch& kernels_;
   const Stage& stage_;
   const Norms& norms_;
+  std::optional<Tensor> narrowed_;  // the stream in the type of the convolutions
   std::vector<Tensor> kept_, rows_;
 };
 
@@ -139,8 +154,9 @@ class Backward {
     size_t next = unread_ - kept;
     for (size_t i = 0; i + 1 < chain.units; ++i) next -= stage_.keeps_hidden(k, i);
     const size_t end = std::exchange(unread_, next);
-    const Tensor stream = k == 0 ? x : kept ? kept_[next++] : rebuild(chain, *y, kept_[end - 1]);
-    inputs_ = {convert(stream, stage_.type)};
+    std::optional<Tensor> narrowed;
+    const Tensor stream = k == 0 ? x : kept ? kept_[next++] : rebuild(chain, *y, kept_[end - 1], narrowed);
+    inputs_ = {narrowed ? *narrowed : convert(stream, stage_.type)};
     for (size_t i = 0; i + 1 < chain.units; ++i)
       inputs_.push_back(stage_.keeps_hidden(k, i) ? kept_[next++]
                                                   : convolve(chain, i, inputs_[i], chain.weight[i],
@@ -148,11 +164,17 @@ class Backward {
     return stream;
   }
 
-  // x = y - conv(a, W) - bias for the last convolution of a block whose shortcut is the identity.
-  Tensor rebuild(const Chain& chain, const Tensor& y, const Tensor& h) const {
+  // x = y - conv(a, W) - bias for the last convolution of a block whose shortcut is the identity. Where the convolutions
+  // have another type, x in it too.
+  Tensor rebuild(const Chain& chain, const Tensor& y, const Tensor& h, std::optional<Tensor>& narrowed) const {
     const size_t i = chain.units - 1;
     std::optional<Tensor> b = stage_.bias_of(chain.first + i);
-    if (y.scalar_type() != stage_.type) return difference(y, convolve(chain, i, h, chain.weight[i], b, std::nullopt));
+    if (y.scalar_type() != stage_.type) {
+      const Tensor branch = convolve(chain, i, h, chain.weight[i], b, std::nullopt);
+      const Launch::Joined joined = kernels_.join(y, {branch}, true, true, std::nullopt);
+      narrowed = joined.narrowed;
+      return joined.stream;
+    }
     if (b) b = negative(*b);
     return convolve(chain, i, h, negative(chain.weight[i]), b, y);
   }
@@ -165,7 +187,8 @@ class Backward {
   // The gradient of the stream in front of block k from the one behind it, where it is needed.
   Tensor block(size_t k, const Tensor& dstream, bool need_x) {
     const Chain& chain = stage_.blocks[k];
-    const Tensor dy = convert(dstream, stage_.type), &x = inputs_[0];
+    const Tensor dy = narrowed_ ? *std::exchange(narrowed_, std::nullopt) : convert(dstream, stage_.type);
+    const Tensor& x = inputs_[0];
     const auto shortcut_dgrad = [&] {
       return kernels_.dgrad(chain.conv.back(), {dy}, chain.weight.back(), {x, std::nullopt}, std::nullopt, false).g;
     };
@@ -208,11 +231,17 @@ class Backward {
     if (chain.shortcut == Shortcut::raw) shortcut_wgrad(std::nullopt);
     if (!need_x) return dstream;
     const bool identity = chain.shortcut == Shortcut::identity, apart = dstream.scalar_type() != stage_.type;
+    if (identity && apart) {
+      const Launch::Joined joined = kernels_.join(dstream, g, false, k > 0, std::nullopt);
+      narrowed_ = joined.narrowed;
+      return joined.stream;
+    }
     std::optional<Tensor> add;
-    if (identity && !apart) add = dy;
+    if (identity) add = dy;
     if (chain.shortcut == Shortcut::raw) add = shortcut_dgrad();
     const Tensor dx = kernels_.dx(g, add);
-    return identity && apart ? sum(dstream, dx) : convert(dx, dstream.scalar_type());
+    if (apart) narrowed_ = dx;
+    return convert(dx, dstream.scalar_type());
   }
 
   const Launch& kernels_;
@@ -221,6 +250,7 @@ class Backward {
   const Needs& needs_;
   size_t unread_;  // kept tensors of this block and those before
   std::vector<Tensor> inputs_;
+  std::optional<Tensor> narrowed_;  // the stream's gradient in the type of the convolutions
   Gradients dweight_, dbias_, dbn_weight_, dbn_bias_, dshortcut_weight_;
   size_t projection_;  // that of this block, or the next of those behind
 };

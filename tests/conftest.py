@@ -1,5 +1,6 @@
 """What all tests share: one thread each, for pytest-xdist already keeps every core busy."""
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,6 +40,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def seeded() -> None:
     """A test draws the same numbers whichever tests its process ran before."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled() -> None:
+    """What other tests of the process compiled, or could not, does not decide what a test compiles."""
+    if (dynamo := sys.modules.get("torch._dynamo")) is not None:
+        dynamo.reset()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -15,7 +15,7 @@ from fused_preact import reference
 from fused_preact.kernels import OFFSET, SLOPE, Activation, Affine, Conv, Gradient, accumulation_type
 
 NAMES = ("forward", "dgrad", "wgrad", "statistics", "running", "dx")
-TABLE = (*NAMES, "gradients", "convert", "permute")  # struct Kernels
+TABLE = (*NAMES, "gradients", "convert", "permute", "join")  # struct Kernels
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # enum Dtype
 NORM_ROWS, GRAD_ROWS = 5, 2
 
@@ -208,6 +208,29 @@ class RawTable(ABC):
         to = self._result(matrices.new_empty(N, columns, rows))
         self.call("permute", matrices.itemsize, N, rows, columns, self._place(matrices), self.address(to))
         return to.clone()
+
+    def join(
+        self, stream: Tensor, branch: Gradient, subtract: bool, narrow: bool, following: Affine | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The stream after a block, the same as its branch is stored, and the rows of the batch norm that reads it."""
+        self.clear()
+        joined, C = self._result(stream.contiguous(memory_format=torch.channels_last)), stream.size(1)
+        narrowed = self._result(joined.to(branch.g.dtype)) if narrow else None
+        rows = self._rows(NORM_ROWS, branch.g, C) if following is not None else None
+        self.call(
+            "join",
+            self.dtype(branch.g.dtype),
+            stream.numel() // C,
+            C,
+            self._place(stream),
+            self._gradient(branch),
+            int(subtract),
+            self.address(joined),
+            self.address(narrowed),
+            self._affine(following),
+            self.address(rows),
+        )
+        return tuple(None if t is None else t.clone() for t in (joined, narrowed, rows))
 
     def statistics(self, x: Tensor, affine: Affine) -> Tensor:
         self.clear()

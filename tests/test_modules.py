@@ -350,7 +350,6 @@ def test_vmap_over_what_is_added_alone(backend):
 )  # torch 2.13 refuses to trace the batch norm of plain layers in a jvp
 def test_transforms_in_compiled_code(name):
     """The same holds where Dynamo traces the transform: no derivative is lost without a word."""
-    torch._dynamo.reset()
     unit, _ = twins("auto")
     unit.eval().requires_grad_(False)
     x = torch.randn(3, 8, 4, 5)

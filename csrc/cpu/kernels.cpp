@@ -15,9 +15,10 @@ void running(Dtype, int64_t, const void*, const void*, const Affine&, void*, Wor
 void dx(Dtype, int64_t, int64_t, const Gradient&, const void*, void*, Workspace&);
 void convert(Dtype, Dtype, const Conversion*, int64_t, Workspace&);
 void permute(int64_t, int64_t, int64_t, int64_t, const void*, void*, Workspace&);
+void join(Dtype, int64_t, int64_t, const void*, const Gradient&, bool, void*, void*, const Affine&, void*, Workspace&);
 
 const Kernels& kernels() {
-  static constexpr Kernels table{forward, dgrad, wgrad, statistics, running, dx, gradients, convert, permute};
+  static constexpr Kernels table{forward, dgrad, wgrad, statistics, running, dx, gradients, convert, permute, join};
   return table;
 }
 
