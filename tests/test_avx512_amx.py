@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ from fused_preact import _extension
 
 pytest.importorskip("bochscpu", reason="the emulated CPU is not here: pip install -e '.[emulator]'")
 
+from avx512 import amx
 from avx512.emulator import EmulationError, Emulator
 
 CONFIGURE, RELEASE, RETURN = "c4e2784907", "c4e27849c0", "c3"  # ldtilecfg (%rdi)
@@ -34,6 +36,13 @@ def cpu(module_cpu: Emulator) -> Iterator[Emulator]:
     """One that holds no data, and no tiles."""
     yield module_cpu
     module_cpu.clear()
+
+
+def test_the_kernels_are_of_matrices() -> None:
+    """A compiler that does not say that it has AMX would leave pairs of bf16 in their place, with the same results."""
+    found = collections.Counter(instruction.name for _, instruction in amx.sites(_extension.BINARY.read_bytes(), 0))
+    # Of one or two blocks of rows by one or two columns: nine products, in forward, dgrad and wgrad.
+    assert found["tdpbf16ps"] >= 27
 
 
 def function(cpu: Emulator, *code: str) -> int:

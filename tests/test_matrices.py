@@ -1,4 +1,4 @@
-"""Products of bf16 by AMX, in matrices, and by the other instruction sets; the shared suite is what shows them right."""
+"""Products of bf16 in matrices, by AMX, and what the other instruction sets make of the same."""
 
 import pytest
 import torch

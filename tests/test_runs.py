@@ -127,8 +127,7 @@ def test_what_a_forward_of_its_own_returns_is_not_overwritten():
     """It may be x itself, which is the caller's."""
     block = PreActBlock(8, 8).eval()
     block.bn1.forward = lambda x: x
-    x = x_of()
-    before = x.clone()
+    before = (x := x_of()).clone()
     with torch.no_grad():
         block(x)
     assert torch.equal(x, before)

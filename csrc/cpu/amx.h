@@ -11,7 +11,9 @@
 
 namespace fused_preact::cpu::FUSED_PREACT_ISA {
 
-#if defined(__AMX_BF16__)
+// Clang before 16 spells it without the underscore.
+#if defined(__AMX_BF16__) || defined(__AMXBF16__)
+#define FUSED_PREACT_MATRICES
 constexpr bool kHasMatrices = true;
 #else
 constexpr bool kHasMatrices = false;
@@ -27,7 +29,7 @@ inline int64_t largest_divisor(int64_t n, int64_t most, int64_t step) {
   return 0;
 }
 
-#if defined(__AMX_BF16__)
+#if defined(FUSED_PREACT_MATRICES)
 // The registers by name: sums of block i and column j are 2*i + j.
 constexpr int kRowFactor = 4, kColumnFactor = 6;
 

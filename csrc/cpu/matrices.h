@@ -39,7 +39,7 @@ int64_t matrix_rows(const Window& w) {
 
 inline int64_t line_of(const Tile& tile) { return tile.by_position ? tile.images : tile.cols; }
 
-#if defined(__AMX_BF16__)
+#if defined(FUSED_PREACT_MATRICES)
 // `filter_row` values of the filter, and `row_stride` of the strip, are from one row of the run to the next.
 template <int Blocks, int V>
 FUSED_PREACT_INLINE void multiply_run(const BFloat16* const (&a)[2], int64_t step, const Run<BFloat16>& run,

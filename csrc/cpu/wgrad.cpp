@@ -294,7 +294,7 @@ class Wgrad {
     if (dbias_ != nullptr) add_bias(p.dbias, operands, p.width, 5 * p.width);
   }
 
-#if defined(__AMX_BF16__)
+#if defined(FUSED_PREACT_MATRICES)
   void run_matrices(const Part& p, const Tile& tile, bool is_first) const {
     const Panels<T>& panels = plan_.panels;
     const int64_t rows = matrix_rows<E>(plan_.w);
