@@ -10,6 +10,7 @@ import platform
 import shlex
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +53,8 @@ X86_FLAGS = {
     "avx2": ("-mavx2", "-mfma"),
     "baseline": (),
 }
+# What an assembler older than the compiler may not know.
+X86_PROBES = {"amx_bf16": "tdpbf16ps %tmm2, %tmm1, %tmm0", "avx512_bf16": "vdpbf16ps %zmm2, %zmm1, %zmm0"}
 TARGET_FLAGS = ("-DTORCH_TARGET_VERSION=0x020b000000000000",)  # the stable ABI of torch 2.11
 # Of the shared libraries named on the command line a linker drops those that it thinks unused. Before glibc 2.34
 # pthread_atfork is in a library of its own.
@@ -83,13 +86,16 @@ def find_compiler() -> str:
 
 
 def known_to(compiler: str, isas: list[str]) -> list[str]:
-    """Those of `isas` whose flags the compiler knows: an old one serves the others."""
+    """Those of `isas` that the compiler and its assembler know: old ones serve the others."""
 
-    def knows(isa: str) -> bool:
-        command = [*shlex.split(compiler), *X86_FLAGS.get(isa, ()), "-fsyntax-only", "-x", "c++", os.devnull]
-        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+    def knows(isa: str, folder: str) -> bool:
+        source = f'void probe() {{ __asm__ volatile("{X86_PROBES.get(isa, "")}"); }}'
+        arguments = [*X86_FLAGS.get(isa, ()), "-x", "c++", "-c", "-", "-o", f"{folder}/probe.o"]
+        command = [*shlex.split(compiler), *arguments]
+        return subprocess.run(command, input=source, text=True, capture_output=True, check=False).returncode == 0
 
-    return [isa for isa in isas if isa == "baseline" or knows(isa)]
+    with tempfile.TemporaryDirectory() as folder:
+        return [isa for isa in isas if isa == "baseline" or knows(isa, folder)]
 
 
 @dataclass(frozen=True)
@@ -102,18 +108,19 @@ class Toolchain:
     objects: Path  # where objects and the ninja file go
     isas: list[str]  # of instruction_sets()
     cuda: Cuda | None = None  # None leaves the CUDA kernels out
-    unknown: tuple[str, ...] = ()  # instruction sets that were asked for and whose flags the compiler does not know
+    unknown: tuple[str, ...] = ()  # instruction sets that were asked for and that the compiler does not know
 
     def describe(self) -> str:
         """One line a fact, for the log of the build."""
         version = subprocess.run([*shlex.split(self.compiler), "--version"], capture_output=True, text=True, check=True)
+        unknown = ", ".join(self.unknown)
+        unknown = unknown and f" (not {unknown}, which this compiler or its assembler is too old for)"
         return "\n".join(
             f"fused_preact: {name:<16} {value}"
             for name, value in {
                 "torch": f"{self.torch.version} in {self.torch.folder}",
                 "compiler": f"{self.compiler}: {version.stdout.splitlines()[0]}",
-                "instruction sets": ", ".join(self.isas)
-                + (f" (not {', '.join(self.unknown)}, which this compiler is too old for)" if self.unknown else ""),
+                "instruction sets": ", ".join(self.isas) + unknown,
                 "CUDA": "left out"
                 if self.cuda is None
                 else f"{self.cuda.version} in {self.cuda.home}, for {', '.join(self.cuda.architectures)}",

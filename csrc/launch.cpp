@@ -145,6 +145,7 @@ Tensor Launch::dx(const Gradient& dy, const std::optional<Tensor>& add) const {
 
 Launch::Joined Launch::join(const Tensor& stream, const Gradient& branch, bool subtract, bool narrow,
                             const std::optional<Affine>& next) const {
+  narrow = narrow || next;
   if (device_.kernels.join == nullptr || dtype_ != Dtype::bf16 || stream.scalar_type() != ScalarType::Float ||
       stream.numel() == 0) {
     const Tensor b = branch.norm ? dx(branch, std::nullopt) : branch.g;

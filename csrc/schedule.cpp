@@ -240,7 +240,7 @@ class Backward {
     if (identity) add = dy;
     if (chain.shortcut == Shortcut::raw) add = shortcut_dgrad();
     const Tensor dx = kernels_.dx(g, add);
-    if (apart) narrowed_ = dx;
+    if (apart && k > 0) narrowed_ = dx;
     return convert(dx, dstream.scalar_type());
   }
 

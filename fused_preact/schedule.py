@@ -1,8 +1,8 @@
 """Forward and backward of a run of blocks, each a chain of BN-ReLU-Conv units, over a table of kernels.
 
 A table is a module with the functions ``forward``, ``dgrad``, ``wgrad``, ``statistics``, ``running`` and ``dx``:
-`reference` and `library` are two. csrc/schedule.cpp is the same text for the tables that are written in C++;
-docs/design.md states both.
+`reference` and `library` are two. csrc/schedule.cpp is the same text for the tables that are written in C++,
+whose ``join`` stands for additions in this one; docs/design.md states both.
 """
 
 from __future__ import annotations

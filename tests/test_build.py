@@ -166,13 +166,7 @@ def test_an_old_compiler_serves_what_it_knows(toolchain, tmp_path):
     assert isas == ["avx2", "baseline"]
     torch = toolchain.Torch(tmp_path, "2.13.0")
     tools = toolchain.Toolchain(torch, command, ROOT / "csrc", tmp_path, isas, None, ("amx_bf16",))
-    assert "avx2, baseline (not amx_bf16, which this compiler is too old for)" in tools.describe()
-
-
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="there is one instruction set here")
-def test_the_compiler_here_knows_all_of_them(toolchain):
-    """So the tests of each are those of what was built."""
-    assert toolchain.known_to(toolchain.find_compiler(), toolchain.instruction_sets()) == toolchain.instruction_sets()
+    assert "avx2, baseline (not amx_bf16, which this compiler or its assembler is too old for)" in tools.describe()
 
 
 def test_a_build_waits_for_another_and_says_when_it_failed(toolchain, monkeypatch, tmp_path):

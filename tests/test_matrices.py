@@ -1,4 +1,7 @@
-"""Products of bf16 in matrices, by AMX, and what the other instruction sets make of the same."""
+"""Products of bf16 in matrices, where the processor has AMX, and what its other instruction sets make of the same.
+
+Where it has none, test_avx512.py shows on an emulated one that their results are right.
+"""
 
 import pytest
 import torch
@@ -44,11 +47,22 @@ def test_what_is_not_finite_reaches_its_readers_alone(value, N, size, isa):
     assert dweight[torch.arange(24) != CHANNEL].isfinite().all()
 
 
-@pytest.mark.parametrize(("channels", "taken"), [(16, True), (12, True), (34, False), (15, True), (17, False)])
-def test_what_wgrad_makes_of_matrices(channels, taken, isa):
+@pytest.mark.parametrize(
+    ("channels", "size", "taken"),
+    [
+        (16, (5, 7), True),
+        (12, (5, 7), True),
+        (15, (5, 7), True),
+        (17, (5, 7), False),
+        (34, (5, 7), False),
+        (16, (1, 40), False),  # three rows and more of the grid for one of pixels
+    ],
+    ids=str,
+)
+def test_what_wgrad_makes_of_matrices(channels, size, taken, isa):
     """A multiple of four to sixteen channels: what a row reads behind its end is multiplied by zeros, not left out."""
-    x = bf16(2, channels, 5, 7)
+    x = bf16(2, channels, *size)
     x[0, CHANNEL, 0, -1] = torch.inf
-    _, _, dweight = gradients(x, bf16(16, channels, 3, 3), bf16(2, 16, 5, 7))
+    _, _, dweight = gradients(x, bf16(16, channels, 3, 3), bf16(2, 16, *size))
     # Of the last pixel of a row the first tap is read by no output.
     assert dweight[:, CHANNEL, 0, 0].isnan().all() == (taken and isa == "amx_bf16")

@@ -1,6 +1,6 @@
 // Products of bf16 where the processor multiplies matrices (AMX): one instruction adds the product of up to 16 rows of
-// 32 values and 16 rows of pairs, as pack.h and outer.h lay them out, to 16 x 16 sums in float. It makes 30 times as many
-// products a second as the pairs of gemm.h.
+// 32 values and 16 rows of pairs, as pack.h and outer.h lay them out, to 16 x 16 sums in float. It makes many times
+// as many products a second as the pairs of gemm.h.
 //
 //   acc[block][column] += a[block] * b[column]        16 x 16 sums = rows x 2*depth values * depth pairs x 16 columns
 //

@@ -8,7 +8,7 @@
 // wgrad sums over the positions of a grid, in which an output pixel of the tile and what its taps read are the same step
 // apart whatever the tap: a row of it is as long as a row of the strip. Positions between the rows have a dy of zero. The
 // strip is transposed, each of its channels a plane of the grid, or with strides one for each phase of rows and columns;
-// a tap reads its plane from some position on. A value that is not finite reaches all taps of its channel in dw.
+// a tap reads its plane from some position on. A value that is not finite may reach all taps of its channel in dw.
 // Bytes of a tile in wgrad: strip and dy written and read in bf16, dw read and written.
 #pragma once
 #include "amx.h"
@@ -17,8 +17,9 @@
 
 namespace fused_preact::cpu::FUSED_PREACT_ISA {
 
-// With fewer values in a row, or fewer rows, most of a product would be of nothing.
-constexpr int64_t kLeastMatrixDepth = 8, kLeastMatrixRows = 4;
+// With fewer values in a row, or in wgrad fewer rows, most of a product would be of nothing; so it would in wgrad where a
+// grid has more positions than this for each pixel, as on images of one row.
+constexpr int64_t kLeastMatrixDepth = 8, kLeastMatrixRows = 4, kMostPositions = 3;
 
 // How many channels and taps one product sums up: all runs of a filter's values are multiples of it; or 0 where the
 // operands are no matrices of bf16.
@@ -34,7 +35,8 @@ template <class E>
 int64_t matrix_rows(const Window& w) {
   if (!kHasMatrices || !std::is_same_v<E, BFloat16Pair>) return 0;
   const int64_t rows = largest_divisor(w.C, kMatrixRows, 1);
-  return rows < kLeastMatrixRows ? 0 : rows;
+  const int64_t positions = (w.P + (w.R - 1) / w.stride_h) * (w.Q + (w.S - 1) / w.stride_w);
+  return rows < kLeastMatrixRows || positions > kMostPositions * w.P * w.Q ? 0 : rows;
 }
 
 inline int64_t line_of(const Tile& tile) { return tile.by_position ? tile.images : tile.cols; }

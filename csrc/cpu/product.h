@@ -38,7 +38,7 @@ class Product : public ProductCut<E> {
       : ProductCut<E>(cut),
         panels{filter.outer, cut.depth()},
         splits(splits_for(cut.groups(), panels.count())),
-        matrix_depth_(matrix_depth<E>(cut.w, cut.tiling[0].by_position)),
+        matrix_depth_(matrix_depth<E>(cut.w, images_by_position<E>(cut.w) > 0)),
         packed_(packed(filter, workspace)) {}
 
   // The operand of one tile, in the scratch memory of the thread.

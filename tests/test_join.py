@@ -1,0 +1,104 @@
+"""A stage of bf16 blocks on a float32 stream against its blocks one by one, whose branches torch adds."""
+
+import itertools
+import random
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from fused_preact import ops, schedule
+
+BF16 = torch.bfloat16
+NONE, IDENTITY, RAW, ACTIVATED = map(schedule.SHORTCUTS.index, ("none", "identity", "raw", "activated"))
+
+
+@dataclass
+class Block:
+    """Three units, 1x1, 3x3 and 1x1, as arguments of the operators."""
+
+    shortcut: int
+    weight: list[Tensor]
+    norm: list[list[Tensor]]  # weight, bias, running mean, running variance
+    projection: list[Tensor]
+    training: list[bool]
+
+    @property
+    def geometry(self) -> list[int]:
+        return [n for w in (*self.weight, *self.projection) for n in (1, 1, w.size(2) // 2, w.size(3) // 2, 1, 1, 1)]
+
+
+def block(shortcut: int, channels: int, training: bool) -> Block:
+    widths = (channels, 6, 16, channels)
+    weight = [
+        torch.randn(k, c, r, r) / (c * r * r) ** 0.5
+        for (c, k), r in zip(itertools.pairwise(widths), (1, 3, 1), strict=True)
+    ]
+    norm = [[draw(c) for c in widths[:-1]] for draw in (torch.rand, torch.randn, torch.randn, torch.rand)]
+    projection = [torch.randn(channels, channels, 1, 1) / channels**0.5] if shortcut != IDENTITY else []
+    return Block(shortcut, weight, norm, projection, [training, True, training])
+
+
+def forward(x: Tensor, blocks: list[Block], shortcuts: list[int], memory: int) -> tuple[Tensor, list, list]:
+    norms = [[t for b in blocks for t in b.norm[i]] for i in range(4)]
+    weight, projections = [w for b in blocks for w in b.weight], [w for b in blocks for w in b.projection]
+    training = [t for b in blocks for t in b.training]
+    facts = training, [1e-5] * len(training), [n for b in blocks for n in b.geometry], [3] * len(blocks), shortcuts
+    return ops.OPERATORS["cpu"][0](x, None, weight, [], *norms, projections, *facts, BF16, memory, False)
+
+
+def backward(dy, x, y, kept, rows, blocks: list[Block], shortcuts: list[int], memory: int, needs: list[bool]) -> list:
+    weight, projections = [w for b in blocks for w in b.weight], [w for b in blocks for w in b.projection]
+    facts = (
+        [t for b in blocks for t in b.training],
+        [n for b in blocks for n in b.geometry],
+        [3] * len(blocks),
+        shortcuts,
+    )
+    arguments = dy, x, y, kept, rows, weight, [], projections, *facts, BF16, memory, False
+    dx, dweight, _, dnorm, dbias, dprojection = ops.OPERATORS["cpu"][1](*arguments, needs)
+    return [dx, *dweight, *dnorm, *dbias, *dprojection]
+
+
+@pytest.mark.parametrize("memory", [schedule.MEMORY.index("lean"), schedule.MEMORY.index("min")])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_stage_is_its_blocks_one_by_one(memory, training, isa):
+    """Forward to the bit; gradients but for how dx and streams that are built again are rounded, whatever is wanted."""
+    kinds = [IDENTITY, IDENTITY, RAW, IDENTITY, ACTIVATED, IDENTITY]
+    blocks = [block(kind, 20, training) for kind in kinds]
+    x = torch.randn(3, 20, 6, 7).to(memory_format=torch.channels_last)
+    y, kept, rows = forward(x, blocks, kinds, memory)
+    streams, alone = [x], []
+    for one in blocks:
+        apart = one.shortcut == IDENTITY
+        branch, *saved = forward(streams[-1].to(BF16), [one], [NONE if apart else one.shortcut], 0)
+        streams.append(streams[-1] + branch if apart else branch.float())
+        alone.append(saved)
+    assert torch.equal(y, streams[-1])
+    # The convolution of a projection sums up the statistics of what it gives in another order than a pass of their own.
+    assert_close(rows, [row for _, of_block in alone for row in of_block], rtol=1e-5, atol=1e-6)
+
+    dy = torch.randn_like(y)
+    dstream, expected = dy, []
+    for one, (one_kept, one_rows), before in reversed(list(zip(blocks, alone, streams[:-1], strict=True))):
+        apart = one.shortcut == IDENTITY
+        every = [True] * (1 + 6 + len(one.projection))
+        shortcut = [NONE if apart else one.shortcut]
+        dx, *of_block = backward(dstream.to(BF16), before.to(BF16), None, one_kept, one_rows, [one], shortcut, 0, every)
+        expected.insert(0, of_block)
+        dstream = dstream + dx if apart else dx.float()
+    by_kind = [
+        [g for of_block in expected for g in of_block[kind]] for kind in map(slice, (0, 3, 6, 9), (3, 6, 9, None))
+    ]
+    expected = [dstream, *itertools.chain(*by_kind)]
+    generator = random.Random(0)
+    for chance in (1, 0.5, 0.1, 0.1):
+        needs = [generator.random() < chance for _ in range(1 + 18 + 18 + 2)]
+        wanted = [*needs[:37], *needs[19:37], *needs[37:]]
+        found = backward(dy, x, y, kept, rows, blocks, kinds, memory, needs)
+        assert [g.numel() > 0 for g in found] == wanted
+        for one, other in zip(found, expected, strict=True):
+            if one.numel():
+                assert (one - other).norm() <= 0.05 * other.norm() + 1e-3 * other.numel() ** 0.5
