@@ -11,9 +11,9 @@ from setuptools.errors import CompileError, OptionError
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "build_backend"))
 
-import nvcc  # noqa: E402
-import torch_location  # noqa: E402
-from toolchain import Toolchain, find_compiler, instruction_sets, known_to  # noqa: E402
+import nvcc  # noqa: E402  (found by the path above)
+import torch_location  # noqa: E402  (found by the path above)
+from toolchain import Toolchain, find_compiler, instruction_sets, known_to  # noqa: E402  (found by the path above)
 
 
 class BuildExtension(build_ext):

@@ -2,7 +2,7 @@
 // 32 values and 16 rows of pairs, as pack.h and outer.h lay them out, to 16 x 16 sums in float. It makes many times
 // as many products a second as the pairs of gemm.h.
 //
-//   acc[block][column] += a[block] * b[column]        16 x 16 sums = rows x 2*depth values * depth pairs x 16 columns
+//   acc[block][column] += a[block] * b[column]        16 x 16 sums = rows x depth values * depth/2 pairs x 16
 //
 // The eight registers: four of sums, for two blocks of rows times two columns, and the factors of both. Rows of a block
 // are a step apart, so they are read where they lie.
