@@ -13,7 +13,9 @@ from setuptools.errors import CompileError
 # Compute capabilities whose machine code goes into the binary; it runs on later ones of the same major version too. The
 # driver compiles the PTX that is there too for all others.
 ARCHITECTURES = ("8.0", "9.0")
-OLDEST = "8.0"
+# What PTX is made for: nothing needs more than the oldest, but that launches overlap from 9.0 on (csrc/cuda/ptx.h).
+PTX = ("8.0", "9.0")
+OLDEST = PTX[0]
 
 
 @dataclass(frozen=True)
@@ -25,10 +27,12 @@ class Cuda:
     architectures: tuple[str, ...]
 
     def flags(self) -> tuple[str, ...]:
-        """Of nvcc. No kernel needs more than the oldest, so one pass makes the PTX from which all code is made."""
-        ptx = f"compute_{OLDEST.replace('.', '')}"
-        code = ",".join([*(f"sm_{name.replace('.', '')}" for name in self.architectures), ptx])
-        return f"-gencode=arch={ptx},code=[{code}]", "-std=c++17", "-O3", "--compiler-options=-fPIC,-fvisibility=hidden"
+        """Of nvcc: a pass for the oldest PTX and one for each other that an architecture's code is made from."""
+        passes = {OLDEST: []}
+        for name in self.architectures:
+            passes.setdefault(max((ptx for ptx in PTX if float(ptx) <= float(name)), key=float), []).append(name)
+        targets = [_gencode(ptx.replace(".", ""), names) for ptx, names in passes.items()]
+        return *targets, "-std=c++17", "-O3", "--compiler-options=-fPIC,-fvisibility=hidden"
 
     def runtime(self) -> Path:
         """Folder of the CUDA runtime library."""
@@ -37,6 +41,11 @@ class Cuda:
             if (self.home / name / "libcudart_static.a").exists():
                 return self.home / name
         raise CompileError(f"the CUDA toolkit in {self.home} has no libcudart_static.a")
+
+
+def _gencode(ptx: str, architectures: list[str]) -> str:
+    code = [*(f"sm_{name.replace('.', '')}" for name in architectures), f"compute_{ptx}"]
+    return f"-gencode=arch=compute_{ptx},code=[{','.join(code)}]"
 
 
 def find(architectures: tuple[str, ...] = ARCHITECTURES) -> Cuda | None:

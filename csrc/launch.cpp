@@ -145,23 +145,15 @@ Tensor Launch::dx(const Gradient& dy, const std::optional<Tensor>& add) const {
 
 Launch::Joined Launch::join(const Tensor& stream, const Gradient& branch, bool subtract, bool narrow,
                             const std::optional<Affine>& next) const {
-  narrow = narrow || next;
-  if (device_.kernels.join == nullptr || dtype_ != Dtype::bf16 || stream.scalar_type() != ScalarType::Float ||
-      stream.numel() == 0) {
-    const Tensor b = branch.norm ? dx(branch, std::nullopt) : branch.g;
-    Joined result{subtract ? difference(stream, b) : sum(stream, b), std::nullopt, std::nullopt};
-    if (narrow) result.narrowed = fused_preact::convert(result.stream, type_);
-    if (next) result.rows = statistics(*result.narrowed, *next);
-    return result;
-  }
   const int64_t N = stream.size(0), C = stream.size(1), H = stream.size(2), W = stream.size(3);
   Joined result{empty_nhwc(stream, ScalarType::Float, N, C, H, W, device_.pool), std::nullopt, std::nullopt};
-  if (narrow) result.narrowed = empty_nhwc(stream, type_, N, C, H, W, device_.pool);
+  if (narrow || next) result.narrowed = empty_nhwc(stream, type_, N, C, H, W, device_.pool);
   if (next) result.rows = empty_rows(stream, kNormRows, C);
-  device_.kernels.join(dtype_, pixels(stream), C, stream.const_data_ptr(), raw(branch), subtract,
-                       result.stream.mutable_data_ptr(), mutable_pointer(result.narrowed),
-                       next ? raw(*next) : fused_preact::Affine{nullptr, nullptr, 0}, mutable_pointer(result.rows),
-                       Scope(*device_.scratch));
+  if (N > 0)
+    device_.kernels.join(dtype_, pixels(stream), C, stream.const_data_ptr(), raw(branch), subtract,
+                         result.stream.mutable_data_ptr(), mutable_pointer(result.narrowed),
+                         next ? raw(*next) : fused_preact::Affine{nullptr, nullptr, 0}, mutable_pointer(result.rows),
+                         Scope(*device_.scratch));
   return result;
 }
 

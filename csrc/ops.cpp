@@ -105,9 +105,9 @@ class StageParser {
            units.size(), " for ", shortcut.size());
     expect(x.dim() == 4, "x: expected 4 dimensions, got ", x.dim());
     sizes_ = Sizes(x.sizes().begin(), x.sizes().end());
-    expect_tensor("x", x,
-                  stage_.memory == Memory::fast || x.scalar_type() != ScalarType::Float ? dtype : x.scalar_type(),
-                  sizes_);
+    const bool wider = stage_.memory != Memory::fast && x.scalar_type() == ScalarType::Float &&
+                       element_size(dtype) == 2;  // a stream of float32, which `join` adds branches of 16 bits to
+    expect_tensor("x", x, wider ? ScalarType::Float : dtype, sizes_);
     expect(sizes_[1] > 0 && sizes_[2] > 0 && sizes_[3] > 0, "x: expected no empty dimension but the first, got ",
            text(sizes_));
     for (size_t k = 0; k < units.size(); ++k) add_block(units[k], parse_shortcut(shortcut[k]));

@@ -118,10 +118,6 @@ Tensor dense_nhwc(const Tensor& x) { return is_nhwc(x) ? x : torch::stable::cont
 
 Tensor convert(const Tensor& x, ScalarType type) { return x.scalar_type() == type ? x : torch::stable::to(x, type); }
 
-Tensor sum(const Tensor& a, const Tensor& b) { return torch::stable::subtract(a, b, -1); }
-
-Tensor difference(const Tensor& a, const Tensor& b) { return torch::stable::subtract(a, b); }
-
 Tensor negative(const Tensor& x) { return torch::stable::subtract(x, x, 2); }  // exact
 
 Tensor contiguous(const Tensor& x, ScalarType type) {

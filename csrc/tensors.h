@@ -37,10 +37,7 @@ Tensor dense_nhwc(const Tensor& x);
 Tensor contiguous(const Tensor& x, ScalarType);
 Tensor convert(const Tensor& x, ScalarType);
 
-// a + b and a - b in the wider type of the two, and -x.
-Tensor sum(const Tensor& a, const Tensor& b);
-Tensor difference(const Tensor& a, const Tensor& b);
-Tensor negative(const Tensor& x);
+Tensor negative(const Tensor& x);  // -x
 
 Weight filter(const Tensor& weight);
 WeightGrad filter_gradient(const Tensor& dweight);

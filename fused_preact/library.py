@@ -8,10 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import reference
 from .kernels import MEAN, RSTD, SCALE, SHIFT, Activation, Affine, Conv, Gradient
 from .reference import norm_rows, running
 
-__all__ = ["dgrad", "dx", "forward", "running", "statistics", "wgrad"]
+__all__ = ["dgrad", "dx", "forward", "join", "running", "statistics", "wgrad"]
 
 aten = torch.ops.aten
 
@@ -78,3 +79,11 @@ def wgrad(conv: Conv, dy: Gradient, x: Activation, weight: Tensor, bias: bool) -
 def dx(dy: Gradient, add: Tensor | None) -> Tensor:
     """Gradient of the chain's input: dy + add."""
     return dy.g if add is None else dy.g.add_(add)
+
+
+def join(
+    stream: Tensor, branch: Gradient, subtract: bool, narrow: bool, following: Affine | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """What runs from block to block; as `fused_preact.reference.join`."""
+    joined, narrowed, _ = reference.join(stream, branch, subtract, narrow or following is not None, None)
+    return joined, narrowed, None if following is None else statistics(narrowed, following)

@@ -25,14 +25,18 @@ def _a(a: Activation) -> Tensor:
     return a.x if a.norm is None else _z(a).relu().to(a.x.dtype)
 
 
-def _dy(dy: Gradient) -> Tensor:
+def _formed(dy: Gradient) -> Tensor:
     if dy.norm is None:
         return dy.g
     formed = _column(dy.norm[SCALE]) * dy.g
     if len(dy.grad) > 2:
         _, _, slope, offset = (_column(row) for row in dy.grad)
         formed = formed + slope * (dy.x.to(dy.norm.dtype) - _column(dy.norm[MEAN])) + offset
-    return formed.to(dy.g.dtype)
+    return formed
+
+
+def _dy(dy: Gradient) -> Tensor:
+    return _formed(dy).to(dy.g.dtype)
 
 
 def norm_rows(mean: Tensor, variance: Tensor, unbiased: Tensor, affine: Affine) -> Tensor:
@@ -90,3 +94,18 @@ def wgrad(conv: Conv, dy: Gradient, x: Activation, weight: Tensor, bias: bool) -
 def dx(dy: Gradient, add: Tensor | None) -> Tensor:
     """Gradient of the chain's input: dy + add."""
     return _dy(dy) if add is None else _dy(dy) + add
+
+
+def join(
+    stream: Tensor, branch: Gradient, subtract: bool, narrow: bool, following: Affine | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Stream + branch, or minus it, in the dtype of the stream, which is wider than that of the branch.
+
+    Besides, where it is wanted or ``following`` is a batch norm that reads it, the same in the dtype of the branch, and
+    the rows of that batch norm. The branch is formed as dy is, and not rounded before it is added.
+    """
+    joined = stream - _formed(branch) if subtract else stream + _formed(branch)
+    if not narrow and following is None:
+        return joined, None, None
+    narrowed = joined.to(branch.g.dtype)
+    return joined, narrowed, None if following is None else statistics(narrowed, following)

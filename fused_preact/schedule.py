@@ -1,8 +1,8 @@
 """Forward and backward of a run of blocks, each a chain of BN-ReLU-Conv units, over a table of kernels.
 
-A table is a module with the functions ``forward``, ``dgrad``, ``wgrad``, ``statistics``, ``running`` and ``dx``:
-`reference` and `library` are two. csrc/schedule.cpp is the same text for the tables that are written in C++,
-whose ``join`` stands for additions in this one; docs/design.md states both.
+A table is a module with the functions ``forward``, ``dgrad``, ``wgrad``, ``statistics``, ``running``, ``dx`` and
+``join``: `reference` and `library` are two. csrc/schedule.cpp is the same text for the tables that are written in C++;
+docs/design.md states both.
 """
 
 from __future__ import annotations
@@ -114,6 +114,7 @@ class _Forward:
         self.running = [t.to(dtype) for t in running_mean], [t.to(dtype) for t in running_var]
         self.kept: list[Tensor] = []
         self.rows: list[Tensor] = []
+        self.narrowed: Tensor | None = None  # the stream in the type of the convolutions
 
     def run(self, x: Tensor, residual: Tensor | None) -> Tensor:
         stream = x
@@ -125,7 +126,7 @@ class _Forward:
 
     def block(self, k: int, stream: Tensor, residual: Tensor | None) -> Tensor:
         stage, dtype, chain = self.stage, self.stage.dtype, self.stage.blocks[k]
-        x = stream.to(dtype)
+        x = stream.to(dtype) if self.narrowed is None else self.narrowed
         # The batch norm in front has its rows from the block before, unless there is none that read the same values.
         if len(self.rows) == chain.first:
             self.rows.append(self.norm_rows(chain.first, x))
@@ -136,16 +137,14 @@ class _Forward:
         elif chain.shortcut != "none":
             source = a if chain.shortcut == "activated" else Activation(x, None)
             across, _ = self.kernels.forward(chain.conv[-1], source, chain.weight[-1], None, None, None)
-        # A stream of another type than the convolutions' is added apart.
+        # A stream of another type than the convolutions' is joined apart.
         apart = across is not None and across.dtype != dtype
         h = x
         for i in range(chain.units):
             last, unit = i == chain.units - 1, chain.first + i
             if i > 0:
                 a = Activation(h, self.rows[unit])
-            following = None
-            if unit + 1 < len(self.affine) and stage.training[unit + 1] and not (last and apart):
-                following = self.affine[unit + 1]
+            following = None if last and apart else self.affine_after(unit)
             added = across if last and not apart else None
             h, rows = self.kernels.forward(chain.conv[i], a, chain.weight[i], stage.bias_of(unit), added, following)
             if rows is not None:
@@ -154,7 +153,19 @@ class _Forward:
                 self.rows.append(self.norm_rows(unit + 1, h))
             if not last and stage.keeps_hidden(k, i):
                 self.kept.append(h)
-        return across + h if apart else h.to(stream.dtype)
+        is_last = k + 1 == len(stage.blocks)
+        if not apart:
+            self.narrowed = None if is_last else h
+            return h.to(stream.dtype)
+        following = self.affine_after(chain.first + chain.units - 1)
+        stream, self.narrowed, rows = self.kernels.join(across, Gradient(h), False, not is_last, following)
+        if rows is not None:
+            self.rows.append(rows)
+        return stream
+
+    def affine_after(self, unit: int) -> Affine | None:
+        """The batch norm that reads what a unit gives, where it uses batch statistics."""
+        return self.affine[unit + 1] if unit + 1 < len(self.affine) and self.stage.training[unit + 1] else None
 
     def norm_rows(self, unit: int, x: Tensor) -> Tensor:
         if self.stage.training[unit]:
@@ -216,6 +227,7 @@ class _Backward:
         self.dbias = [empty(0, dtype=stage.dtype) for _ in stage.bias]
         self.dshortcut = {k: empty(0, dtype=stage.dtype) for k, chain in enumerate(stage.blocks) if chain.projects}
         self.dbn_weight, self.dbn_bias = [empty(0) for _ in range(n)], [empty(0) for _ in range(n)]
+        self.narrowed: Tensor | None = None  # the stream's gradient in the type of the convolutions
 
     def run(self, dy: Tensor, x: Tensor, y: Tensor | None) -> Tensor:
         for k in reversed(range(len(self.stage.blocks))):
@@ -236,16 +248,24 @@ class _Backward:
         """The stream in front of block k, and what each of its units read; y is the stream behind."""
         stage, chain = self.stage, self.stage.blocks[k]
         hidden = [self.kept.pop() if stage.keeps_hidden(k, i) else None for i in reversed(range(chain.units - 1))]
+        narrowed = None
         if k > 0:
-            x = self.kept.pop() if stage.keeps_input(k) else self.rebuild(chain, y, hidden[0])
-        inputs = [x.to(stage.dtype)]
+            x, narrowed = (self.kept.pop(), None) if stage.keeps_input(k) else self.rebuild(chain, y, hidden[0])
+        inputs = [x.to(stage.dtype) if narrowed is None else narrowed]
         for i, h in enumerate(reversed(hidden)):
             inputs.append(self.convolve(chain, i, inputs[i]) if h is None else h)
         return x, inputs
 
-    def rebuild(self, chain: Chain, y: Tensor, h: Tensor) -> Tensor:
-        """x = y - conv(a, W) - bias for the last convolution of a block whose shortcut is the identity."""
-        return y - self.convolve(chain, chain.units - 1, h)
+    def rebuild(self, chain: Chain, y: Tensor, h: Tensor) -> tuple[Tensor, Tensor | None]:
+        """x = y - conv(a, W) - bias for the last convolution of a block whose shortcut is the identity.
+
+        Where the convolutions have another type, x in it too.
+        """
+        branch = self.convolve(chain, chain.units - 1, h)
+        if y.dtype == branch.dtype:
+            return y - branch, None
+        x, narrowed, _ = self.kernels.join(y, Gradient(branch), True, True, None)
+        return x, narrowed
 
     def convolve(self, chain: Chain, i: int, h: Tensor) -> Tensor:
         unit = chain.first + i
@@ -255,7 +275,7 @@ class _Backward:
     def block(self, k: int, dstream: Tensor, inputs: list[Tensor], need_x: bool) -> Tensor:
         """The gradient of the stream in front of block k from the one behind it, where it is needed."""
         kernels, needs, chain = self.kernels, self.needs, self.stage.blocks[k]
-        x, dy = inputs[0], dstream.to(self.stage.dtype)
+        x, dy = inputs[0], dstream.to(self.stage.dtype) if self.narrowed is None else self.narrowed
 
         def shortcut_dgrad() -> Tensor:
             return kernels.dgrad(chain.conv[-1], Gradient(dy), chain.weight[-1], Activation(x, None), None, False).g
@@ -291,9 +311,12 @@ class _Backward:
         if not need_x:
             return dstream
         identity, apart = chain.shortcut == "identity", dstream.dtype != self.stage.dtype
-        add = dy if identity and not apart else shortcut_dgrad() if chain.shortcut == "raw" else None
-        dx = kernels.dx(g, add)
-        return dstream + dx if identity and apart else dx.to(dstream.dtype)
+        if identity and apart:
+            dstream, self.narrowed, _ = kernels.join(dstream, g, False, k > 0, None)
+            return dstream
+        dx = kernels.dx(g, dy if identity else shortcut_dgrad() if chain.shortcut == "raw" else None)
+        self.narrowed = dx if apart and k > 0 else None
+        return dx.to(dstream.dtype)
 
 
 def backward(

@@ -29,7 +29,8 @@ ROWS = {
     "dgamma", "dbeta",
 }  # fmt: skip
 WIDE = {"partial", "merged"}  # in float64
-POINTERS = {"x", "weight", "bias", "residual", "y", "g", "behind", "add", "dz", "out"} | WIDE | ROWS
+NARROW = {"narrowed"}  # in float16
+POINTERS = {"x", "weight", "bias", "residual", "y", "g", "behind", "add", "dz", "out"} | WIDE | NARROW | ROWS
 
 
 class Binary(NamedTuple):
@@ -81,8 +82,14 @@ def small_kernels() -> list[tuple[str, object, Config, dict]]:
         ("total", dgrad.total, MERGE, {}),
         ("total-eval", dgrad.total, MERGE, {"slope": None, "offset": None}),
         ("reduce", wgrad.reduce, wgrad.REDUCE, {}),
-        ("combine", dx.combine, dx.CONFIG, {}),
-        ("combine-eval", dx.combine, dx.CONFIG, {"x": None, "slope": None, "offset": None}),
+        ("combine", dx.combine, dx.CONFIG, {"narrowed": None, "SUBTRACT": False}),
+        (
+            "combine-eval",
+            dx.combine,
+            dx.CONFIG,
+            {"x": None, "slope": None, "offset": None, "narrowed": None, "SUBTRACT": False},
+        ),
+        ("combine-join", dx.combine, dx.CONFIG, {"SUBTRACT": True}),
     ]
 
 
@@ -99,7 +106,7 @@ def build(architecture: str, kind: str, kernel, tile: Config, **constants) -> Bi
             signature[name] = "constexpr"
             continue
         pointer = name in POINTERS
-        dtype = "fp64" if name in WIDE else accumulation if name in ROWS else kind
+        dtype = "fp64" if name in WIDE else "fp16" if name in NARROW else accumulation if name in ROWS else kind
         signature[name] = f"*{dtype}" if pointer else "i32"
         if pointer or name in ("C", "K"):
             attributes[(i,)] = [["tt.divisibility", 16]]

@@ -21,6 +21,12 @@ from fused_preact import _extension, reference
 from fused_preact.kernels import Activation, Affine, Gradient
 from raw_table import stand_in
 
+# Tests that are written once: pytest runs them here too, with the fixtures `kernels` and `narrow` of this file.
+from test_join import (  # noqa: F401  (run by pytest)
+    test_a_branch_joins_a_stream_of_float32,
+    test_a_gradient_joins_a_stream_of_float32_as_it_is_formed,
+)
+
 pytestmark = [
     pytest.mark.skipif(
         platform.machine() not in ("x86_64", "AMD64"), reason="AVX-512 kernels are built for x86-64 only"
@@ -43,6 +49,12 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[Any]:
     emulated = EmulatedKernels(_extension.BINARY, isa)
     yield emulated
     emulated.close()
+
+
+@pytest.fixture
+def narrow() -> torch.dtype:
+    """The type of 16 bits that the kernels have."""
+    return torch.bfloat16
 
 
 @pytest.fixture
@@ -119,37 +131,6 @@ def test_results_do_not_depend_on_threads(
         results.append(fused(BY_ID[name].draw(), backend))
     for other in results[1:]:
         assert all(torch.equal(other[name], value) for name, value in results[0].items())
-
-
-@pytest.mark.parametrize("subtract", [False, True])
-@pytest.mark.parametrize("shape", [(2, 16, 5, 7), (3, 35, 9, 5), (1, 5, 1, 2)], ids=str)
-def test_a_branch_joins_a_stream_of_float32(kernels: Any, shape: tuple[int, ...], subtract: bool) -> None:
-    """The sum, its rounding and the statistics of that are, to the bit, what they are one by one."""
-    torch.manual_seed(0)
-    stream, branch = torch.randn(shape), torch.randn(shape).bfloat16()
-    following = Affine(torch.rand(shape[1]), torch.randn(shape[1]), 1e-5)
-    joined, narrowed, rows = kernels.join(stream, Gradient(branch), subtract, True, following)
-    assert torch.equal(joined, stream - branch.float() if subtract else stream + branch.float())
-    assert torch.equal(narrowed, joined.bfloat16())
-    assert torch.equal(rows, kernels.statistics(narrowed, following))
-    alone, none, no_rows = kernels.join(stream, Gradient(branch), subtract, False, None)
-    assert torch.equal(alone, joined)
-    assert none is no_rows is None
-
-
-@pytest.mark.parametrize("batch", [True, False])
-def test_a_gradient_joins_a_stream_of_float32_as_it_is_formed(kernels: Any, batch: bool) -> None:
-    """Not rounded in between."""
-    torch.manual_seed(0)
-    shape = 2, 20, 3, 5
-    stream, dz, x = torch.randn(shape), torch.randn(shape).bfloat16(), torch.randn(shape).bfloat16()
-    norm = reference.statistics(x, Affine(torch.rand(20), torch.randn(20), 1e-5))
-    grad = list(torch.randn(4, 20)) if batch else [torch.zeros(20)] * 4
-    branch = Gradient(dz, x, norm, grad)
-    joined, narrowed, _ = kernels.join(stream, branch, False, True, None)
-    formed = reference.dx(Gradient(dz.double(), x.double(), norm.double(), [row.double() for row in grad]), None)
-    torch.testing.assert_close(joined.double(), stream + formed, rtol=1e-6, atol=1e-6)
-    assert torch.equal(narrowed, joined.bfloat16())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)

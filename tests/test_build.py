@@ -40,14 +40,6 @@ def toolchain(backend):
 
 
 @pytest.fixture
-def nvcc(backend, monkeypatch):
-    """The module nvcc, as on a machine that says nothing of CUDA."""
-    monkeypatch.delenv("CUDA_HOME", raising=False)
-    monkeypatch.delenv("FUSED_PREACT_CUDA", raising=False)
-    return importlib.import_module("nvcc")
-
-
-@pytest.fixture
 def pretend(monkeypatch, torch_location, tmp_path):
     """A function that makes a torch of one version (None: no torch) be what this process, or its environment, has."""
 
@@ -193,11 +185,11 @@ def test_a_build_waits_for_another_and_says_when_it_failed(toolchain, monkeypatc
     assert log[-1] == ["-C", str(objects), "-j", "3"]
 
 
-def test_nvcc_is_told_of_the_compiler_behind_a_cache(toolchain, nvcc, tmp_path):
+def test_nvcc_is_told_of_the_compiler_behind_a_cache(toolchain, tmp_path):
     """And not of its options."""
     (tmp_path / "lib").mkdir()
     (tmp_path / "lib/libcudart_static.a").touch()
-    cuda, torch = nvcc.Cuda(tmp_path, "13.0", ("9.0",)), toolchain.Torch(tmp_path, "2.13.0")
+    cuda, torch = toolchain.Cuda(tmp_path, "13.0", ("9.0",)), toolchain.Torch(tmp_path, "2.13.0")
     tools = toolchain.Toolchain(torch, "ccache g++ -isystem /opt/include", ROOT / "csrc", tmp_path, ["baseline"], cuda)
     assert "-ccbin g++\n" in tools.ninja_file(tmp_path / "C.so")
 
@@ -216,72 +208,17 @@ def test_flags_of_the_environment_reach_the_compiler(toolchain, torch_location, 
     assert "/d$ e.so: link " in text
 
 
-def test_every_source_is_compiled(toolchain, nvcc, tmp_path):
+def test_every_source_is_compiled(toolchain, tmp_path):
     """A new file in csrc that the build does not know is an error here, not an undefined symbol for a user."""
     (tmp_path / "lib").mkdir()
     (tmp_path / "lib/libcudart_static.a").touch()
-    cuda = nvcc.Cuda(tmp_path, "13.0", ("9.0",))
+    cuda = toolchain.Cuda(tmp_path, "13.0", ("9.0",))
     torch = toolchain.Torch(tmp_path, "2.13.0")
     text = toolchain.Toolchain(torch, "g++", ROOT / "csrc", tmp_path, ["baseline"], cuda).ninja_file(tmp_path / "C.so")
     compiled = set(re.findall(r"^build \S+\.o: (?:compile|cuda) (\S+)$", text, re.MULTILINE))
     # ninja reads which headers each one includes, and compiles what a change of one of them concerns.
     assert text.count(" -MMD -MF $out.d ") == text.count("  depfile = $out.d\n  deps = gcc\n") == 2
     assert compiled == {str(path) for path in (ROOT / "csrc").rglob("*.c*") if path.suffix in (".cpp", ".cu")}
-
-
-@pytest.mark.parametrize(("machine", "target"), [("x86_64", "x86_64-linux"), ("aarch64", "sbsa-linux")])
-def test_the_cuda_runtime_is_that_of_this_machine(nvcc, monkeypatch, tmp_path, machine, target):
-    """A toolkit may hold the runtimes of several processors, in folders that do not all have the processor's name."""
-    monkeypatch.setattr(nvcc.platform, "machine", lambda: machine)
-    for name in "x86_64-linux", "sbsa-linux":
-        (tmp_path / "targets" / name / "lib").mkdir(parents=True)
-        (tmp_path / "targets" / name / "lib/libcudart_static.a").touch()
-    assert nvcc.Cuda(tmp_path, "13.0", ("9.0",)).runtime() == tmp_path / "targets" / target / "lib"
-
-
-def fake_nvcc(folder: Path, home: Path) -> Path:
-    """A script, as packages put on PATH, in front of an nvcc that lives in `home`."""
-    (folder / "bin").mkdir(parents=True)
-    script = folder / "bin" / "nvcc"
-    script.write_text(f"#!/bin/sh\necho '#$ _HERE_={home}/bin' >&2\necho 'Cuda compilation tools, release 13.0, V13'\n")
-    script.chmod(0o755)
-    return script
-
-
-def test_nvcc_on_path_may_be_a_script(nvcc, monkeypatch, tmp_path):
-    """The toolkit's own folder is used, not that of the link or script in front of its nvcc."""
-    monkeypatch.setenv("PATH", f"{fake_nvcc(tmp_path / 'front', tmp_path / 'toolkit').parent}:/usr/bin:/bin")
-    found = nvcc.find(("8.0",))
-    assert found == nvcc.Cuda(tmp_path / "toolkit", "13.0", ("8.0",))
-    assert found.flags()[0] == "-gencode=arch=compute_80,code=[sm_80,compute_80]"
-
-
-def test_cuda_home_comes_before_path(nvcc, monkeypatch, tmp_path):
-    """CUDA_HOME says which toolkit is meant, as everywhere."""
-    fake_nvcc(tmp_path / "asked", tmp_path / "asked")
-    monkeypatch.setenv("PATH", f"{fake_nvcc(tmp_path / 'other', tmp_path / 'other').parent}:/usr/bin:/bin")
-    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "asked"))
-    assert nvcc.find().home == tmp_path / "asked"
-
-
-def test_cuda_can_be_left_out(nvcc, monkeypatch, tmp_path):
-    """FUSED_PREACT_CUDA=0 leaves the CUDA kernels out although nvcc is there."""
-    monkeypatch.setenv("PATH", str(fake_nvcc(tmp_path, tmp_path).parent))
-    monkeypatch.setenv("FUSED_PREACT_CUDA", "0")
-    assert nvcc.find() is None
-
-
-def test_without_nvcc_cuda_is_left_out_unless_asked_for(nvcc, monkeypatch):
-    """Unset, a machine without nvcc builds the CPU kernels; FUSED_PREACT_CUDA=1 is an error that says what to do."""
-    monkeypatch.setenv("PATH", "")
-    monkeypatch.setattr(nvcc.Path, "exists", lambda path: False)
-    assert nvcc.find() is None
-    monkeypatch.setenv("FUSED_PREACT_CUDA", "1")
-    with pytest.raises(CompileError, match="no nvcc: put it on PATH, or set CUDA_HOME"):
-        nvcc.find()
-    monkeypatch.setenv("FUSED_PREACT_CUDA", "yes")
-    with pytest.raises(CompileError, match="FUSED_PREACT_CUDA: expected 0, 1 or nothing, got 'yes'"):
-        nvcc.find()
 
 
 @pytest.mark.parametrize(

@@ -37,8 +37,14 @@ from fused_preact import reference
 from fused_preact.kernels import Activation, Affine, Gradient
 from raw_table import stand_in
 
-# Tests that are written once: pytest runs them here too, with the fixture `backend` of this file.
+# Tests that are written once: pytest runs them here too, with the fixtures of this file.
 from test_functional import test_statistics_of_what_is_not_finite  # noqa: F401  (run by pytest)
+from test_join import (  # noqa: F401  (run by pytest)
+    narrow,
+    test_a_branch_joins_a_stream_of_float32,
+    test_a_gradient_joins_a_stream_of_float32_as_it_is_formed,
+    test_a_stage_is_its_blocks_one_by_one,
+)
 from test_ops import (  # noqa: F401  (run by pytest)
     poisoned,
     test_integers_are_exact,

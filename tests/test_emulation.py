@@ -26,6 +26,7 @@ WRONG = {  # bug -> schedules (threads, copies) of which each shows it as a wron
 REPORTED = {  # bug -> the end of the launch, in any schedule
     "little_shared_memory": "wrote past the end of its 3072 bytes of shared memory",
     "divergent_barrier": r"divergent barrier: thread \d+ of block .* is at .*gemm.cu:\d+, others wait at .*gemm.cu:\d+",
+    "no_turn": r"a copy before the launches before are over: thread \d+ of block .* at .*gemm.cu:\d+",
 }
 
 

@@ -79,6 +79,7 @@ BAD_FOR_BOTH = {
     "x has no column": (dict(x=F(2, C, H, 0)), "x: expected no empty dimension"),
     "x is integer": (dict(x=F(2, C, H, W, dtype=torch.int32)), "x: expected Float .*got Int"),
     "x is half": (dict(x=F(2, C, H, W).half()), "x: expected Float .*got Half"),
+    "x is narrower than dtype": (dict(dtype=torch.float64, memory=1), "x: expected Double .*got Float"),
     "dtype is half": (dict(dtype=torch.float16), "dtype: expected float32, bfloat16 or float64, got Half"),
     "weight is missing": (dict(weight=[F(K, C, 3, 3)]), "weight: expected 2 tensors, got 1"),
     "weight has other channels": (dict(weight=[F(K, C + 1, 3, 3), F(4, K, 1, 1)]), r"weight\[0\]: .*got .*\[7, 6,"),

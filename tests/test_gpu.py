@@ -16,6 +16,7 @@ from fused_preact.checks import Block
 from fused_preact.stage import MEMORY
 from fused_preact.train.graph import CudaGraph
 from test_cuda import CASES, PRODUCTS
+from test_stage import assert_as_close_as_eager_under_autocast
 from tf32 import eager_tf32
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device on this machine")
@@ -101,6 +102,12 @@ def test_layouts_give_the_same_bits(layout: str, product: str, backend: str) -> 
     expected = run(sample)
     sample.x = laid_out(sample.x, layout)
     assert all(torch.equal(value, expected[name]) for name, value in run(sample).items())
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+def test_autocast(memory: str, backend: str) -> None:
+    """Branches in bf16, in `lean` and `min` on a float32 stream, are as close as eager autocast's on this device."""
+    assert_as_close_as_eager_under_autocast(memory, backend, "cuda")
 
 
 @pytest.mark.parametrize("memory", MEMORY)

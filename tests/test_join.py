@@ -1,18 +1,70 @@
-"""A stage of bf16 blocks on a float32 stream against its blocks one by one, whose branches torch adds."""
+"""Branches of 16 bits on a stream of float32: the kernel that joins them, and a stage against its blocks one by one."""
 
 import itertools
 import random
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from fused_preact import ops, schedule
+from cases import PYTHON_BACKENDS
+from fused_preact import ops, reference, schedule
+from fused_preact.kernels import Affine, Gradient
 
 BF16 = torch.bfloat16
 NONE, IDENTITY, RAW, ACTIVATED = map(schedule.SHORTCUTS.index, ("none", "identity", "raw", "activated"))
+
+
+@pytest.fixture(params=PYTHON_BACKENDS)
+def kernels(request: pytest.FixtureRequest) -> Any:
+    """Each table of kernels in Python."""
+    return ops.table(request.param)
+
+
+@pytest.fixture(params=[BF16, torch.float16], ids=str)
+def narrow(request: pytest.FixtureRequest) -> torch.dtype:
+    """Each type of 16 bits."""
+    return request.param
+
+
+@pytest.mark.parametrize("subtract", [False, True])
+@pytest.mark.parametrize("shape", [(2, 16, 5, 7), (3, 35, 9, 5), (1, 5, 1, 2), (2, 300, 3, 4)], ids=str)
+def test_a_branch_joins_a_stream_of_float32(
+    shape: tuple[int, ...], subtract: bool, kernels: Any, narrow: torch.dtype
+) -> None:
+    """The sum and its rounding are exact, and the statistics those of the rounded sum."""
+    stream, branch = (t.contiguous(memory_format=torch.channels_last) for t in torch.randn(2, *shape))
+    branch = branch.to(narrow)
+    following = Affine(torch.rand(shape[1]), torch.randn(shape[1]), 1e-5)
+    joined, narrowed, rows = kernels.join(stream, Gradient(branch), subtract, True, following)
+    assert torch.equal(joined, stream - branch.float() if subtract else stream + branch.float())
+    assert torch.equal(narrowed, joined.to(narrow))
+    exact = reference.statistics(narrowed.double(), Affine(*(t.double() for t in following[:2]), following.eps))
+    assert_close(rows.double(), exact, rtol=1e-6, atol=1e-7)
+    for wanted in (False, True):
+        alone, rounded, no_rows = kernels.join(stream, Gradient(branch), subtract, wanted, None)
+        assert torch.equal(alone, joined)
+        assert rounded is None if not wanted else torch.equal(rounded, narrowed)
+        assert no_rows is None
+
+
+@pytest.mark.parametrize("batch", [True, False])
+@pytest.mark.parametrize("channels", [5, 24])
+def test_a_gradient_joins_a_stream_of_float32_as_it_is_formed(
+    channels: int, batch: bool, kernels: Any, narrow: torch.dtype
+) -> None:
+    """Not rounded in between."""
+    stream, dz, x = (t.contiguous(memory_format=torch.channels_last) for t in torch.randn(3, 2, channels, 3, 5))
+    dz, x = dz.to(narrow), x.to(narrow)
+    norm = reference.statistics(x, Affine(torch.rand(channels), torch.randn(channels), 1e-5))
+    grad = list(torch.randn(4, channels)) if batch else [torch.zeros(channels)] * 4
+    joined, narrowed, _ = kernels.join(stream, Gradient(dz, x, norm, grad), False, True, None)
+    formed = reference.dx(Gradient(dz.double(), x.double(), norm.double(), [row.double() for row in grad]), None)
+    assert_close(joined.double(), stream + formed, rtol=1e-6, atol=2e-6)
+    assert torch.equal(narrowed, joined.to(narrow))
 
 
 @dataclass
@@ -45,32 +97,38 @@ def of_all(blocks: list[Block], name: str) -> list:
     return [value for one in blocks for value in getattr(one, name)]
 
 
-def forward(x: Tensor, blocks: list[Block], shortcuts: list[int], memory: int) -> tuple[Tensor, list, list]:
+def forward(
+    backend: str, x: Tensor, blocks: list[Block], shortcuts: list[int], memory: int
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     norms = [[t for b in blocks for t in b.norm[i]] for i in range(4)]
     training, units = of_all(blocks, "training"), [3] * len(blocks)
     facts = training, [1e-5] * len(training), of_all(blocks, "geometry"), units, shortcuts, BF16, memory, False
-    return ops.OPERATORS["cpu"][0](x, None, of_all(blocks, "weight"), [], *norms, of_all(blocks, "projection"), *facts)
+    return ops.OPERATORS[backend][0](
+        x, None, of_all(blocks, "weight"), [], *norms, of_all(blocks, "projection"), *facts
+    )
 
 
-def backward(dy, x, y, kept, rows, blocks: list[Block], shortcuts: list[int], memory: int, needs: list[bool]) -> list:
+def backward(
+    backend: str, dy, x, y, kept, rows, blocks: list[Block], shortcuts: list[int], memory: int, needs: list[bool]
+) -> list[Tensor]:
     layers = of_all(blocks, "weight"), [], of_all(blocks, "projection"), of_all(blocks, "training")
     facts = of_all(blocks, "geometry"), [3] * len(blocks), shortcuts, BF16, memory, False
-    dx, dweight, _, *others = ops.OPERATORS["cpu"][1](dy, x, y, kept, rows, *layers, *facts, needs)
+    dx, dweight, _, *others = ops.OPERATORS[backend][1](dy, x, y, kept, rows, *layers, *facts, needs)
     return [dx, *dweight, *itertools.chain(*others)]
 
 
 @pytest.mark.parametrize("memory", [schedule.MEMORY.index("lean"), schedule.MEMORY.index("min")])
 @pytest.mark.parametrize("training", [True, False])
-def test_a_stage_is_its_blocks_one_by_one(memory, training, isa):
+def test_a_stage_is_its_blocks_one_by_one(memory: int, training: bool, backend: str) -> None:
     """Forward to the bit; gradients but for how dx and streams that are built again are rounded, whatever is wanted."""
     kinds = [IDENTITY, IDENTITY, RAW, IDENTITY, ACTIVATED, IDENTITY]
     blocks = [block(kind, 20, training) for kind in kinds]
     x = torch.randn(3, 20, 6, 7).to(memory_format=torch.channels_last)
-    y, kept, rows = forward(x, blocks, kinds, memory)
+    y, kept, rows = forward(backend, x, blocks, kinds, memory)
     streams, alone = [x], []
     for one in blocks:
         apart = one.shortcut == IDENTITY
-        branch, *saved = forward(streams[-1].to(BF16), [one], [NONE if apart else one.shortcut], 0)
+        branch, *saved = forward(backend, streams[-1].to(BF16), [one], [NONE if apart else one.shortcut], 0)
         streams.append(streams[-1] + branch if apart else branch.float())
         alone.append(saved)
     assert torch.equal(y, streams[-1])
@@ -83,7 +141,8 @@ def test_a_stage_is_its_blocks_one_by_one(memory, training, isa):
         apart = one.shortcut == IDENTITY
         every = [True] * (1 + 6 + len(one.projection))
         shortcut = [NONE if apart else one.shortcut]
-        dx, *of_block = backward(dstream.to(BF16), before.to(BF16), None, one_kept, one_rows, [one], shortcut, 0, every)
+        saved = before.to(BF16), None, one_kept, one_rows
+        dx, *of_block = backward(backend, dstream.to(BF16), *saved, [one], shortcut, 0, every)
         expected.insert(0, of_block)
         dstream = dstream + dx if apart else dx.float()
     by_kind = [
@@ -94,7 +153,7 @@ def test_a_stage_is_its_blocks_one_by_one(memory, training, isa):
     for chance in (1, 0.5, 0.1, 0.1):
         needs = [generator.random() < chance for _ in range(1 + 18 + 18 + 2)]
         wanted = [*needs[:37], *needs[19:37], *needs[37:]]
-        found = backward(dy, x, y, kept, rows, blocks, kinds, memory, needs)
+        found = backward(backend, dy, x, y, kept, rows, blocks, kinds, memory, needs)
         assert [g.numel() > 0 for g in found] == wanted
         for one, other in zip(found, expected, strict=True):
             if one.numel():

@@ -165,14 +165,20 @@ def test_rebuilt_inputs_leave_float32_gradients_as_close_as_eager(memory, backen
 @pytest.mark.parametrize("memory", ["fast", "lean", "min"])
 def test_autocast(memory, backend):
     """Under bf16 autocast results are as close as eager autocast's; a rebuilding stage hands on a float32 stream."""
+    assert_as_close_as_eager_under_autocast(memory, backend, "cpu")
+
+
+def assert_as_close_as_eager_under_autocast(memory: str, backend: str, device: str) -> None:
+    """The types of what a stage returns, and its errors against float64, on a device."""
     x = x_of(torch.float32)
 
     def run(stage: PreActStage) -> dict[str, Tensor]:
-        leaf = x.clone().requires_grad_()
-        with torch.autocast("cpu", torch.bfloat16):
+        stage, leaf = stage.to(device), x.to(device, copy=True).requires_grad_()
+        with torch.autocast(device, torch.bfloat16):
             y = stage(leaf)
-        y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype))
-        return {"y": y.detach(), "dx": leaf.grad, **{f"d{name}": p.grad for name, p in stage.named_parameters()}}
+        y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y))
+        gradients = {f"d{name}": p.grad for name, p in stage.named_parameters()}
+        return {name: t.detach().cpu() for name, t in {"y": y, "dx": leaf.grad, **gradients}.items()}
 
     exact = step(make(bottlenecks, backend="eager"), x.double())
     stage = make(bottlenecks, memory, backend, torch.float32)

@@ -22,6 +22,7 @@ struct ConvertParams {
 
 template <class From, class To>
 __global__ __launch_bounds__(kThreads) void convert_kernel(const __grid_constant__ ConvertParams p) {
+  take_turn();
   const int run = static_cast<int>(blockIdx.x);
   int low = 0;
   for (int high = p.count; high - low > 1;) {

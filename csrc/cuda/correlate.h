@@ -225,6 +225,7 @@ __global__ __launch_bounds__(kThreads,
                              resident_blocks(Columns)) void correlate(const __grid_constant__ Correlation<Op, Source> p,
                                                                       const __grid_constant__
                                                                       typename Epilogue::Output output) {
+  take_turn();
   correlate_block<Columns, Op, Source, Epilogue>(p, output, static_cast<int>(blockIdx.x));
 }
 

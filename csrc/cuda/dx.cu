@@ -1,7 +1,7 @@
 // dx: the gradient of a chain's input, dx = dy + add, with dy formed from dz and x of the first batch norm.
 //
-// Layout: all [pixels][C]. One thread has one piece of every n-th pixel, so that it reads the rows of its channels
-// once; it reads two pixels ahead. dx may be dy.g.
+// Layout: all [pixels][C]. A block is a run of pixels; one thread has one piece of every n-th of them, so that it reads
+// the rows of its channels once; it reads two pixels ahead. dx may be dy.g.
 // Bytes: dz, x and add read once, dx written once.
 #include "elementwise.h"
 #include "product.h"
@@ -11,59 +11,48 @@ namespace fused_preact::cuda {
 
 namespace {
 
-constexpr int kAhead = 2;
-
-// In place of a product, of which the source asks the storage type.
-template <class S>
-struct Elementwise {
-  using Storage = S;
-};
-
 template <class S>
 struct DxParams {
   GradientSource<Elementwise<S>> source;
   const S* add;  // or null
   S* dx;
-  int64_t pixels;
   PieceGrid grid;
   bool aligned;
 };
 
+struct DxPiece {
+  uint4 g, x, add;
+};
+
 template <class S>
 __global__ __launch_bounds__(kThreads, kBlocks) void dx_kernel(const __grid_constant__ DxParams<S> p) {
-  constexpr int L = kLanes<S>;
-  const int C = p.source.C, column = blockIdx.x % p.grid.columns;
-  const int c = ((column << p.grid.log_pieces) + static_cast<int>(threadIdx.x & ((1 << p.grid.log_pieces) - 1))) * L;
-  const int64_t step = static_cast<int64_t>(gridDim.x / p.grid.columns) * (kThreads >> p.grid.log_pieces);
-  const int64_t start = static_cast<int64_t>(blockIdx.x / p.grid.columns) * (kThreads >> p.grid.log_pieces) +
-                        (threadIdx.x >> p.grid.log_pieces);
+  take_turn();
+  constexpr int L = kLanes<S>, kAhead = 2;
+  const int C = p.source.C, c = p.grid.piece() * L;
   const bool forms = p.source.tensors() == 2;
   const auto rows = p.source.rows(c);
-  for (int64_t first = start; first < p.pixels; first += kAhead * step) {
-    uint4 g[kAhead], x[kAhead] = {}, add[kAhead] = {};
+  for_each_pixel<kAhead>(
+      p.grid,
+      [&](int64_t pixel) {
+        const int64_t at = pixel * C;
+        DxPiece piece{load_piece(p.source.g + at, c, C, p.aligned), {}, {}};
+        if (forms) piece.x = load_piece(p.source.x + at, c, C, p.aligned);
+        if (p.add != nullptr) piece.add = load_piece(p.add + at, c, C, p.aligned);
+        return piece;
+      },
+      [&](int, int64_t pixel, bool valid, const DxPiece& piece) {
+        if (!valid) return;
+        float v[L], other[L];
+        unpack<S>(v, piece.g);
+        unpack<S>(other, piece.x);
+        p.source.form(v, other, rows);
+        if (p.add != nullptr) {
+          unpack<S>(other, piece.add);
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      const int64_t at = (first + i * step) * C;
-      if (first + i * step >= p.pixels) continue;
-      g[i] = load_piece(p.source.g + at, c, C, p.aligned);
-      if (forms) x[i] = load_piece(p.source.x + at, c, C, p.aligned);
-      if (p.add != nullptr) add[i] = load_piece(p.add + at, c, C, p.aligned);
-    }
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      if (first + i * step >= p.pixels) continue;
-      float v[L], other[L];
-      unpack<S>(v, g[i]);
-      unpack<S>(other, x[i]);
-      p.source.form(v, other, rows);
-      if (p.add != nullptr) {
-        unpack<S>(other, add[i]);
-#pragma unroll
-        for (int j = 0; j < L; ++j) v[j] += other[j];
-      }
-      store_piece(p.dx + (first + i * step) * C, c, C, p.aligned, pack<S>(v));
-    }
-  }
+          for (int j = 0; j < L; ++j) v[j] += other[j];
+        }
+        store_piece(p.dx + pixel * C, c, C, p.aligned, pack<S>(v));
+      });
 }
 
 }  // namespace
@@ -71,16 +60,12 @@ __global__ __launch_bounds__(kThreads, kBlocks) void dx_kernel(const __grid_cons
 void dx(Dtype dtype, int64_t pixels, int64_t C, const Gradient& dy, const void* add, void* to, Workspace& workspace) {
   with_storage(dtype, [&](auto s) {
     using S = decltype(s);
+    constexpr int kPixelsAThread = 2;
     const GradientSource<Elementwise<S>> source(dy, C);
-    const PieceGrid grid = PieceGrid::of(s, C);
-    const DxParams<S> p{source,
-                        static_cast<const S*>(add),
-                        static_cast<S*>(to),
-                        pixels,
-                        grid,
+    const DxParams<S> p{source, static_cast<const S*>(add), static_cast<S*>(to),
+                        PieceGrid::of(s, pixels, C, kPixelsAThread),
                         source.aligned && is_aligned(add) && is_aligned(to)};
-    launch(dx_kernel<S>, static_cast<unsigned>(grid.groups(pixels, kAhead) * grid.columns), kThreads, 0,
-           static_cast<cudaStream_t>(workspace.stream), p);
+    launch(dx_kernel<S>, p.grid.blocks(), kThreads, 0, static_cast<cudaStream_t>(workspace.stream), p);
   });
 }
 

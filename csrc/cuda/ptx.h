@@ -13,7 +13,8 @@
 // - cuda_fp16.h and cuda_bf16.h work on both sides as far as conversions go; arithmetic is done in float.
 // - A block never waits for another one: blocks run one after the other, in any order. The last block of a launch is
 //   found by write, barrier, __threadfence, atomicInc, much as in the CUDA programming guide.
-// - A kernel is started by launch(), never by <<<>>>. What it is given are values and pointers.
+// - A kernel is started by launch(), never by <<<>>>. What it is given are values and pointers. It calls take_turn()
+//   before it touches global memory.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -110,8 +111,39 @@ __device__ __forceinline__ uint32_t to_tf32(float x) {
   return result;
 }
 
+// Waits until all that was queued before this launch is done and can be seen, then lets the next launch begin, whose
+// blocks get ready in the places that those of this one leave: all of them are on the device when all have called this.
+// From SM 9.0 on, elsewhere launches do not overlap. (CUDA programming guide, "Programmatic dependent launch".)
+__device__ __forceinline__ void take_turn() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 inline void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+}
+
+inline int attribute(cudaDeviceAttr name) {
+  int device = 0, value = 0;
+  check(cudaGetDevice(&device), "current device");
+  check(cudaDeviceGetAttribute(&value, name, device), "an attribute of the device");
+  return value;
+}
+
+// Streaming multiprocessors of the current device.
+inline int multiprocessors() { return attribute(cudaDevAttrMultiProcessorCount); }
+
+// Whether the code that the current device runs waits in take_turn(): it is that of the latest architecture compiled for
+// that the device has.
+inline bool takes_turns() {
+  constexpr int kCompiled[] = {__CUDA_ARCH_LIST__}, kFirst = 900;
+  const int own =
+      100 * attribute(cudaDevAttrComputeCapabilityMajor) + 10 * attribute(cudaDevAttrComputeCapabilityMinor);
+  for (const int architecture : kCompiled)
+    if (architecture >= kFirst && architecture <= own) return true;
+  return false;
 }
 
 // Queues kernel(arguments...) on the stream; throws std::runtime_error where the device does not accept it.
@@ -129,15 +161,12 @@ void launch(void (*kernel)(Parameters...), dim3 grid, unsigned block, size_t sha
   config.blockDim = block;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &early;
+  config.numAttrs = takes_turns() ? 1 : 0;
   check(cudaLaunchKernelEx(&config, kernel, arguments...), "launch of a kernel");
-}
-
-// Streaming multiprocessors of the current device.
-inline int multiprocessors() {
-  int device = 0, count = 0;
-  check(cudaGetDevice(&device), "current device");
-  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "multiprocessors of the device");
-  return count;
 }
 
 }  // namespace fused_preact::cuda

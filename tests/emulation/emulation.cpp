@@ -47,6 +47,7 @@ struct Thread {
   Context context;
   Indices indices;
   Barrier* waits_for = nullptr;
+  bool in_turn = false;        // it has waited for the launches before this one
   std::vector<Copy> copies;    // under way, in the order of issue
   std::vector<size_t> groups;  // for each committed one the number of copies up to its end
 };
@@ -194,6 +195,7 @@ void Launch::thread_main() {
 
 void Launch::leave() {
   Thread& me = *current_;
+  if (!std::exchange(me.in_turn, false)) fail(text(me.indices) + " did not wait for the launches before");
   me.copies.clear();
   me.groups.clear();
   publish(this);
@@ -329,6 +331,7 @@ void collective(void* posted, void (*exchange)(void* const*), const Where& where
 }
 
 void cp_async(void* shared, const void* global, int bytes, bool valid, const Where& where) {
+  if (!launch->current().in_turn) fail("a copy before the launches before are over", where);
   check_shared(shared, bytes, where);
   if (valid && reinterpret_cast<uintptr_t>(global) % bytes != 0) fail("a misaligned address in global memory", where);
   const Copy copy{static_cast<std::byte*>(shared), static_cast<const std::byte*>(global), static_cast<size_t>(bytes),
@@ -366,6 +369,8 @@ void thread_fence() {
   publish(&fence);
   observe(&fence);
 }
+
+void take_turn() { launch->current().in_turn = true; }
 
 namespace {
 size_t latest = 0;

@@ -14,6 +14,8 @@
 // the launch with an Error that says which thread was where. The schedule is one for the process: kernels are
 // launched by one CPU thread.
 //
+// Launches do not overlap; a thread that copies, or ends, before it has called take_turn() ends the launch.
+//
 // Not emulated: time, bank conflicts, weak memory order, blocks that wait for each other.
 #pragma once
 #include <cuda_bf16.h>
@@ -96,6 +98,8 @@ template <Operand>
 void multiply(const Product&, const Where&);
 
 void thread_fence();
+
+void take_turn();
 
 // Runs every block of a launch, each of its threads by a call of `thread`.
 void run(const std::function<void()>& thread, dim3 grid, unsigned block, size_t shared_bytes);
@@ -197,6 +201,8 @@ inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32
                              Where where = Where::current()) {
   emulation::multiply<emulation::Operand::tf32>({d, a, b}, where);
 }
+
+inline void take_turn() { emulation::take_turn(); }
 
 // Half a unit of the last of ten bits is added to the magnitude, the rest cut off: ties go away from zero. A NaN stays.
 inline uint32_t to_tf32(float x) {

@@ -65,6 +65,7 @@ __device__ float block_sum(float value, float* sums) {
 
 template <Bug bug>
 __global__ void __launch_bounds__(kThreads) gemm_kernel(Arguments x) {
+  if (bug != Bug::no_turn) take_turn();
   Memory& memory = *reinterpret_cast<Memory*>(shared_memory());
   const int row = blockIdx.x * kM, column = blockIdx.y * kN;
   float d[2][4] = {};
@@ -125,7 +126,7 @@ void gemm(Bug bug, int M, int N, int K, const void* a, const void* b, float* c, 
   constexpr void (*kRun[])(const Arguments&) = {
       run_gemm<Bug::none>,      run_gemm<Bug::no_barrier_after_wait>, run_gemm<Bug::no_barrier_before_overwrite>,
       run_gemm<Bug::weak_wait>, run_gemm<Bug::little_shared_memory>,  run_gemm<Bug::divergent_barrier>,
-      run_gemm<Bug::no_fence>,  run_gemm<Bug::first_block_sums_up>,
+      run_gemm<Bug::no_fence>,  run_gemm<Bug::first_block_sums_up>,   run_gemm<Bug::no_turn>,
   };
   kRun[static_cast<int>(bug)](
       {M, N, K, static_cast<const __half*>(a), static_cast<const __half*>(b), c, sums, arrived, total});

@@ -12,6 +12,7 @@ enum class Bug {
   divergent_barrier,            // one warp waits once more than the other
   no_fence,                     // a block's sum need not be visible when its arrival is
   first_block_sums_up,          // before the others are there
+  no_turn,                      // the launches before may not be over
 };
 
 // c, sums [blocks], *total and *arrived as in gemm.cu; everything is on the host.

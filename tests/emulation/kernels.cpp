@@ -91,6 +91,9 @@ void call(const std::string& name, const std::vector<uintptr_t>& values) {
     table.dx(a.dtype(0), a.number(1), a.number(2), a.object<Gradient>(3), a.pointer(4), a.pointer(5), workspace);
   else if (name == "convert")
     table.convert(a.dtype(0), a.dtype(1), static_cast<const Conversion*>(a.pointer(2)), a.number(3), workspace);
+  else if (name == "join")
+    table.join(a.dtype(0), a.number(1), a.number(2), a.pointer(3), a.object<Gradient>(4), a.number(5) != 0,
+               a.pointer(6), a.pointer(7), a.object<Affine>(8), a.pointer(9), workspace);
   else
     throw std::invalid_argument("no kernel of the name " + name);
   workspace.check();

@@ -36,6 +36,7 @@ PYBIND11_MODULE(planted, m) {
       .value("little_shared_memory", Bug::little_shared_memory)
       .value("divergent_barrier", Bug::divergent_barrier)
       .value("no_fence", Bug::no_fence)
-      .value("first_block_sums_up", Bug::first_block_sums_up);
+      .value("first_block_sums_up", Bug::first_block_sums_up)
+      .value("no_turn", Bug::no_turn);
   m.def("multiply", multiply);
 }
