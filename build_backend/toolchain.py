@@ -32,7 +32,7 @@ HOST_SOURCES = (
     "cpu/workspace",
 )
 KERNEL_SOURCES = ("forward", "dgrad", "wgrad", "statistics", "dx")  # of cpu/ and of cuda/
-CUDA_SOURCES = (*KERNEL_SOURCES, "gradients", "convert", "join")
+CUDA_SOURCES = (*KERNEL_SOURCES, "gradients", "convert", "join", "move")
 CPU_SOURCES = (*KERNEL_SOURCES, "convert", "gradients", "permute", "join", "kernels")
 
 # No -ffast-math: NaN and infinity must come out as torch gives them. Kernels read neither errno nor exception flags.

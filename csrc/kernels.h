@@ -75,6 +75,16 @@ struct Conversion {
   int64_t count;
 };
 
+// The running statistics of one batch norm, whose values are `step` apart, and the batch's that they move towards.
+struct Running {
+  void *mean, *variance;             // [C], or both null
+  int64_t mean_step, variance_step;  // values
+  const void* rows;                  // [kNormRows][C] of f32 or f64
+  int64_t* count;                    // of batches, or null
+  int32_t C;
+  Dtype mean_type, variance_type, rows_type;
+};
+
 constexpr int kCounters = 4096;
 
 // What one kernel call may use.
@@ -82,8 +92,10 @@ struct Workspace {
   // Scratch memory: 64-byte aligned, uninitialised, valid until the work of the call is done.
   virtual void* take(size_t bytes) = 0;
 
-  void* stream = nullptr;        // where the work is queued, on devices that have a queue
-  uint32_t* counters = nullptr;  // there too: kCounters of them, zero before and after the work of each call
+  // On devices that have a queue kCounters of them, zero before and after the work of each call.
+  virtual uint32_t* counters() = 0;
+
+  void* stream = nullptr;  // where the work is queued there
 
  protected:
   ~Workspace() = default;
@@ -130,6 +142,10 @@ struct Kernels {
   // is not null, narrowed neither is and the branch has no norm: also the rows of `next` from the statistics of narrowed.
   void (*join)(Dtype, int64_t pixels, int64_t C, const void* stream, const Gradient& branch, bool subtract,
                void* joined, void* narrowed, const Affine& next, void* next_rows, Workspace&);
+
+  // What nn.BatchNorm2d does in training: adds one to each count, and moves mean and variance by `momentum` towards the
+  // batch's; where momentum is null, by one over their count, or not at all. Null where the host does it.
+  void (*move)(const Running* norms, int64_t count, const double* momentum, Workspace&);
 };
 
 }  // namespace fused_preact

@@ -4,6 +4,11 @@
 
 #include <map>
 
+#include "cpu/dispatch.h"
+#if defined(FUSED_PREACT_CUDA)
+#include "cuda/device.h"
+#endif
+
 namespace fused_preact {
 
 namespace {
@@ -26,21 +31,16 @@ Affine raw(const Launch::Affine& affine) {
   return {affine.gamma.const_data_ptr(), affine.beta.const_data_ptr(), affine.eps};
 }
 
-// Gives the scratch memory of a kernel call back when the call is over, or has thrown.
-class Scope {
- public:
-  explicit Scope(Scratch& scratch) : scratch_(scratch) {}
-  Scope(const Scope&) = delete;
-  ~Scope() { scratch_.release(); }
-  operator Workspace&() const { return scratch_; }
-
- private:
-  Scratch& scratch_;
-};
-
 int64_t pixels(const Tensor& x) { return x.size(0) * x.size(2) * x.size(3); }
 
 }  // namespace
+
+Device device_of([[maybe_unused]] const Tensor& x) {
+#if defined(FUSED_PREACT_CUDA)
+  if (x.is_cuda()) return cuda::device(x);
+#endif
+  return cpu::device();
+}
 
 std::pair<Tensor, std::optional<Tensor>> Launch::forward(const Conv& conv, const Activation& x, const Tensor& weight,
                                                          const std::optional<Tensor>& bias,

@@ -9,6 +9,21 @@
 
 namespace fused_preact {
 
+// What serves tensors on the device of x.
+Device device_of(const Tensor& x);
+
+// Gives the scratch memory of a kernel call back when the call is over, or has thrown.
+class Scope {
+ public:
+  explicit Scope(Scratch& scratch) : scratch_(scratch) {}
+  Scope(const Scope&) = delete;
+  ~Scope() { scratch_.release(); }
+  operator Workspace&() const { return scratch_; }
+
+ private:
+  Scratch& scratch_;
+};
+
 // Activations are dense NHWC, rows and Affine in the accumulation type, all of one device. A kernel is not launched on
 // an empty tensor: its sums are then zero.
 class Launch {

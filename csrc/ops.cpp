@@ -13,9 +13,6 @@
 #include <utility>
 
 #include "cpu/dispatch.h"
-#if defined(FUSED_PREACT_CUDA)
-#include "cuda/device.h"
-#endif
 #include "expect.h"
 #include "running.h"
 #include "schedule.h"
@@ -28,13 +25,6 @@ using Pointers = std::vector<Tensor*>;
 
 constexpr size_t kGeometry = 7;                      // integers a convolution
 constexpr int64_t kMostGeometry = int64_t{1} << 31;  // keeps the arithmetic on the padded input from overflowing
-
-Device device_of([[maybe_unused]] const Tensor& x) {
-#if defined(FUSED_PREACT_CUDA)
-  if (x.is_cuda()) return cuda::device(x);
-#endif
-  return cpu::device();
-}
 
 // Parameters and running statistics of batch norm: [C] in the type of the stage or in the accumulation type.
 void expect_norm(const char* name, const Tensors& tensors, const Stage& stage) {
@@ -328,6 +318,7 @@ STABLE_TORCH_LIBRARY_IMPL(fused_preact, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(fused_preact, CUDA, m) {
   m.impl("forward", TORCH_BOX(&fused_preact::run_forward));
   m.impl("backward", TORCH_BOX(&fused_preact::run_backward));
+  m.impl("_update_running", TORCH_BOX(&fused_preact::update_running));
 }
 #endif
 

@@ -1,4 +1,4 @@
-// The running statistics of batch norms on the CPU. On other devices torch's own lists of tensors do it.
+// The running statistics of batch norms.
 #pragma once
 #include <optional>
 
@@ -7,8 +7,8 @@
 namespace fused_preact {
 
 // What nn.BatchNorm2d does in training: adds one to each count and moves mean[i] and var[i] by `momentum`
-// towards the batch's in rows[units[i]], in place. Without momentum the weight is one by the first count:
-// the average of all batches. A call that is refused changes nothing.
+// towards the batch's in rows[units[i]], in place. Without momentum the weight is one by the count: the average of all
+// batches, of one batch norm. A call that is refused changes nothing.
 void update_running(const Tensors& mean, const Tensors& var, const Tensors& counts, const Tensors& rows,
                     const Sizes& units, std::optional<double> momentum);
 

@@ -58,7 +58,7 @@ def _no_cpu(problem: Problem) -> str | None:
 def _no_cuda(problem: Problem) -> str | None:
     if problem.device.type != "cuda":
         return f"it runs on CUDA devices, not on {problem.device}"
-    reason = _cuda_unavailable(problem.device)
+    reason = cuda_unavailable(problem.device)
     if reason is not None:
         return reason
     if problem.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -78,7 +78,8 @@ def _auto_no_cuda(problem: Problem) -> str | None:
     return None
 
 
-def _cuda_unavailable(device: torch.device | None = None) -> str | None:
+def cuda_unavailable(device: torch.device | None = None) -> str | None:
+    """Why the CUDA kernels do not serve a device, or any device; None where they do."""
     if _extension.unavailable is not None:
         return _extension.unavailable
     if not _extension.cuda_architectures:
@@ -167,7 +168,7 @@ NAMES = ("auto", *FUSED, "eager")
 
 def status() -> dict[str, str | None]:
     """Name of each backend -> None where it can be used on this machine, else the reason why not."""
-    known = {"cpu": _extension.unavailable, "cuda": _cuda_unavailable(), "triton": _triton_unavailable()}
+    known = {"cpu": _extension.unavailable, "cuda": cuda_unavailable(), "triton": _triton_unavailable()}
     return dict.fromkeys(FUSED) | known
 
 

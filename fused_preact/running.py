@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from . import _extension
+from . import _extension, backends
 from .kernels import MEAN, VARIANCE
 
 
@@ -64,7 +65,7 @@ def _move(mean, var, counts, rows, units, momentum) -> None:
     # As nn.BatchNorm2d does, this tells autograd of counts alone: plain layers save mean and var for a backward that in
     # training does not read them, and that would be refused.
     counted = all(count.dtype == torch.int64 for count in counts)
-    if counted and _extension.unavailable is None and [*mean, *var, *counts][0].is_cpu:
+    if counted and _has_operator([*mean, *var, *counts][0].device):
         # An operator of thousands of tensors: each layer costs. no_grad is written in Python: a KeyboardInterrupt that
         # comes while it is entered would leave gradients off for good.
         with torch._C._AutoDispatchBelowAutograd():
@@ -75,8 +76,16 @@ def _move(mean, var, counts, rows, units, momentum) -> None:
             _update([t.data for t in mean], [t.data for t in var], counts, rows, units, momentum)
 
 
+@functools.cache
+def _has_operator(device: torch.device) -> bool:
+    """Whether csrc/running.cpp serves a device."""
+    if device.type == "cpu":
+        return _extension.unavailable is None
+    return device.type == "cuda" and backends.cuda_unavailable(device) is None
+
+
 def _update(mean, var, counts, rows, units, momentum) -> None:
-    """The same by torch's functions of lists, a few launches on a GPU; csrc/running.cpp is the twin on the CPU."""
+    """The same by torch's functions of lists, for devices that the operator does not serve."""
     if counts:
         torch._foreach_add_(counts, 1)
     buffers = mean + var

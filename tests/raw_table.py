@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -14,7 +15,9 @@ from torch import Tensor
 from fused_preact import reference
 from fused_preact.kernels import OFFSET, SLOPE, Activation, Affine, Conv, Gradient, accumulation_type
 
-TABLE = ("forward", "dgrad", "wgrad", "statistics", "running", "dx", "gradients", "convert", "permute", "join")
+TABLE = (
+    "forward", "dgrad", "wgrad", "statistics", "running", "dx", "gradients", "convert", "permute", "join", "move",
+)  # fmt: skip
 NAMES = (*TABLE[:6], "join")  # those of TABLE, the functions of struct Kernels, that a table in Python has
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # enum Dtype
 NORM_ROWS, GRAD_ROWS = 5, 2
@@ -231,6 +234,30 @@ class RawTable(ABC):
             self.address(rows),
         )
         return tuple(None if t is None else t.clone() for t in (joined, narrowed, rows))
+
+    def move(self, mean, var, counts, rows, units: list[int], momentum: float | None) -> None:
+        """As `fused_preact.running.update`."""
+        self.clear()
+        placed: dict[int, tuple[Tensor, Tensor]] = {}
+
+        def address(t: Tensor) -> int:
+            whole = t if t._base is None else t._base  # with what lies between the values of t
+            return self.address(placed.setdefault(id(whole), (whole, self.place(whole)))[1])
+
+        words = []
+        for m, v, count, unit in itertools.zip_longest(mean, var, counts, units):
+            own = [0] * 8
+            if m is not None:
+                types = [self.dtype(t.dtype) for t in (m, v, rows[unit])]
+                own = [address(m), address(v), m.stride(0), v.stride(0), address(rows[unit]), 0]
+                own += [m.numel() | types[0] << 32, types[1] | types[2] << 32]
+            if count is not None:
+                own[5] = address(count)
+            words += own
+        weight = 0 if momentum is None else self.place_words(*struct.unpack("q", struct.pack("d", momentum)))
+        self.call("move", self.place_words(*words), len(words) // 8, weight)
+        for whole, copy in placed.values():
+            whole.copy_(copy)
 
     def statistics(self, x: Tensor, affine: Affine) -> Tensor:
         self.clear()

@@ -51,6 +51,14 @@ from test_ops import (  # noqa: F401  (run by pytest)
     test_layouts_give_the_same_bits,
     test_two_runs_agree_to_the_bit,
 )
+from test_running import (  # noqa: F401  (run by pytest)
+    test_an_average_without_a_count_stays,
+    test_buffers_move_towards_the_batch,
+    test_buffers_of_any_stride,
+    test_buffers_of_several_types,
+    test_counts_alone,
+    test_it_is_what_batch_norm_does,
+)
 from tf32 import eager_tf32
 
 pytestmark = pytest.mark.skipif(cuda_toolkit.home() is None, reason=cuda_toolkit.NO_NVCC)
@@ -81,6 +89,12 @@ def kernels(emulated: Any) -> Iterator[Any]:
 def backend(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The name of a backend, which the emulated kernels serve."""
     yield from stand_in(kernels, monkeypatch)
+
+
+@pytest.fixture
+def update(kernels: Any) -> Any:
+    """What moves running statistics."""
+    return kernels.move
 
 
 @pytest.fixture(params=PRODUCTS)

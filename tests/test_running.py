@@ -1,4 +1,4 @@
-"""running.py: buffers move as nn.BatchNorm2d's do, on the CPU by an operator, elsewhere by torch's lists."""
+"""running.py: buffers move as nn.BatchNorm2d's do, by an operator or by torch's lists."""
 
 import copy
 import functools
@@ -12,11 +12,18 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from cases import BACKENDS, needs_cpu
-from fused_preact import BNReLUConv2d, PreActBlock, PreActStage, _extension, running
+from fused_preact import BNReLUConv2d, PreActBlock, PreActStage, running
 from fused_preact.kernels import MEAN, VARIANCE
 
-UPDATES = [pytest.param(running.update, marks=needs_cpu, id="native"), pytest.param(running._update, id="lists")]
 CHANNELS = (1, 7, 32)
+
+
+@pytest.fixture(
+    params=[pytest.param(running.update, marks=needs_cpu, id="native"), pytest.param(running._update, id="lists")]
+)
+def update(request: pytest.FixtureRequest):
+    """What moves buffers: the operator, and torch's lists."""
+    return request.param
 
 
 def norms(dtype: torch.dtype, step: int = 1) -> tuple[list, list, list, list]:
@@ -27,7 +34,6 @@ def norms(dtype: torch.dtype, step: int = 1) -> tuple[list, list, list, list]:
     return mean, var, [torch.tensor(4) for _ in CHANNELS], rows
 
 
-@pytest.mark.parametrize("update", UPDATES)
 @pytest.mark.parametrize("momentum", [0.1, 0.5, 0.9, 0.0, 1.0, None])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_buffers_move_towards_the_batch(update, momentum, dtype):
@@ -51,7 +57,6 @@ def test_buffers_move_towards_the_batch(update, momentum, dtype):
     assert all(count == 5 for count in counts)
 
 
-@pytest.mark.parametrize("update", UPDATES)
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_buffers_of_several_types(update, momentum):
     """A net in 16 bits may have a batch norm in float32: each buffer moves in the type that it has."""
@@ -69,7 +74,6 @@ def test_buffers_of_several_types(update, momentum):
     assert_close(buffers, expected)
 
 
-@pytest.mark.parametrize("update", UPDATES)
 def test_it_is_what_batch_norm_does(update):
     """Over some batches, means and variances of nn.BatchNorm2d, within float32's rounding."""
     bn, ours = nn.BatchNorm2d(6), nn.BatchNorm2d(6)
@@ -80,7 +84,6 @@ def test_it_is_what_batch_norm_does(update):
     assert_close(ours.state_dict(), bn.state_dict(), rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("update", UPDATES)
 def test_buffers_of_any_stride(update):
     """A buffer may be a column of something; what lies between its values stays."""
     mean, var, counts, rows = norms(torch.float32, step=3)
@@ -93,7 +96,6 @@ def test_buffers_of_any_stride(update):
     assert torch.equal(mean[2]._base, around)
 
 
-@pytest.mark.parametrize("update", UPDATES)
 def test_counts_alone(update):
     """Batch norms that count batches and keep no statistics."""
     counts = [torch.tensor(0), torch.tensor(7)]
@@ -105,7 +107,7 @@ def test_counts_alone(update):
 def test_plain_layers_may_be_differentiated_after_a_fused_call(native, monkeypatch):
     """As after another call of theirs: "auto" may give images of one size to them and of another to a backend."""
     if not native:
-        monkeypatch.setattr(_extension, "unavailable", "not here")
+        monkeypatch.setattr(running, "_has_operator", lambda _: False)
     bn, x = nn.BatchNorm2d(2), torch.randn(3, 2, 4, 4, requires_grad=True)
     y = bn(x)
     running.update([bn.running_mean], [bn.running_var], [bn.num_batches_tracked], [torch.ones(5, 2)], [0], 0.1)
@@ -114,7 +116,6 @@ def test_plain_layers_may_be_differentiated_after_a_fused_call(native, monkeypat
     assert bn.running_mean.sum() > 0.1
 
 
-@pytest.mark.parametrize("update", UPDATES)
 def test_an_average_without_a_count_stays(update):
     """As in nn.BatchNorm2d, whose momentum is then zero."""
     mean, var = torch.zeros(2), torch.ones(2)
@@ -122,7 +123,6 @@ def test_an_average_without_a_count_stays(update):
     assert (mean.tolist(), var.tolist()) == ([0, 0], [1, 1])
 
 
-@pytest.mark.parametrize("update", UPDATES)
 def test_autograd_hears_of_counts(update):
     """As from nn.BatchNorm2d: what was saved for a backward is not changed in silence."""
     count, x = torch.tensor(1), torch.ones(2, requires_grad=True)
@@ -163,8 +163,12 @@ WRONG = {
     "mean is long": (dict(mean=[torch.zeros(3)]), r"mean\[0\]: expected .* shape \[2\], got .* \[3\]"),
     "var has two dimensions": (dict(var=[torch.zeros(2, 1)]), r"var\[0\]: expected .* shape \[2\], got .* \[2, 1\]"),
     "var is integer": (dict(var=[torch.zeros(2).int()]), r"var\[0\]: expected Float .*, got Int"),
-    "count is a list": (dict(counts=[torch.zeros(2).long()]), r"counts\[0\]: expected one int64 .*shape \[2\]"),
-    "count is a float": (dict(counts=[torch.tensor(1.0)]), r"counts\[0\]: expected one int64 .*got Float"),
+    "count is a list": (dict(counts=[torch.zeros(2).long()]), r"counts\[0\]: expected one int64, .*shape \[2\]"),
+    "several batch norms are averaged": (
+        dict(mean=[torch.zeros(2)] * 2, var=[torch.ones(2)] * 2, units=[0, 0], momentum=None),
+        "momentum: expected a number for 2 batch norms, got None",
+    ),
+    "count is a float": (dict(counts=[torch.tensor(1.0)]), r"counts\[0\]: expected one int64, .*got Float"),
 }
 
 
@@ -174,11 +178,12 @@ def test_the_operator_reads_nothing_out_of_bounds(name):
     """Anyone can call it: what does not fit is named, before anything is read, and nothing has moved then."""
     changed, message = WRONG[name]
     given = dict(
-        mean=[torch.zeros(2)], var=[torch.ones(2)], counts=[torch.tensor(0)], rows=[torch.full((5, 2), 9.0)], units=[0]
-    )
+        mean=[torch.zeros(2)], var=[torch.ones(2)], counts=[torch.tensor(0)], rows=[torch.full((5, 2), 9.0)], units=[0],
+        momentum=0.1,
+    )  # fmt: skip
     before = copy.deepcopy(given)
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.fused_preact._update_running(*(given | changed).values(), 0.1)
+        torch.ops.fused_preact._update_running(*(given | changed).values())
     assert_close(given, before, rtol=0, atol=0)
 
 

@@ -32,6 +32,7 @@ class BlockScratch final : public Scratch {
 
   void* take(size_t bytes) override;
   void release() noexcept override;
+  uint32_t* counters() override { return nullptr; }
 
  private:
   std::vector<Block> blocks_;

@@ -239,15 +239,14 @@ struct Plan {
 
 // make_output(teams) makes what the epilogue is given; `blocks` have room at once.
 template <int Columns, class Epilogue, class Op, class Source, class MakeOutput>
-Plan<Epilogue> plan(Correlation<Op, Source>& c, const Workspace& workspace, int64_t blocks,
-                    const MakeOutput& make_output) {
+Plan<Epilogue> plan(Correlation<Op, Source>& c, Workspace& workspace, int64_t blocks, const MakeOutput& make_output) {
   plan_shared<Columns, Epilogue>(c, blocks);
   c.counters = take_counters(workspace, c.teams, c.columns);
   return {make_output(c.teams), c.teams.groups * c.columns, shared_bytes<Columns, Epilogue>(c)};
 }
 
 template <class Epilogue, class Op, class Source, class MakeOutput>
-void launch_correlate(Correlation<Op, Source>& c, const Workspace& workspace, const MakeOutput& make_output) {
+void launch_correlate(Correlation<Op, Source>& c, Workspace& workspace, const MakeOutput& make_output) {
   const auto with_columns = [&](auto columns) {
     constexpr int kColumns = decltype(columns)::value;
     const int64_t blocks = static_cast<int64_t>(multiprocessors()) * resident_blocks(kColumns);

@@ -24,9 +24,14 @@ class TensorScratch final : public Scratch {
  public:
   explicit TensorScratch(const Tensor& like) : guard_(like.get_device_index()), like_(like) {
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream));
-    counters_ = empty(like, ScalarType::Int, {kCounters});
-    torch::stable::zero_(*counters_);
-    counters = static_cast<uint32_t*>(counters_->mutable_data_ptr());
+  }
+
+  uint32_t* counters() override {
+    if (!counters_) {
+      counters_ = empty(like_, ScalarType::Int, {kCounters});
+      torch::stable::zero_(*counters_);
+    }
+    return static_cast<uint32_t*>(counters_->mutable_data_ptr());
   }
 
   void* take(size_t bytes) override {

@@ -14,10 +14,12 @@ void dx(Dtype, int64_t, int64_t, const Gradient&, const void*, void*, Workspace&
 void gradients(const Conv&, Dtype, const Gradient&, const Weight&, const Activation&, const void*, void*,
                const NormGrad&, const WeightGrad&, void*, Workspace&);
 void convert(Dtype, Dtype, const Conversion*, int64_t, Workspace&);
+void move(const Running*, int64_t, const double*, Workspace&);
 void join(Dtype, int64_t, int64_t, const void*, const Gradient&, bool, void*, void*, const Affine&, void*, Workspace&);
 
 const Kernels& kernels() {
-  static constexpr Kernels table{forward, dgrad, wgrad, statistics, running, dx, gradients, convert, nullptr, join};
+  static constexpr Kernels table{forward,   dgrad,   wgrad,   statistics, running, dx,
+                                 gradients, convert, nullptr, join,       move};
   return table;
 }
 

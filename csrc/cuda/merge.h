@@ -44,10 +44,10 @@ struct Runs {
 };
 
 // The counters of `columns` independent sums over the groups, behind the first `taken`.
-inline uint32_t* take_counters(const Workspace& workspace, const Teams& teams, int64_t columns, int64_t taken = 0) {
+inline uint32_t* take_counters(Workspace& workspace, const Teams& teams, int64_t columns, int64_t taken = 0) {
   if (taken + teams.counters() * columns > kCounters)
     throw std::runtime_error("too many channels for the CUDA kernels");
-  return workspace.counters + taken;
+  return workspace.counters() + taken;
 }
 
 // Whether this is the last of `members` blocks to get here; what they wrote before is then visible. The counter is zero

@@ -19,7 +19,9 @@ namespace {
 // Filled with NaN; a guard zone behind each piece must be the same at the end.
 class NanWorkspace final : public Workspace {
  public:
-  NanWorkspace() : zeros_(kCounters) { counters = zeros_.data(); }
+  NanWorkspace() : zeros_(kCounters) {}
+
+  uint32_t* counters() override { return zeros_.data(); }
 
   void* take(size_t bytes) override {
     const size_t whole = (bytes + kAlignment - 1) / kAlignment * kAlignment;
@@ -94,6 +96,9 @@ void call(const std::string& name, const std::vector<uintptr_t>& values) {
   else if (name == "join")
     table.join(a.dtype(0), a.number(1), a.number(2), a.pointer(3), a.object<Gradient>(4), a.number(5) != 0,
                a.pointer(6), a.pointer(7), a.object<Affine>(8), a.pointer(9), workspace);
+  else if (name == "move")
+    table.move(static_cast<const Running*>(a.pointer(0)), a.number(1), static_cast<const double*>(a.pointer(2)),
+               workspace);
   else
     throw std::invalid_argument("no kernel of the name " + name);
   workspace.check();
