@@ -18,7 +18,8 @@ void permute(int64_t, int64_t, int64_t, int64_t, const void*, void*, Workspace&)
 void join(Dtype, int64_t, int64_t, const void*, const Gradient&, bool, void*, void*, const Affine&, void*, Workspace&);
 
 const Kernels& kernels() {
-  static constexpr Kernels table{forward, dgrad, wgrad, statistics, running, dx, gradients, convert, permute, join, nullptr};
+  static constexpr Kernels table{forward,   dgrad,   wgrad,   statistics, running, dx,
+                                 gradients, convert, permute, join,       nullptr};
   return table;
 }
 
