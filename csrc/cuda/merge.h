@@ -55,11 +55,7 @@ inline uint32_t* take_counters(Workspace& workspace, const Teams& teams, int64_t
 __device__ __forceinline__ bool last_to_arrive(uint32_t* counter, int members) {
   __syncthreads();
   bool last = false;
-  if (threadIdx.x == 0) {
-    __threadfence();
-    last = atomicInc(counter, members - 1) == static_cast<uint32_t>(members - 1);
-    __threadfence();
-  }
+  if (threadIdx.x == 0) last = arrive(counter, members - 1) == static_cast<uint32_t>(members - 1);
   return __syncthreads_or(last) != 0;
 }
 

@@ -7,12 +7,11 @@
 // - All shared memory is dynamic, cut from shared_memory() by the kernel; there are no __shared__ variables. So the
 //   tests see every overrun, and every value that is read before it is written. 99 KiB is the most that serves
 //   every architecture.
-// - Barriers (__syncthreads, __syncthreads_or, __syncwarp), __shfl_xor_sync, atomicInc, __threadfence,
-//   threadIdx, blockIdx, blockDim and gridDim keep their CUDA names. A warp is whole: a block has one dimension,
-//   a multiple of 32; masks are full.
+// - Barriers (__syncthreads, __syncthreads_or, __syncwarp), __shfl_xor_sync, threadIdx, blockIdx, blockDim and gridDim
+//   keep their CUDA names. A warp is whole: a block has one dimension, a multiple of 32; masks are full.
 // - cuda_fp16.h and cuda_bf16.h work on both sides as far as conversions go; arithmetic is done in float.
 // - A block never waits for another one: blocks run one after the other, in any order. The last block of a launch is
-//   found by write, barrier, __threadfence, atomicInc, much as in the CUDA programming guide.
+//   found by write, barrier and arrive().
 // - A kernel is started by launch(), never by <<<>>>. What it is given are values and pointers. It calls take_turn()
 //   before it touches global memory.
 #pragma once
@@ -109,6 +108,17 @@ __device__ __forceinline__ uint32_t to_tf32(float x) {
   uint32_t result;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(result) : "f"(x));
   return result;
+}
+
+// Adds one to the counter, or sets it to zero where it is `last`; gives what it was. What this thread can see, as after a
+// barrier what its block wrote, is seen by those who come later; after it this thread sees what those before it saw.
+__device__ __forceinline__ uint32_t arrive(uint32_t* counter, uint32_t last) {
+  uint32_t before;
+  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(__cvta_generic_to_global(counter)), "r"(last)
+               : "memory");
+  return before;
 }
 
 // Waits until all that was queued before this launch is done and can be seen, then lets the next launch begin, whose

@@ -97,7 +97,16 @@ struct Product {
 template <Operand>
 void multiply(const Product&, const Where&);
 
+// Orders what this thread has done and seen with what others do and see before and after theirs.
 void thread_fence();
+// Adds one to the counter, or sets it to zero where it is `last`; gives what it was. This orders no memory.
+inline uint32_t count_up(uint32_t* counter, uint32_t last) {
+  uint32_t before = __atomic_load_n(counter, __ATOMIC_RELAXED);
+  while (!__atomic_compare_exchange_n(counter, &before, before >= last ? 0 : before + 1, false, __ATOMIC_RELAXED,
+                                      __ATOMIC_RELAXED)) {
+  }
+  return before;
+}
 
 void take_turn();
 
@@ -157,16 +166,6 @@ T __shfl_xor_sync(uint32_t mask, T value, int bits, int width = 32, EmulationWhe
   const int mine = ::fused_preact::emulation::lane(), other = mine ^ bits;
   return ::fused_preact::emulation::shuffle(mask, value, other < (mine & -width) + width ? other : mine, where);
 }
-inline void __threadfence() { ::fused_preact::emulation::thread_fence(); }
-
-inline unsigned atomicInc(unsigned* address, unsigned last) {
-  unsigned old = __atomic_load_n(address, __ATOMIC_RELAXED);
-  while (!__atomic_compare_exchange_n(address, &old, old >= last ? 0 : old + 1, false, __ATOMIC_RELAXED,
-                                      __ATOMIC_RELAXED)) {
-  }
-  return old;
-}
-
 // The wrappers of csrc/cuda/ptx.h, where they are described.
 namespace fused_preact::cuda {
 
@@ -202,6 +201,12 @@ inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32
   emulation::multiply<emulation::Operand::tf32>({d, a, b}, where);
 }
 
+inline uint32_t arrive(uint32_t* counter, uint32_t last) {
+  emulation::thread_fence();
+  const uint32_t before = emulation::count_up(counter, last);
+  emulation::thread_fence();
+  return before;
+}
 inline void take_turn() { emulation::take_turn(); }
 
 // Half a unit of the last of ten bits is added to the magnitude, the rest cut off: ties go away from zero. A NaN stays.

@@ -100,12 +100,12 @@ __global__ void __launch_bounds__(kThreads) gemm_kernel(Arguments x) {
   bool last = false;
   if (threadIdx.x == 0) {
     x.sums[blockIdx.x + blockIdx.y * gridDim.x] = sum;
-    if (bug != Bug::no_fence) __threadfence();
-    last = atomicInc(x.arrived, blocks - 1) == static_cast<unsigned>(blocks - 1);
+    const uint32_t before =
+        bug == Bug::no_fence ? emulation::count_up(x.arrived, blocks - 1) : arrive(x.arrived, blocks - 1);
+    last = before == static_cast<uint32_t>(blocks - 1);
     if (bug == Bug::first_block_sums_up) last = blockIdx.x + blockIdx.y == 0;
   }
   if (!__syncthreads_or(last)) return;
-  __threadfence();
   float total = 0;
   for (int i = threadIdx.x; i < blocks; i += kThreads) total += x.sums[i];
   total = block_sum(total, memory.sums);
