@@ -266,16 +266,17 @@ class RunningUpdate(NamedTuple):
 
 
 def running_updates(pairs: Iterable[Pair]) -> list[RunningUpdate]:
-    """What a call of these layers updates, in order: a layer that is used twice takes one batch after the other."""
+    """What a call of these layers updates, in order: buffers that are met twice take one batch after the other."""
     updates: list[RunningUpdate] = []
     by_momentum: dict[float | None, RunningUpdate] = {}
-    seen: set[nn.Module] = set()
+    seen: set[Tensor | None] = set()
     for i, (_, bn, _, _) in enumerate(pairs):
         if not (bn.training and bn.track_running_stats):
             continue
-        if bn in seen:
+        own = set(bn._buffers.values()) - {None}
+        if own & seen:
             by_momentum.clear(), seen.clear()
-        seen.add(bn)
+        seen |= own
         if bn.momentum is None or bn.momentum not in by_momentum:
             by_momentum[bn.momentum] = RunningUpdate(bn.momentum, [], [], [], [])
             updates.append(by_momentum[bn.momentum])

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cases import BY_ID, Case, Results, Sample, assert_no_worse, eager, errors, fused, laid_out
 from fused_preact import PreActBottleneck, PreActStage, backends
@@ -108,6 +108,22 @@ def test_layouts_give_the_same_bits(layout: str, product: str, backend: str) -> 
 def test_autocast(memory: str, backend: str) -> None:
     """Branches in bf16, in `lean` and `min` on a float32 stream, are as close as eager autocast's on this device."""
     assert_as_close_as_eager_under_autocast(memory, backend, "cuda")
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_running_statistics_move_as_those_of_plain_layers(momentum: float | None, backend: str) -> None:
+    """Over some batches; an average of all batches goes by the count."""
+    states = []
+    for of in backend, "eager":
+        torch.manual_seed(0)
+        block = PreActBottleneck(32, 16, backend=of)
+        for norm in (layer for layer in block.modules() if isinstance(layer, nn.BatchNorm2d)):
+            norm.momentum = momentum
+        block = block.cuda().to(memory_format=torch.channels_last)
+        for x in torch.randn(3, 4, 32, 9, 9):
+            block(x.cuda())
+        states.append(block.state_dict())
+    torch.testing.assert_close(*states, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("memory", MEMORY)

@@ -24,6 +24,9 @@ def test_an_update_changes_a_buffer_once():
     assert [update.units for update in updates] == [[0, 1], [2, 3]]
     for update in updates:
         assert list(map(id, update.mean)) == [id(first.running_mean), id(second.running_mean)]
+    second.running_var = first.running_var
+    updates = running_updates(Pair("bn", bn, "conv", conv) for bn in (first, second))
+    assert [update.units for update in updates] == [[0], [1]]
 
 
 def test_batch_norms_of_one_momentum_are_updated_together():
