@@ -62,14 +62,15 @@ inline void expect_tensors(const char* name, const Tensors& tensors, size_t n) {
   expect(tensors.size() == n, name, ": expected ", n, " tensors, got ", tensors.size());
 }
 
-// Every tensor of a call is on the device of x.
+// Every tensor of a call is on the device of x, an argument of the name `of`.
 class SameDevice {
  public:
-  explicit SameDevice(const Tensor& x) : cuda_(x.is_cuda()), index_(x.get_device_index()) {}
+  explicit SameDevice(const Tensor& x, const char* of = "x")
+      : of_(of), cuda_(x.is_cuda()), index_(x.get_device_index()) {}
 
   const SameDevice& operator()(const char* name, const Tensor& tensor) const {
     expect(tensor.is_cpu() != cuda_ && tensor.is_cuda() == cuda_ && tensor.get_device_index() == index_, name,
-           ": expected on the device of x, got another");
+           ": expected on the device of ", of_, ", got another");
     return *this;
   }
   const SameDevice& operator()(const char* name, const std::optional<Tensor>& tensor) const {
@@ -81,6 +82,7 @@ class SameDevice {
   }
 
  private:
+  const char* of_;
   bool cuda_;  // else the CPU
   int32_t index_;
 };

@@ -75,7 +75,8 @@ struct Conversion {
   int64_t count;
 };
 
-// The running statistics of one batch norm, whose values are `step` apart, and the batch's that they move towards.
+// The running statistics of one batch norm, whose values are `step` apart, and the batch's that they move towards. No
+// buffer is in two of a call.
 struct Running {
   void *mean, *variance;             // [C], or both null
   int64_t mean_step, variance_step;  // values
@@ -137,9 +138,10 @@ struct Kernels {
   void (*permute)(int64_t value_bytes, int64_t N, int64_t rows, int64_t columns, const void* from, void* to,
                   Workspace&);
 
-  // joined = stream + branch, or minus it, in f32 over [pixels][C]: branches of 16 bits on a stream that stays in f32. The
-  // branch is formed as dy above. narrowed, which may be null, is the same rounded to the storage type; where next_rows
-  // is not null, narrowed neither is and the branch has no norm: also the rows of `next` from the statistics of narrowed.
+  // joined = stream + branch, or minus it, in f32 over [pixels][C]: branches of 16 bits on a stream that stays in f32.
+  // The branch is formed as dy above. narrowed, which may be null, is the same rounded to the storage type; where
+  // next_rows is not null, narrowed neither is and the branch has no norm: also the rows of `next` from the statistics
+  // of narrowed.
   void (*join)(Dtype, int64_t pixels, int64_t C, const void* stream, const Gradient& branch, bool subtract,
                void* joined, void* narrowed, const Affine& next, void* next_rows, Workspace&);
 

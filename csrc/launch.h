@@ -77,8 +77,8 @@ class Launch {
     Tensor stream;
     std::optional<Tensor> narrowed, rows;
   };
-  // stream + branch, or minus it, in float32 as the stream is, of a branch of 16 bits; with `narrow` also that in the type
-  // of the kernels; with `next`, which implies it and a branch without a norm, also the rows of that batch norm.
+  // stream + branch, or minus it, in float32 as the stream is, of a branch of 16 bits; with `narrow` also that in the
+  // type of the kernels; with `next`, which implies it and a branch without a norm, also the rows of that batch norm.
   Joined join(const Tensor& stream, const Gradient& branch, bool subtract, bool narrow,
               const std::optional<Affine>& next) const;
 

@@ -29,8 +29,6 @@ void expect_rows(const Item& name, const Tensor& rows) {
 // One for each batch norm or count, whichever are more.
 std::vector<Running> parse(const Tensors& mean, const Tensors& var, const Tensors& counts, const Tensors& rows,
                            const Sizes& units) {
-  expect_tensors("mean", mean, units.size());
-  expect_tensors("var", var, units.size());
   std::vector<Running> norms(std::max(units.size(), counts.size()));
   for (size_t i = 0; i < counts.size(); ++i) {
     expect_count(item("counts", i), counts[i]);
@@ -112,9 +110,11 @@ void move(const Running& norm, std::optional<double> momentum) {
 
 void update_running(const Tensors& mean, const Tensors& var, const Tensors& counts, const Tensors& rows,
                     const Sizes& units, std::optional<double> momentum) {
+  expect_tensors("mean", mean, units.size());
+  expect_tensors("var", var, units.size());
   if (mean.empty() && counts.empty()) return;
   const Tensor& any = mean.empty() ? counts[0] : mean[0];
-  SameDevice{any}("mean", mean)("var", var)("counts", counts)("rows", rows);
+  SameDevice{any, mean.empty() ? "counts" : "mean"}("mean", mean)("var", var)("counts", counts)("rows", rows);
   expect(momentum || units.size() <= 1, "momentum: expected a number for ", units.size(), " batch norms, got None");
   // What is refused leaves everything as it was: nothing is written up to here.
   const std::vector<Running> norms = parse(mean, var, counts, rows, units);

@@ -164,8 +164,8 @@ class Backward {
     return stream;
   }
 
-  // x = y - conv(a, W) - bias for the last convolution of a block whose shortcut is the identity. Where the convolutions
-  // have another type, x in it too.
+  // x = y - conv(a, W) - bias for the last convolution of a block whose shortcut is the identity. Where the
+  // convolutions have another type, x in it too.
   Tensor rebuild(const Chain& chain, const Tensor& y, const Tensor& h, std::optional<Tensor>& narrowed) const {
     const size_t i = chain.units - 1;
     std::optional<Tensor> b = stage_.bias_of(chain.first + i);

@@ -64,8 +64,9 @@ def _move(mean, var, counts, rows, units, momentum) -> None:
         return
     # As nn.BatchNorm2d does, this tells autograd of counts alone: plain layers save mean and var for a backward that in
     # training does not read them, and that would be refused.
-    counted = all(count.dtype == torch.int64 for count in counts)
-    if counted and _has_operator([*mean, *var, *counts][0].device):
+    device = [*mean, *var, *counts][0].device
+    counted = all(t.dtype == torch.int64 and t.device == device and t.numel() == 1 for t in counts)
+    if counted and _has_operator(device):
         # An operator of thousands of tensors: each layer costs. no_grad is written in Python: a KeyboardInterrupt that
         # comes while it is entered would leave gradients off for good.
         with torch._C._AutoDispatchBelowAutograd():
@@ -76,16 +77,18 @@ def _move(mean, var, counts, rows, units, momentum) -> None:
             _update([t.data for t in mean], [t.data for t in var], counts, rows, units, momentum)
 
 
-@functools.cache
 def _has_operator(device: torch.device) -> bool:
     """Whether csrc/running.cpp serves a device."""
-    if device.type == "cpu":
-        return _extension.unavailable is None
+    return _extension.unavailable is None if device.type == "cpu" else _serves_cuda(device)
+
+
+@functools.cache
+def _serves_cuda(device: torch.device) -> bool:
     return device.type == "cuda" and backends.cuda_unavailable(device) is None
 
 
 def _update(mean, var, counts, rows, units, momentum) -> None:
-    """The same by torch's functions of lists, for devices that the operator does not serve."""
+    """The same by torch's functions of lists, for devices and counts that the operator does not serve."""
     if counts:
         torch._foreach_add_(counts, 1)
     buffers = mean + var

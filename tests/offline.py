@@ -29,8 +29,8 @@ ROWS = {
     "dgamma", "dbeta",
 }  # fmt: skip
 WIDE = {"partial", "merged"}  # in float64
-NARROW = {"narrowed"}  # in float16
-POINTERS = {"x", "weight", "bias", "residual", "y", "g", "behind", "add", "dz", "out"} | WIDE | NARROW | ROWS
+STREAM = {"add", "out"}  # in float32 where they join a branch of 16 bits
+POINTERS = {"x", "weight", "bias", "residual", "y", "g", "behind", "add", "dz", "out", "narrowed"} | WIDE | ROWS
 
 
 class Binary(NamedTuple):
@@ -96,6 +96,9 @@ def small_kernels() -> list[tuple[str, object, Config, dict]]:
 def build(architecture: str, kind: str, kernel, tile: Config, **constants) -> Binary:
     """Compile a kernel with every optional argument present but those that ``constants`` make None."""
     accumulation = "fp64" if kind == "fp64" else "fp32"
+    joins = constants.get("SUBTRACT", False)
+    if joins:
+        kind = "fp16" if architecture == "sm75" else "bf16"
     dtypes = {"fp32": triton.language.float32, "fp64": triton.language.float64}
     constants = {"INDEX": triton.language.int32, "ACC": dtypes[accumulation], **constants}
     constants |= {"ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth}
@@ -106,7 +109,8 @@ def build(architecture: str, kind: str, kernel, tile: Config, **constants) -> Bi
             signature[name] = "constexpr"
             continue
         pointer = name in POINTERS
-        dtype = "fp64" if name in WIDE else "fp16" if name in NARROW else accumulation if name in ROWS else kind
+        wide = name in ROWS or (joins and name in STREAM)
+        dtype = "fp64" if name in WIDE else accumulation if wide else kind
         signature[name] = f"*{dtype}" if pointer else "i32"
         if pointer or name in ("C", "K"):
             attributes[(i,)] = [["tt.divisibility", 16]]

@@ -58,6 +58,7 @@ from test_running import (  # noqa: F401  (run by pytest)
     test_buffers_of_several_types,
     test_counts_alone,
     test_it_is_what_batch_norm_does,
+    test_many_batch_norms,
 )
 from tf32 import eager_tf32
 

@@ -76,6 +76,13 @@ def test_what_no_schedule_permits_ends_the_launch(planted, bug):
     assert is_right(planted, "none", "greedy", "eager")
 
 
+def test_a_kernel_without_copies_waits_too(planted):
+    """What it does before the launches in front are over is not seen, so it has to say that they are."""
+    planted.idle(True)
+    with pytest.raises(planted.EmulationError, match=r"thread \d+ of block .* did not wait for the launches before"):
+        planted.idle(False)
+
+
 # bug -> what the sanitizer calls it. A fence is not needed on one CPU thread, so only ThreadSanitizer misses it.
 SANITIZED = {
     ("thread", "none"): None,

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -108,6 +111,41 @@ def test_layouts_give_the_same_bits(layout: str, product: str, backend: str) -> 
 def test_autocast(memory: str, backend: str) -> None:
     """Branches in bf16, in `lean` and `min` on a float32 stream, are as close as eager autocast's on this device."""
     assert_as_close_as_eager_under_autocast(memory, backend, "cuda")
+
+
+STEPS = """
+import hashlib, sys
+import torch
+from fused_preact import PreActBottleneck, PreActStage
+
+torch.manual_seed(0)
+stage = PreActStage(*(PreActBottleneck(64, 16, backend="cuda") for _ in range(8)), memory=sys.argv[1])
+stage = stage.cuda().to(memory_format=torch.channels_last)
+digest = hashlib.sha256()
+for size in 32, 8, 32, 9:
+    x = torch.randn(16, 64, size, size, device="cuda").contiguous(memory_format=torch.channels_last).requires_grad_()
+    with torch.autocast("cuda", torch.bfloat16):
+        y = stage(x * 2).relu()
+    gradients = torch.autograd.grad(y, [x, *stage.parameters()], torch.ones_like(y))
+    for t in (y, *gradients, *stage.buffers()):
+        digest.update(t.detach().float().cpu().numpy().tobytes())
+print(digest.hexdigest())
+"""
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+def test_launches_that_overlap_give_the_bits_of_launches_one_by_one(memory: str) -> None:
+    """From SM 9.0 on a launch begins before the one in front is over: what it reads is there all the same."""
+    if reason := backends.status()["cuda"]:
+        pytest.skip(reason)
+    command = [sys.executable, "-c", STEPS, memory]
+    overlapping, one_by_one = (
+        subprocess.run(
+            command, env=os.environ | {"CUDA_LAUNCH_BLOCKING": blocking}, capture_output=True, text=True, check=True
+        ).stdout
+        for blocking in "01"
+    )
+    assert overlapping == one_by_one
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])

@@ -159,6 +159,7 @@ WRONG = {
     "units are out of range": (dict(units=[1]), "units: expected from 0 to below 1, got 1"),
     "units are negative": (dict(units=[-1]), "units: expected from 0 to below 1, got -1"),
     "mean is missing": (dict(mean=[]), "mean: expected 1 tensors, got 0"),
+    "nothing but var": (dict(mean=[], counts=[], units=[]), "var: expected 0 tensors, got 1"),
     "var is missing": (dict(var=[]), "var: expected 1 tensors, got 0"),
     "mean is long": (dict(mean=[torch.zeros(3)]), r"mean\[0\]: expected .* shape \[2\], got .* \[3\]"),
     "var has two dimensions": (dict(var=[torch.zeros(2, 1)]), r"var\[0\]: expected .* shape \[2\], got .* \[2, 1\]"),
@@ -205,6 +206,26 @@ def test_counts_that_are_no_int64():
         unit(torch.randn(2, 4, 3, 3))
         assert torch.equal(bn.num_batches_tracked, torch.tensor(4, dtype=dtype))
         assert bn.running_mean.abs().sum() > 0
+
+
+def test_counts_of_another_place_or_shape():
+    """They count on as those of plain layers do, a count on the CPU beside buffers of another device too."""
+    bn = torch.nn.BatchNorm2d(4)
+    unit = BNReLUConv2d.from_layers(bn, torch.nn.Conv2d(4, 4, 1))
+    bn.num_batches_tracked = torch.tensor([3, 5])
+    unit(torch.randn(2, 4, 3, 3))
+    assert bn.num_batches_tracked.tolist() == [4, 6]
+    assert bn.running_mean.abs().sum() > 0
+
+
+def test_many_batch_norms(update):
+    """More than a launch takes."""
+    mean, var, rows = ([fill(2) for _ in range(130)] for fill in (torch.zeros, torch.ones, lambda C: torch.rand(5, C)))
+    counts = [torch.tensor(i) for i in range(150)]
+    update(mean, var, counts, rows, list(range(130)), 0.5)
+    assert_close(mean, [0.5 * r[MEAN] for r in rows])
+    assert_close(var, [0.5 + 0.5 * r[VARIANCE] for r in rows])
+    assert [int(count) for count in counts] == list(range(1, 151))
 
 
 @needs_cpu

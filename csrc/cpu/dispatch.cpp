@@ -27,8 +27,8 @@ namespace {
 
 [[maybe_unused]] bool supports_avx512_bf16() { return supports_avx512() && __builtin_cpu_supports("avx512bf16"); }
 
-// The processor's word for matrices of bf16, and the system's, which a process has to ask for leave to use them. From then
-// on a signal stack of one of its threads must have room for them too.
+// The processor's word for matrices of bf16, and the system's, which a process has to ask for leave to use them. From
+// then on a signal stack of one of its threads must have room for them too.
 [[maybe_unused]] bool supports_amx_bf16() {
 #if defined(__linux__)
   constexpr unsigned kTiles = 1u << 24, kBf16 = 1u << 22;

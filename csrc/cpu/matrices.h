@@ -5,11 +5,11 @@
 //
 // A line is the pixels of a tile that are a step apart in its strip: one of its rows, or by position its images.
 //
-// wgrad sums over the positions of a grid, in which an output pixel of the tile and what its taps read are the same step
-// apart whatever the tap: a row of it is as long as a row of the strip. Positions between the rows have a dy of zero. The
-// strip is transposed, each of its channels a plane of the grid, or with strides one for each phase of rows and columns;
-// a tap reads its plane from some position on. A value that is not finite may reach all taps of its channel in dw.
-// Bytes of a tile in wgrad: strip and dy written and read in bf16, dw read and written.
+// wgrad sums over the positions of a grid, in which an output pixel of the tile and what its taps read are the same
+// step apart whatever the tap: a row of it is as long as a row of the strip. Positions between the rows have a dy of
+// zero. The strip is transposed, each of its channels a plane of the grid, or with strides one for each phase of rows
+// and columns; a tap reads its plane from some position on. A value that is not finite may reach all taps of its
+// channel in dw. Bytes of a tile in wgrad: strip and dy written and read in bf16, dw read and written.
 #pragma once
 #include "amx.h"
 #include "correlate.h"
@@ -17,8 +17,8 @@
 
 namespace fused_preact::cpu::FUSED_PREACT_ISA {
 
-// With fewer values in a row, or in wgrad fewer rows, most of a product would be of nothing; so it would in wgrad where a
-// grid has more positions than this for each pixel, as on images of one row.
+// With fewer values in a row, or in wgrad fewer rows, most of a product would be of nothing; so it would in wgrad where
+// a grid has more positions than this for each pixel, as on images of one row.
 constexpr int64_t kLeastMatrixDepth = 8, kLeastMatrixRows = 4, kMostPositions = 3;
 
 // How many channels and taps one product sums up: all runs of a filter's values are multiples of it; or 0 where the
@@ -91,8 +91,8 @@ void correlate_matrices(const Operand<BFloat16>& a, const Window& w, const Tile&
   });
 }
 
-// The positions of a tile: from one row of its pixels, and one image, to the next; how many there are, of which the last
-// ones fill up a product; and a plane's, with those that only taps read.
+// The positions of a tile: from one row of its pixels, and one image, to the next; how many there are, of which the
+// last ones fill up a product; and a plane's, with those that only taps read.
 struct Grid {
   int64_t row, image, positions, plane, planes_h, planes_w;
 

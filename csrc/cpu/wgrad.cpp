@@ -17,8 +17,8 @@ namespace {
 
 constexpr int64_t kTileBytes = 1 << 16, kLeastPixels = 64, kMostPixels = 128;
 
-// Each tile reads and writes its group's dW. Beside the products of matrices (amx.h) one that leaves the second level cache
-// takes most of the time: it is to meet more pixels at once.
+// Each tile reads and writes its group's dW. Beside the products of matrices (amx.h) one that leaves the second level
+// cache takes most of the time: it is to meet more pixels at once.
 constexpr int64_t kCachedFilterBytes = 1 << 21, kPixelsForLargeFilter = 512;
 
 // A group's dW costs a write and a read a weight; so many pixels a group make that small beside the products: more

@@ -43,8 +43,8 @@ struct PieceGrid {
   }
 };
 
-// use(i, pixel, valid, load(pixel)) for the pixels of this thread, `Ahead` of which are loaded at a time, of these number
-// i. All threads of a block make as many calls: those of no valid pixel get what is not initialised.
+// use(i, pixel, valid, load(pixel)) for the pixels of this thread, `Ahead` of which are loaded at a time, of these
+// number i. All threads of a block make as many calls: those of no valid pixel get what is not initialised.
 template <int Ahead, class Load, class Use>
 __device__ __forceinline__ void for_each_pixel(const PieceGrid& grid, const Load& load, const Use& use) {
   const int step = kThreads >> grid.log_pieces;

@@ -14,7 +14,7 @@ namespace fused_preact::cuda {
 namespace {
 
 constexpr int kAhead = 2;
-// Blocks on a multiprocessor: a pixel has a third more bytes in flight than it has in dx, and takes as many more registers.
+// Blocks on a multiprocessor: a pixel has a third more bytes in flight than in dx, and takes as many more registers.
 constexpr int kJoinBlocks = 2;
 
 template <class S>
@@ -109,6 +109,8 @@ void launch_join(S s, int64_t pixels, int64_t C, const float* stream, const Grad
                         source.aligned && is_aligned(stream) && is_aligned(joined) && is_aligned(narrowed)};
   const PieceGrid grid = PieceGrid::of(s, pixels, C, kPixelsAThread, kJoinBlocks);
   const auto queue = static_cast<cudaStream_t>(workspace.stream);
+  if (next_rows != nullptr && branch.norm != nullptr)
+    throw std::runtime_error("join: with rows the branch has no norm");
   if (next_rows == nullptr) return launch(join_kernel<S>, grid.blocks(), kThreads, 0, queue, p, grid);
   const Summed summed(s, grid, C, next, next_rows, workspace);
   launch(join_statistics_kernel<S>, grid.blocks(), kThreads, summed.shared_bytes(s), queue, p, summed);

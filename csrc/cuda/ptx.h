@@ -110,8 +110,8 @@ __device__ __forceinline__ uint32_t to_tf32(float x) {
   return result;
 }
 
-// Adds one to the counter, or sets it to zero where it is `last`; gives what it was. What this thread can see, as after a
-// barrier what its block wrote, is seen by those who come later; after it this thread sees what those before it saw.
+// Adds one to the counter, or sets it to zero where it is `last`; gives what it was. What this thread can see, as after
+// a barrier what its block wrote, is seen by those who come later; after it this thread sees what those before it saw.
 __device__ __forceinline__ uint32_t arrive(uint32_t* counter, uint32_t last) {
   uint32_t before;
   asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
@@ -135,22 +135,27 @@ inline void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
-inline int attribute(cudaDeviceAttr name) {
-  int device = 0, value = 0;
-  check(cudaGetDevice(&device), "current device");
+inline int attribute(cudaDeviceAttr name, int device) {
+  int value = 0;
   check(cudaDeviceGetAttribute(&value, name, device), "an attribute of the device");
   return value;
 }
 
-// Streaming multiprocessors of the current device.
-inline int multiprocessors() { return attribute(cudaDevAttrMultiProcessorCount); }
+inline int current_device() {
+  int device = 0;
+  check(cudaGetDevice(&device), "current device");
+  return device;
+}
 
-// Whether the code that the current device runs waits in take_turn(): it is that of the latest architecture compiled for
-// that the device has.
+// Streaming multiprocessors of the current device.
+inline int multiprocessors() { return attribute(cudaDevAttrMultiProcessorCount, current_device()); }
+
+// Whether the code that the current device runs waits in take_turn(): it is that of the latest architecture compiled
+// for that the device has.
 inline bool takes_turns() {
   constexpr int kCompiled[] = {__CUDA_ARCH_LIST__}, kFirst = 900;
-  const int own =
-      100 * attribute(cudaDevAttrComputeCapabilityMajor) + 10 * attribute(cudaDevAttrComputeCapabilityMinor);
+  const int device = current_device(), own = 100 * attribute(cudaDevAttrComputeCapabilityMajor, device) +
+                                             10 * attribute(cudaDevAttrComputeCapabilityMinor, device);
   for (const int architecture : kCompiled)
     if (architecture >= kFirst && architecture <= own) return true;
   return false;

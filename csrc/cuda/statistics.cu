@@ -13,7 +13,6 @@ namespace {
 template <class S>
 struct StatisticsParams {
   const S* x;
-  int C;
   bool aligned;
   Summed summed;
 };
@@ -22,9 +21,9 @@ template <class S>
 __global__ __launch_bounds__(kThreads, kBlocks) void statistics_kernel(const __grid_constant__ StatisticsParams<S> p) {
   take_turn();
   constexpr int L = kLanes<S>, kAhead = 4;
-  const int c = p.summed.grid.piece() * L;
+  const int C = static_cast<int>(p.summed.slots.C), c = p.summed.grid.piece() * L;
   sum_up<S, kAhead>(
-      p.summed, [&](int64_t pixel) { return load_piece(p.x + pixel * p.C, c, p.C, p.aligned); },
+      p.summed, [&](int64_t pixel) { return load_piece(p.x + pixel * C, c, C, p.aligned); },
       [&](float (&v)[L], int64_t, uint4 piece) { unpack<S>(v, piece); });
 }
 
@@ -52,7 +51,7 @@ void statistics(Dtype dtype, int64_t pixels, int64_t C, const void* x, const Aff
     using S = decltype(s);
     constexpr int kPixelsAThread = 8;
     const PieceGrid grid = PieceGrid::of(s, pixels, C, kPixelsAThread);
-    const StatisticsParams<S> p{static_cast<const S*>(x), static_cast<int>(C), C % kLanes<S> == 0 && is_aligned(x),
+    const StatisticsParams<S> p{static_cast<const S*>(x), C % kLanes<S> == 0 && is_aligned(x),
                                 Summed(s, grid, C, next, rows, workspace)};
     launch(statistics_kernel<S>, grid.blocks(), kThreads, p.summed.shared_bytes(s),
            static_cast<cudaStream_t>(workspace.stream), p);

@@ -15,6 +15,9 @@ enum class Bug {
   no_turn,                      // the launches before may not be over
 };
 
+// A launch of a kernel that does nothing, or waits for those before and then does nothing.
+void idle(bool takes_turn);
+
 // c, sums [blocks], *total and *arrived as in gemm.cu; everything is on the host.
 void gemm(Bug, int M, int N, int K, const void* a, const void* b, float* c, float* sums, unsigned* arrived,
           float* total);

@@ -39,4 +39,5 @@ PYBIND11_MODULE(planted, m) {
       .value("first_block_sums_up", Bug::first_block_sums_up)
       .value("no_turn", Bug::no_turn);
   m.def("multiply", multiply);
+  m.def("idle", fused_preact::planted::idle);
 }
