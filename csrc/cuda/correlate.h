@@ -101,6 +101,13 @@ __device__ __forceinline__ void finish_tile(const Block (&acc)[2][Columns / 16],
   }
 }
 
+// Queues the copies of the only window's slabs, which stay: they come with the first strip.
+template <class Op, class Source>
+__device__ __forceinline__ void copy_slabs(const Correlation<Op, Source>& p, int n0, std::byte* slabs) {
+  for (int i = 0; i < p.chunks; ++i)
+    copy_slab(p.filter, p.slab, p.windows[0], n0, i * p.chunk, slabs + i * p.slab.bytes);
+}
+
 // Loads a window's slabs, for columns from n0 on: of every chunk where all have a place, else of this one.
 template <class Op, class Source>
 __device__ __forceinline__ void load_slabs(const Correlation<Op, Source>& p, const Window& w, int n0, int chunk,
@@ -110,7 +117,7 @@ __device__ __forceinline__ void load_slabs(const Correlation<Op, Source>& p, con
     if (p.filter.along)
       load_slab<Op, true, 2>(p.filter, p.slab, w, n0, first, slabs + i * p.slab.bytes);
     else
-      load_slab<Op, false, 1>(p.filter, p.slab, w, n0, first, slabs + i * p.slab.bytes);
+      load_slab<Op, false, 2>(p.filter, p.slab, w, n0, first, slabs + i * p.slab.bytes);
   }
 }
 
@@ -173,6 +180,7 @@ __device__ __forceinline__ void correlate_block(const Correlation<Op, Source>& p
   Block acc[2][Columns / 16];
   int loaded_window = -1, loaded_chunk = -1, unstored = 0;
   bool stored = false;
+  if (!Op::kRounds && p.resident && p.filter.along && begin < end) copy_slabs(p, n0, m.slabs), loaded_window = 0;
 #pragma unroll 1
   for (int t = begin; t < begin + 2; ++t) index_source(t);
   __syncthreads();

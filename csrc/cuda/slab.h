@@ -1,6 +1,6 @@
 // Slabs: the part of a filter that a block multiplies by, in shared memory as [tap][column][piece], a column like a
 // pixel of the strip (source.h). A thread loads pieces of the depth, each in one access where they are so in
-// memory, else value by value.
+// memory, else value by value; or it copies them without waiting, where they are so and are not rounded.
 #pragma once
 #include <stdexcept>
 
@@ -47,29 +47,53 @@ struct SlabLayout {
         by_tap(columns << log_pieces) {}
 };
 
-// Piece i of a window's slab, of columns from n0 and depths from d0 on, and where it goes in it. Neighbours are
-// neighbours in the filter, if they can be.
+// A piece of a slab: where it is in the filter and goes in the slab, and its first depth. It may be outside of the filter.
+template <class S>
+struct FilterPiece {
+  const S* from;
+  int at, d;
+  bool inside;
+};
+
+// Piece i of a window's slab, of columns from n0 and depths from d0 on. Neighbours are neighbours in the filter, if they
+// can be.
 template <bool Along, class S>
-__device__ __forceinline__ uint4 filter_piece(const FilterView<S>& filter, const SlabLayout& slab, const Window& w,
-                                              int n0, int d0, int i, int& at) {
+__device__ __forceinline__ FilterPiece<S> filter_piece(const FilterView<S>& filter, const SlabLayout& slab,
+                                                       const Window& w, int n0, int d0, int i) {
   constexpr int L = kLanes<S>;
   const int tap = slab.by_tap.quotient(i), rest = i - tap * (slab.columns << slab.log_pieces);
   const int r = w.by_taps.quotient(tap), s = tap - r * w.w.taps;
   const int piece = Along ? rest & ((1 << slab.log_pieces) - 1) : slab.by_columns.quotient(rest);
   const int column = Along ? rest >> slab.log_pieces : rest - piece * slab.columns;
   const int n = n0 + column, d = d0 + piece * L;
-  at = tap * slab.tap_bytes + column * slab.column_bytes + piece * kPieceBytes;
+  const int at = tap * slab.tap_bytes + column * slab.column_bytes + piece * kPieceBytes;
   const int from = (w.h.tap0 + r * w.h.tap_step) * filter.stride_r + (w.w.tap0 + s * w.w.tap_step) * filter.stride_s +
                    n * filter.stride_n + d * filter.stride_d;
-  const bool inside = n < filter.N && d < filter.D;
+  return {filter.data + from, at, d, n < filter.N && d < filter.D};
+}
+
+template <bool Along, class S>
+__device__ __forceinline__ uint4 load_filter(const FilterView<S>& filter, const FilterPiece<S>& piece) {
   if constexpr (Along) {
-    return inside ? *reinterpret_cast<const uint4*>(filter.data + from) : uint4{0, 0, 0, 0};
+    return piece.inside ? *reinterpret_cast<const uint4*>(piece.from) : uint4{0, 0, 0, 0};
   } else {
-    float v[L];
+    float v[kLanes<S>];
 #pragma unroll
-    for (int j = 0; j < L; ++j)
-      v[j] = inside && d + j < filter.D ? widen(filter.data[from + j * filter.stride_d]) : 0.0f;
+    for (int j = 0; j < kLanes<S>; ++j)
+      v[j] = piece.inside && piece.d + j < filter.D ? widen(piece.from[j * filter.stride_d]) : 0.0f;
     return pack<S>(v);
+  }
+}
+
+// Queues the copies of a slab whose pieces are pieces of the filter.
+template <class S>
+__device__ __forceinline__ void copy_slab(const FilterView<S>& filter, const SlabLayout& slab, const Window& w, int n0,
+                                          int d0, std::byte* to) {
+  const int pieces = w.taps() * slab.columns << slab.log_pieces;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < pieces; i += kThreads) {
+    const FilterPiece<S> piece = filter_piece<true>(filter, slab, w, n0, d0, i);
+    cp_async<kPieceBytes>(to + piece.at, piece.from, piece.inside);
   }
 }
 
@@ -85,8 +109,10 @@ __device__ __forceinline__ void load_slab(const FilterView<typename Op::Storage>
     int at[Batch];
 #pragma unroll
     for (int b = 0; b < Batch; ++b)
-      if (first + b * kThreads < pieces)
-        piece[b] = filter_piece<Along>(filter, slab, w, n0, d0, first + b * kThreads, at[b]);
+      if (first + b * kThreads < pieces) {
+        const FilterPiece<S> of = filter_piece<Along>(filter, slab, w, n0, d0, first + b * kThreads);
+        piece[b] = load_filter<Along>(filter, of), at[b] = of.at;
+      }
 #pragma unroll
     for (int b = 0; b < Batch; ++b) {
       if (first + b * kThreads >= pieces) continue;
