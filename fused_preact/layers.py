@@ -269,14 +269,14 @@ def running_updates(pairs: Iterable[Pair]) -> list[RunningUpdate]:
     """What a call of these layers updates, in order: buffers that are met twice take one batch after the other."""
     updates: list[RunningUpdate] = []
     by_momentum: dict[float | None, RunningUpdate] = {}
-    seen: set[Tensor | None] = set()
+    seen: set[Tensor] = set()
     for i, (_, bn, _, _) in enumerate(pairs):
         if not (bn.training and bn.track_running_stats):
             continue
-        own = set(bn._buffers.values()) - {None}
-        if own & seen:
+        own = [t for t in bn._buffers.values() if t is not None]
+        if any(t in seen for t in own):
             by_momentum.clear(), seen.clear()
-        seen |= own
+        seen.update(own)
         if bn.momentum is None or bn.momentum not in by_momentum:
             by_momentum[bn.momentum] = RunningUpdate(bn.momentum, [], [], [], [])
             updates.append(by_momentum[bn.momentum])
