@@ -208,8 +208,15 @@ def test_counts_that_are_no_int64():
         assert bn.running_mean.abs().sum() > 0
 
 
-def test_counts_of_another_place_or_shape():
-    """They count on as those of plain layers do, a count on the CPU beside buffers of another device too."""
+def test_a_count_on_another_device():
+    """It counts where it is, and the buffers beside it move, as those of plain layers do."""
+    mean, var = torch.zeros(2), torch.ones(2)
+    running.update([mean], [var], [torch.tensor(3, device="meta")], [torch.full((5, 2), 9.0)], [0], 0.5)
+    assert (mean.tolist(), var.tolist()) == ([4.5, 4.5], [5.0, 5.0])
+
+
+def test_a_count_of_several_numbers():
+    """Each of them counts on, as in plain layers."""
     bn = torch.nn.BatchNorm2d(4)
     unit = BNReLUConv2d.from_layers(bn, torch.nn.Conv2d(4, 4, 1))
     bn.num_batches_tracked = torch.tensor([3, 5])
