@@ -281,6 +281,16 @@ def test_statistics_of_an_output_keep_the_digits_of_a_large_mean(shape: tuple[in
         torch.testing.assert_close(rows[2].double(), variance, rtol=64 * 2**-24, atol=0)
 
 
+def test_a_join_that_no_kernel_makes_is_refused(kernels: Any) -> None:
+    """Nothing is joined unformed, and nothing left unwritten."""
+    x, affine = torch.randn(1, 8, 2, 3), Affine(torch.ones(8), torch.zeros(8), 1e-5)
+    norm, grad = reference.statistics(x, affine), list(torch.ones(4, 8))
+    with pytest.raises(RuntimeError, match="join: expected a branch without a norm where next_rows is not null"):
+        kernels.join(x, Gradient(x.bfloat16(), x.bfloat16(), norm, grad), False, True, affine)
+    with pytest.raises(RuntimeError, match="join: expected a branch of 16 bits"):
+        kernels.join(x, Gradient(x), False, False, None)
+
+
 def test_groups_in_teams_are_each_added_once(kernels: Any) -> None:
     """Of 70 groups each kernel makes teams of nine, the last of seven; of few, runs in which lanes store sums twice."""
     groups, C, identity = 70, 4, torch.eye(4)[:, :, None, None]

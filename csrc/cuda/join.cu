@@ -99,6 +99,8 @@ __global__ __launch_bounds__(kThreads, kJoinBlocks) void join_statistics_kernel(
 template <class S>
 void launch_join(S s, int64_t pixels, int64_t C, const float* stream, const Gradient& branch, bool subtract,
                  float* joined, void* narrowed, const Affine& next, void* next_rows, Workspace& workspace) {
+  if (next_rows != nullptr && branch.norm != nullptr)
+    throw std::runtime_error("join: expected a branch without a norm where next_rows is not null");
   constexpr int kPixelsAThread = 4;
   const GradientSource<Elementwise<S>> source(branch, C);
   const JoinParams<S> p{source,
@@ -109,8 +111,6 @@ void launch_join(S s, int64_t pixels, int64_t C, const float* stream, const Grad
                         source.aligned && is_aligned(stream) && is_aligned(joined) && is_aligned(narrowed)};
   const PieceGrid grid = PieceGrid::of(s, pixels, C, kPixelsAThread, kJoinBlocks);
   const auto queue = static_cast<cudaStream_t>(workspace.stream);
-  if (next_rows != nullptr && branch.norm != nullptr)
-    throw std::runtime_error("join: with rows the branch has no norm");
   if (next_rows == nullptr) return launch(join_kernel<S>, grid.blocks(), kThreads, 0, queue, p, grid);
   const Summed summed(s, grid, C, next, next_rows, workspace);
   launch(join_statistics_kernel<S>, grid.blocks(), kThreads, summed.shared_bytes(s), queue, p, summed);
@@ -125,7 +125,7 @@ void join(Dtype dtype, int64_t pixels, int64_t C, const void* stream, const Grad
       launch_join(s, pixels, C, static_cast<const float*>(stream), branch, subtract, static_cast<float*>(joined),
                   narrowed, next, next_rows, workspace);
     else
-      throw std::runtime_error("join: branches of 16 bits join a stream of float32");
+      throw std::runtime_error("join: expected a branch of 16 bits");
   });
 }
 
