@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, repeat
-from operator import attrgetter, contains, getitem, is_, itemgetter
+from operator import attrgetter, contains, eq, is_, itemgetter
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -91,67 +91,77 @@ _SETTINGS = (
     "training", "backend", "shortcut_input", "shortcut_name", "eps", "momentum", "track_running_stats",
     "stride", "padding", "dilation", "groups", "padding_mode", "_compiled_call_impl",
 )  # fmt: skip
+_read_members, _read_hooks = itemgetter(*_MEMBERS), itemgetter(*_HOOKS)
 
 
 class Watch:
     """All that a fused call reads of a module and those inside of it, but the numbers, as it was when this was made.
 
-    It is compared in every call, so the modules' dictionaries are read directly, by functions that are written in C. It
-    holds those of the children and what is in all of them, so that nothing else can take its place.
+    It is compared in every call, of a deep net by tens of thousands of facts: so the modules' dictionaries are read
+    directly, by functions that are written in C, and no object lives longer than its comparison, or there would be much
+    to collect. It holds the children and what is in all of them, so that nothing else can take its place.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        states, waiting = [], [module]
+        self._children, waiting = [], [module]
         while waiting:
-            states.append(waiting.pop().__dict__)
-            waiting += filter(_is_plain, states[-1]["_modules"].values())
-        self._own = [name for name in _SETTINGS if name in states[0]]
+            found = [*filter(_is_plain, waiting.pop().__dict__["_modules"].values())]
+            self._children += found
+            waiting += found
         # Not the module's own dictionary, which has this: both would be left to the collector of cycles.
-        self._states = states[1:]
-        self._settings = tuple(zip(*((s, name) for s in self._states for name in _SETTINGS if name in s), strict=True))
-        self._boxes = list(self._find_boxes(module))
-        self._members = [s[name] for s in states for name in _MEMBERS]
-        self._children = [s["_modules"] for s in states]
-        self._hooks = [s[name] for s in states for name in _HOOKS]
-        tensors = (t for s in states for name in ("_parameters", "_buffers") for t in s[name].values())
-        self._tensors = [t for t in tensors if not (t is None or is_lazy(t))]  # a lazy layer's have no shape yet
-        self._values, self._objects = self._find_values(), list(self._find_objects(module))
+        self._states = [child.__dict__ for child in self._children]
+        by_names: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+        for state in self._states:
+            by_names.setdefault(_settings_in(state), []).append(state)
+        self._own, self._settings = _settings_in(module.__dict__), list(by_names.items())
+        members = chain.from_iterable(map(_read_members, self._all_states(module)))
+        tensors = [t for values in map(dict.values, members) for t in values if isinstance(t, Tensor)]
+        self._tensors = [t for t in tensors if not is_lazy(t)]  # a lazy layer's have no shape yet
+        self._filters = [t for t in self._tensors if t.dim() > 1]
+        self._objects, self._values = list(self._find_objects(module)), list(self._find_values(module))
 
     def holds(self, module: nn.Module) -> bool:
         """Whether nothing has changed in the module, or in a copy that shares all that is compared."""
         try:
-            return (
-                all(map(is_, self._find_boxes(module), self._boxes))
-                and all(map(is_, self._find_objects(module), self._objects))
-                and self._find_values() == self._values  # last: torch.jit.trace notes that a shape is read
+            return all(map(is_, self._find_objects(module), self._objects)) and all(
+                map(eq, self._find_values(module), self._values)  # last: torch.jit.trace notes that a shape is read
             )
-        except KeyError:  # an attribute was deleted
+        except (KeyError, RuntimeError, ValueError):  # an attribute was deleted, or arrays have no one answer
             return False
 
     def may_last(self) -> bool:
         """Whether no tensor has a graph behind it, kept until the next call, and no setting can change in place."""
-        settings = map(getitem, *(self._settings or ((), ())))
+        settings = (s[name] for names, states in self._settings for s in states for name in names)
         return all(t.is_leaf for t in self._tensors) and not any(isinstance(value, list) for value in settings)
 
-    def _find_boxes(self, module: nn.Module) -> Iterator[Any]:
-        return chain.from_iterable(map(itemgetter(*_MEMBERS, *_HOOKS), chain((module.__dict__,), self._states)))
-
-    def _find_values(self) -> list[Any]:
-        return [
-            *map(len, chain(self._states, self._members, self._hooks)),
-            *map(contains, self._states, repeat("forward")),
-            *map(attrgetter("dtype"), self._tensors),  # what .data is set to may be of another type or shape
-            *map(attrgetter("shape"), self._tensors),
-        ]
+    def _all_states(self, module: nn.Module) -> Iterator[dict[str, Any]]:
+        return chain((module.__dict__,), self._states)
 
     def _find_objects(self, module: nn.Module) -> Iterator[Any]:
+        """What must be the same object. One more or less of them would put another in the place of the last."""
+        members = chain.from_iterable(map(_read_members, self._all_states(module)))
         return chain(
+            chain.from_iterable(map(dict.values, members)),
+            map(type, self._children),
             (bool(nn_module._has_any_global_hook()),),
-            map(module.__dict__.__getitem__, self._own),
-            map(getitem, *(self._settings or ((), ()))),
-            chain.from_iterable(map(dict.values, self._members)),
-            map(type, chain.from_iterable(map(dict.values, self._children))),
         )
+
+    def _find_values(self, module: nn.Module) -> Iterator[Any]:
+        """What must be equal: as many as before."""
+        return chain(
+            map(module.__dict__.__getitem__, self._own),
+            *(map(itemgetter(*names), states) for names, states in self._settings),
+            map(any, map(_read_hooks, self._all_states(module))),
+            map(len, self._states),
+            map(contains, self._states, repeat("forward")),
+            map(attrgetter("dtype"), self._tensors),  # what .data is set to may be of another type or shape
+            map(Tensor.numel, self._tensors),  # of a vector the whole shape
+            map(attrgetter("shape"), self._filters),
+        )
+
+
+def _settings_in(state: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(name for name in _SETTINGS if name in state)
 
 
 def _is_plain(child: Any) -> bool:

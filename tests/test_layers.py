@@ -62,6 +62,15 @@ def test_a_filter_of_another_size_may_be_of_another_backend():
     assert [choice.problem.convolutions[0][1] for choice in choices] == [(8, 8, 5, 5)]
 
 
+def test_a_setting_that_has_no_one_answer():
+    """A tensor of two compared with what was there is two answers: the message is that of a first call."""
+    unit = BNReLUConv2d(8, 8, 1)
+    unit(x_of())
+    unit.conv.stride = torch.tensor([1, 1])
+    with pytest.raises(TypeError, match="stride must be an integer or a pair of integers, got tensor"):
+        unit(x_of())
+
+
 def test_layers_that_have_no_shape_yet():
     """A lazy layer of a stage is made by the first call, which has nothing to compare."""
     stage = PreActStage(nn.LazyConv2d(8, 1), PreActBlock(8, 8))
