@@ -37,7 +37,7 @@ class Product : public ProductCut<E> {
   Product(const ProductCut<E>& cut, const FilterView<const S*>& filter, Workspace& workspace)
       : ProductCut<E>(cut),
         panels{filter.outer, cut.depth()},
-        splits(splits_for(cut.groups(), panels.count())),
+        splits(splits_for(cut.groups(), panels.count(), cut.tiling.most_pixels() * panels.size())),
         matrix_depth_(matrix_depth<E>(cut.w, images_by_position<E>(cut.w) > 0)),
         packed_(packed(filter, workspace)) {}
 

@@ -241,9 +241,14 @@ void parallel(int64_t jobs, const Body& body) {
       &queue);
 }
 
-// Into how many parts the columns of each group are cut so that every thread has work. Changes no result.
-inline int64_t splits_for(int64_t groups, int64_t most) {
-  return maximum<int64_t>(minimum(ceil_div(2 * num_threads(), maximum<int64_t>(groups, 1)), most), 1);
+// Fewer multiply-adds take less time than to hand them to another thread and wait for it.
+constexpr int64_t kLeastProducts = 1 << 17;
+
+// Into how many parts the columns of each group, of so many multiply-adds, are cut so that every thread has work.
+// Changes no result.
+inline int64_t splits_for(int64_t groups, int64_t most, int64_t products) {
+  const int64_t wanted = ceil_div(2 * num_threads(), maximum<int64_t>(groups, 1));
+  return maximum<int64_t>(minimum(minimum(wanted, most), products / kLeastProducts), 1);
 }
 
 // What one thread needs for one tile, in its scratch memory: the operand and its strip, the index of each output

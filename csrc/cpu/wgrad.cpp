@@ -41,7 +41,7 @@ struct Plan : Cut<E> {
     const int64_t wanted = minimum(w.N * w.P * w.Q / pixels, kMostGroups);
     const int64_t affordable = kMostPartialBytes / maximum<int64_t>(bytes, 1);
     groups = maximum<int64_t>(minimum(minimum(wanted, affordable), this->tiles()), 1);
-    splits = splits_for(groups, panels.count());
+    splits = splits_for(groups, panels.count(), w.N * w.P * w.Q / groups * panels.size());
   }
 
   static int64_t tile_pixels(const Window& w, int64_t K) {
