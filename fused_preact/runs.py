@@ -79,5 +79,7 @@ def remembered(module: nn.Module, make: Callable[[], Any]) -> Any:
 
 
 def lasting_state(module: nn.Module) -> dict[str, Any]:
-    """The module's dictionary as it is copied and pickled: without what is remembered."""
-    return {name: value for name, value in module.__dict__.items() if name != _REMEMBERED}
+    """What of a module is copied and pickled: what nn.Module says, without what is remembered."""
+    state = nn.Module.__getstate__(module)
+    state.pop(_REMEMBERED, None)
+    return state

@@ -1,7 +1,9 @@
 """What a fused call reads of plain layers, and what it writes back; most of it is tested by the modules that do so."""
 
+import collections
 import copy
 import functools
+import random
 
 import pytest
 import torch
@@ -71,11 +73,143 @@ def test_a_setting_that_has_no_one_answer():
         unit(x_of())
 
 
+def test_a_block_that_is_compiled_later():
+    """It runs by itself: what is compiled is its call."""
+    stage = PreActStage(PreActBlock(8, 8), PreActBlock(8, 8)).eval()
+    y = stage(x := x_of())
+    stage[1]._compiled_call_impl = lambda _: 2 * y  # as block.compile() sets it
+    assert torch.equal(stage(x), 2 * y)
+
+
 def test_layers_that_have_no_shape_yet():
     """A lazy layer of a stage is made by the first call, which has nothing to compare."""
     stage = PreActStage(nn.LazyConv2d(8, 1), PreActBlock(8, 8))
     for _ in range(2):
         assert stage(x_of(C=3)).shape == (2, 8, 5, 5)
+
+
+def doubled(conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
+    return 2 * nn.Conv2d.forward(conv, x)
+
+
+class Doubled(nn.Conv2d):
+    forward = doubled
+
+
+class Changes:
+    """What may be done to a net between two calls, each method one of it, on a layer that is drawn."""
+
+    def __init__(self, net: nn.Module, seed: int) -> None:
+        self.net, self.random = net, random.Random(seed)
+
+    def any(self, kind: type) -> nn.Module:
+        return self.random.choice([m for m in self.net.modules() if isinstance(m, kind)])
+
+    def training(self):
+        self.any(nn.Module).train(self.random.random() < 0.7)
+
+    def backend(self):
+        self.any((BNReLUConv2d, PreActBlock)).backend = self.random.choice(["auto", "auto", "reference", "eager"])
+
+    def dtype(self):
+        self.net.to(self.random.choice([torch.float32, torch.float32, torch.float64]))
+
+    def frozen(self):
+        self.any((nn.BatchNorm2d, nn.Conv2d)).requires_grad_(self.random.random() < 0.5)
+
+    def eps(self):
+        self.any(nn.BatchNorm2d).eps = self.random.choice([1e-5, 0.1])
+
+    def momentum(self):
+        self.any(nn.BatchNorm2d).momentum = self.random.choice([None, 0.1, 0.5])
+
+    def gamma(self):
+        self.any(nn.BatchNorm2d).weight = self.random.choice([None, nn.Parameter(torch.rand(8))])
+
+    def numbers(self):
+        parameter = self.any(nn.Conv2d).weight
+        parameter.data = torch.randn_like(parameter)
+
+    def statistics(self):
+        bn = self.any(nn.BatchNorm2d)
+        bn.track_running_stats = self.random.random() < 0.7
+        bn.running_mean, bn.running_var = self.random.choice([(None, None), (torch.zeros(8), torch.ones(8))])
+
+    def dictionary(self):
+        bn = self.any(nn.BatchNorm2d)
+        bn._buffers = {**bn._buffers, "num_batches_tracked": torch.tensor(5)}
+
+    def shape(self):
+        parameter = self.any(nn.Conv2d).weight
+        parameter.data = parameter.data.reshape(self.random.choice([(8, 8, 3, 3), (4, 16, 3, 3)]))
+
+    def filter(self):
+        self.any(nn.Conv2d).weight = nn.Parameter(torch.randn(8, 8, 3, 3))
+
+    def bias(self):
+        self.any(nn.Conv2d).bias = self.random.choice([None, nn.Parameter(torch.randn(8))])
+
+    def geometry(self):
+        conv = self.any(nn.Conv2d)
+        conv.dilation = conv.padding = self.random.choice([(1, 1), (2, 2)])
+
+    def padding_mode(self):
+        self.any(nn.Conv2d).padding_mode = self.random.choice(["zeros", "zeros", "circular"])
+
+    def type(self):
+        self.any(nn.Conv2d).__class__ = self.random.choice([nn.Conv2d, nn.Conv2d, Doubled])
+
+    def hook(self):
+        self.any(nn.Conv2d).register_forward_hook(lambda _module, _inputs, y: 3 * y)
+
+    def hooks(self):
+        self.any(nn.Conv2d)._forward_hooks = collections.OrderedDict()
+
+    def forward(self):
+        conv = self.any(nn.Conv2d)
+        conv.forward = functools.partial(doubled, conv)
+
+    def forwards(self):
+        self.any(nn.Conv2d).__dict__.pop("forward", None)
+
+    def layer(self):
+        owner = self.any((BNReLUConv2d, PreActBlock))
+        name = self.random.choice([name for name, layer in owner.named_children() if isinstance(layer, nn.Conv2d)])
+        setattr(owner, name, nn.Conv2d(8, 8, 3, padding=1, bias=False))
+
+
+CHANGES = [name for name in vars(Changes) if not name.startswith("_") and name != "any"]
+
+
+def outcome(net: nn.Module, x: torch.Tensor) -> list[torch.Tensor | str | None]:
+    """The result of a call, all gradients and all buffers, or the error that it raises."""
+    net.zero_grad()
+    x = x.to(next(net.parameters()).dtype).requires_grad_()
+    try:
+        y = net(x)
+        y.square().sum().backward()
+    except (RuntimeError, TypeError, ValueError) as error:
+        return [repr(error)]
+    return [y, x.grad, *(p.grad for p in net.parameters()), *net.buffers()]
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("make", [BNReLUConv2d, PreActBlock, PreActStage])
+def test_whatever_changes_between_two_calls(make, seed):
+    """The second is that of a copy, which remembers nothing of the first."""
+    torch.manual_seed(seed)
+    options = {"kernel_size": 3, "padding": 1} if make is BNReLUConv2d else {}
+    net = PreActStage(PreActBlock(8, 8), PreActBlock(8, 8)) if make is PreActStage else make(8, 8, **options)
+    changes, x = Changes(net, seed), x_of()
+    for _ in range(40):
+        name = changes.random.choice(CHANGES)
+        getattr(changes, name)()
+        copied = copy.deepcopy(net)
+        expected, found = outcome(copied, x.clone()), outcome(net, x.clone())
+        same = (
+            torch.equal(e, f) if isinstance(e, torch.Tensor) else e == f for e, f in zip(expected, found, strict=True)
+        )
+        assert all(same), name
 
 
 def test_a_sum_has_the_type_of_what_the_layers_returned():
