@@ -47,7 +47,8 @@ struct SlabLayout {
         by_tap(columns << log_pieces) {}
 };
 
-// A piece of a slab: where it is in the filter and goes in the slab, and its first depth. It may be outside of the filter.
+// A piece of a slab: where it is in the filter and goes in the slab, and its first depth. It may be outside of the
+// filter.
 template <class S>
 struct FilterPiece {
   const S* from;
@@ -55,8 +56,8 @@ struct FilterPiece {
   bool inside;
 };
 
-// Piece i of a window's slab, of columns from n0 and depths from d0 on. Neighbours are neighbours in the filter, if they
-// can be.
+// Piece i of a window's slab, of columns from n0 and depths from d0 on. Neighbours are neighbours in the filter, if
+// they can be.
 template <bool Along, class S>
 __device__ __forceinline__ FilterPiece<S> filter_piece(const FilterView<S>& filter, const SlabLayout& slab,
                                                        const Window& w, int n0, int d0, int i) {
