@@ -323,6 +323,9 @@ UNITS = [
     Case("padded-1x1", (2, 4, 4, 3), (point(6, padding=(1, 2)),)),
     Case("wide-padding", (2, 5, 3, 4), (Layer(6, padding=(2, 3)),)),
     Case("64-channels", (2, 64, 8, 8), (Layer(64),)),
+    # Work for several threads: the CPU's kernels cut the columns of its few tiles into parts.
+    Case("70-channels-1x1", (1, 70, 8, 8), (point(66),), bias=True, residual=True),
+    Case("40-channels-stride-2", (1, 40, 15, 15), (Layer(36, stride=(2, 2)),), bias=True),
     Case("images-of-nine-columns", (3, 8, 7, 9), (Layer(8),)),  # runs of six and of eight pixels from image to image
     # Tiles of the CPU's kernels that take the images of a position together.
     Case("small-images", (17, 5, 4, 4), (Layer(7),), bias=True),
