@@ -8,10 +8,11 @@
 
 namespace fused_preact::cpu {
 
-// One for the process. Any thread may take and give back, also while another forks. A block that has waited longer than
-// kMostIdleSeconds goes back to the system when another is given back, as in jemalloc; and so do the longest waiting
-// ones where more bytes wait than kMostIdle times what was ever in use at a time: blocks of all sizes that a step uses
-// one after the other are less. Where the system has no more memory, all that wait go back to it first.
+// One for the process. Any thread may take and give back, also while another forks. Blocks of one size are cut from
+// slabs. A slab none of whose blocks is in use goes back to the system when another block is given back and its last one
+// has waited for longer than kMostIdleSeconds, as in jemalloc; and so do those that have waited longest where more bytes
+// wait than kMostIdle times what was ever in use at a time: blocks of all sizes that a step uses one after the other are
+// less. Where the system has no more memory, all that wait go back to it first.
 class ActivationPool final : public Pool {
  public:
   static constexpr int kMostIdleSeconds = 10;

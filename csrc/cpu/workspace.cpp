@@ -6,11 +6,15 @@
 
 #include "parallel.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace fused_preact::cpu {
 
 namespace {
 
-constexpr size_t kAlignment = 64;
+constexpr size_t kAlignment = 64, kHugePage = size_t{2} << 20;
 
 // AddressSanitizer watches the ends of an allocation: there, every piece is one.
 #if defined(__SANITIZE_ADDRESS__)
@@ -21,10 +25,15 @@ constexpr bool kPiecesApart = false;
 
 size_t aligned(size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
+std::align_val_t alignment(size_t bytes) { return std::align_val_t(bytes < kHugePage ? kAlignment : kHugePage); }
+
 }  // namespace
 
-Block::Block(size_t bytes)
-    : data_(static_cast<char*>(::operator new(bytes, std::align_val_t(kAlignment)))), bytes_(bytes) {}
+Block::Block(size_t bytes) : data_(static_cast<char*>(::operator new(bytes, alignment(bytes)))), bytes_(bytes) {
+#if defined(__linux__)
+  if (bytes >= kHugePage) madvise(data_, bytes / kHugePage * kHugePage, MADV_HUGEPAGE);  // advice: may be refused
+#endif
+}
 
 Block::Block(Block&& other) noexcept
     : data_(std::exchange(other.data_, nullptr)), bytes_(std::exchange(other.bytes_, 0)) {}
@@ -35,7 +44,7 @@ Block& Block::operator=(Block&& other) noexcept {
   return *this;
 }
 
-Block::~Block() { ::operator delete(data_, std::align_val_t(kAlignment)); }
+Block::~Block() { ::operator delete(data_, alignment(bytes_)); }
 
 void* BlockScratch::take(size_t bytes) {
   if (!kPiecesApart) bytes = aligned(bytes);

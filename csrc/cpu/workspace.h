@@ -6,7 +6,7 @@
 
 namespace fused_preact::cpu {
 
-// An owned, 64-byte aligned, uninitialised piece of memory.
+// An owned, 64-byte aligned, uninitialised piece of memory, in huge pages where it is as large and the system has them.
 class Block {
  public:
   Block() = default;
