@@ -1,9 +1,14 @@
 """csrc/cpu/pool.cpp: memory that waits for the next step is bounded, and there when the system has no more."""
 
+import itertools
 import json
 import os
 import subprocess
 import sys
+
+import torch
+
+from fused_preact import bn_relu_conv2d
 
 BEGINNING = """
 import json, resource, torch
@@ -44,6 +49,18 @@ before = megabytes(1)
 time.sleep(10.5)
 run(small)
 print(json.dumps(before - megabytes(1)))
+"""
+
+KEPT = """
+import time
+x = images(1, 32)
+before = megabytes(1)
+results = [run(x) for _ in range(400)]  # of a quarter of a megabyte each
+full = megabytes(1)
+del results[1:]
+time.sleep(10.5)
+run(x)
+print(json.dumps([full - before, full - megabytes(1)]))
 """
 
 FORKED = """
@@ -97,6 +114,33 @@ def test_what_has_waited_for_ten_seconds_goes_back():
     assert run(IDLE) >= 60
 
 
+def test_a_small_tensor_takes_and_keeps_little():
+    """Small tensors share huge pages; one that is kept keeps no more than the slab that it was cut from."""
+    taken, returned = run(KEPT)
+    assert 95 <= taken < 120
+    assert returned >= 60
+
+
 def test_a_forked_child_calls_while_other_threads_did():
     """The lock that another thread held when the process was forked is free in the child."""
     assert run(FORKED) == [0] * 16
+
+
+def test_tensors_do_not_overlap():
+    """Tensors of many sizes, in memory that others gave back too; those of one size begin at other places of a page."""
+    weight = torch.ones(16, 16, 1, 1)
+
+    def results():
+        return [
+            bn_relu_conv2d(torch.randn(N, 16, size, size), weight, training=True, backend="cpu")
+            for N, size in itertools.product((1, 2, 3, 9), (24, 32, 40, 56))
+            for _ in range(8)
+        ]
+
+    alive = results()
+    del alive[::3]
+    alive += results()
+    memory = sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for t in alive)
+    assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(memory))
+    assert all(begin % 64 == 0 for begin, _ in memory)
+    assert len({begin % 4096 for begin, _ in memory}) > 2
