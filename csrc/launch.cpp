@@ -122,7 +122,7 @@ void Launch::convert(const std::vector<Tensor*>& tensors, ScalarType type) const
       return any != ScalarType::Double && (any != ScalarType::Half || !tensor->is_cpu());
     };
     std::optional<Tensor> to;
-    if (served(from) && served(type) && tensor->numel() > 0) to = empty_alike(*tensor, type);
+    if (served(from) && served(type) && tensor->numel() > 0) to = empty_alike(*tensor, type, device_.pool);
     if (to) {
       batches[from].push_back({tensor->const_data_ptr(), to->mutable_data_ptr(), tensor->numel()});
       sources.push_back(std::exchange(*tensor, *to));
@@ -188,7 +188,7 @@ Launch::Gradient Launch::empty_dgrad(const Conv& conv, const Activation& x, bool
 }
 
 Launch::WeightGradient Launch::empty_wgrad(const Conv& conv, const Tensor& weight, bool need_bias) const {
-  WeightGradient result{empty_gradient(weight), std::nullopt};
+  WeightGradient result{empty_gradient(weight, device_.pool), std::nullopt};
   if (need_bias) result.dbias = empty(weight, type_, {conv.K});
   return result;
 }

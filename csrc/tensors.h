@@ -18,15 +18,15 @@ size_t element_size(ScalarType);  // bytes, of a type that a kernel has
 Dtype kernel_dtype(ScalarType);   // throws for a type that no kernel has
 
 // Uninitialised, on the device of `like`: an activation [N, C, H, W] in dense NHWC or NCHW, and a contiguous tensor.
-// Large activations are taken from the pool, where there is one.
+// All but small ones of four dimensions are taken from the pool, where there is one.
 Tensor empty_nhwc(const Tensor& like, ScalarType, int64_t N, int64_t C, int64_t H, int64_t W, Pool*);
 Tensor empty_nchw(const Tensor& like, ScalarType, int64_t N, int64_t C, int64_t H, int64_t W, Pool*);
 Tensor empty(const Tensor& like, ScalarType, std::initializer_list<int64_t> sizes);
 // Of the shape and type of `weight`, and of its layout where that is dense, for then autograd keeps it without a copy.
-Tensor empty_gradient(const Tensor& weight);
+Tensor empty_gradient(const Tensor& weight, Pool*);
 
 // Of the shape and layout of x, a dense tensor of 4 dimensions; nothing where it is none.
-std::optional<Tensor> empty_alike(const Tensor& x, ScalarType);
+std::optional<Tensor> empty_alike(const Tensor& x, ScalarType, Pool*);
 
 // Whether an activation is dense in this order; one of a single channel or pixel may be both.
 bool is_nhwc(const Tensor& x);

@@ -8,11 +8,11 @@ import sys
 
 import torch
 
-from fused_preact import bn_relu_conv2d
+from fused_preact import PreActBottleneck, PreActStage, bn_relu_conv2d
 
 BEGINNING = """
 import json, resource, torch
-from fused_preact import bn_relu_conv2d
+from fused_preact import PreActBottleneck, PreActStage, bn_relu_conv2d
 torch.set_num_threads(1)
 torch.set_grad_enabled(False)
 weight = torch.randn(64, 64, 1, 1)
@@ -144,3 +144,25 @@ def test_tensors_do_not_overlap():
     assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(memory))
     assert all(begin % 64 == 0 for begin, _ in memory)
     assert len({begin % 4096 for begin, _ in memory}) > 2
+
+
+def test_gradients_are_kept_as_long_as_they_are_used():
+    """Their memory is not handed out again while someone has them, be the net gone or its .grad set to None."""
+
+    def stage():
+        return PreActStage(PreActBottleneck(64, 16, backend="cpu"), PreActBottleneck(64, 16, backend="cpu"))
+
+    def step(net):
+        net(torch.randn(2, 64, 16, 16)).square().sum().backward()
+
+    first, other = stage(), stage()
+    step(first)
+    grads = [p.grad for p in first.parameters()]
+    expected = [grad.clone() for grad in grads]
+    first.zero_grad(set_to_none=True)
+    del first
+    for _ in range(3):
+        step(other)
+        other.zero_grad(set_to_none=True)
+    for grad, value in zip(grads, expected, strict=True):
+        assert torch.equal(grad, value)

@@ -91,7 +91,7 @@ void set_isa(const std::string& name) {
 
 Device device() {
   const std::shared_ptr<void> not_owned;
-  return {chosen().load()->kernels(), {not_owned, &scratch()}, &ActivationPool::instance()};
+  return {chosen().load()->kernels(), {not_owned, &scratch()}, &TensorPool::instance()};
 }
 
 }  // namespace fused_preact::cpu

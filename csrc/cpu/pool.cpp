@@ -29,13 +29,13 @@ constexpr bool kKeep = false;
 constexpr bool kKeep = true;
 #endif
 
-// Blocks of one size are cut from slabs of this many bytes: pages of 4 KB, of which a small tensor would be made, are as
-// many misses of the TLB for a kernel that walks down a column of cache lines.
+// Blocks of one size are cut from slabs of this many bytes, in huge pages. In pages of 4 KB, of which a small tensor by
+// itself is made, a kernel that walks down a column of cache lines misses the TLB every few lines.
 constexpr size_t kSlab = size_t{16} << 20;
 
 // Blocks are so many bytes apart, nine cache lines, and so are the first ones of slabs within a page. Kernels read and
-// write several tensors in step: at the same place in a page they would share sets of the first level cache, and a load
-// would wait for each store that it seems to overlap.
+// write several tensors in step: at the same place of a page they would share sets of the first level cache, and a
+// load would wait for each store that it seems to overlap.
 constexpr size_t kStagger = 576, kPage = 4096;
 
 // Eight sizes for each power of two: blocks serve tensors up to an eighth smaller than they are.
@@ -70,7 +70,7 @@ struct Blocks {
 
 }  // namespace
 
-struct ActivationPool::State {
+struct TensorPool::State {
   std::mutex mutex;
   std::map<const char*, Slab> slabs;  // by where they begin
   std::map<size_t, Blocks> by_size;
@@ -146,7 +146,7 @@ struct ActivationPool::State {
   }
 };
 
-ActivationPool::ActivationPool() : state_(*new State) {
+TensorPool::TensorPool() : state_(*new State) {
 #if defined(__linux__)
   // A forked child has no other thread than the one that forked: a lock that another held would stay locked in it.
   static std::mutex& mutex = state_.mutex;
@@ -154,12 +154,12 @@ ActivationPool::ActivationPool() : state_(*new State) {
 #endif
 }
 
-ActivationPool& ActivationPool::instance() {
-  static ActivationPool& pool = *new ActivationPool;
+TensorPool& TensorPool::instance() {
+  static TensorPool& pool = *new TensorPool;
   return pool;
 }
 
-void* ActivationPool::take(size_t bytes) {
+void* TensorPool::take(size_t bytes) {
   const size_t size = size_class(bytes);
   const std::lock_guard lock(state_.mutex);
   try {
@@ -170,7 +170,7 @@ void* ActivationPool::take(size_t bytes) {
   }
 }
 
-void ActivationPool::give_back(void* data, size_t bytes) noexcept {
+void TensorPool::give_back(void* data, size_t bytes) noexcept {
   const std::lock_guard lock(state_.mutex);
   const Clock::time_point now = Clock::now();
   state_.give_back(static_cast<char*>(data), size_class(bytes), now);
