@@ -29,9 +29,10 @@ constexpr bool kKeep = false;
 constexpr bool kKeep = true;
 #endif
 
-// Blocks of one size are cut from slabs of this many bytes, in huge pages. In pages of 4 KB, of which a small tensor by
-// itself is made, a kernel that walks down a column of cache lines misses the TLB every few lines.
-constexpr size_t kSlab = size_t{16} << 20;
+// Blocks of one size are cut from slabs of so many bytes or blocks, whichever are fewer, or of one block; from two
+// megabytes on a slab is in huge pages. In pages of 4 KB, of which a tensor by itself is made, a kernel that walks down a
+// column of cache lines misses the TLB every few lines.
+constexpr size_t kSlab = size_t{16} << 20, kMostBlocks = 64;
 
 // Blocks are so many bytes apart, nine cache lines, and so are the first ones of slabs within a page. Kernels read and
 // write several tensors in step: at the same place of a page they would share sets of the first level cache, and a
@@ -77,12 +78,12 @@ struct TensorPool::State {
   size_t idle_bytes = 0, used_bytes = 0, most_used_bytes = 0, turn = 0;
   Clock::time_point checked = Clock::now();
 
-  // From a slab of up to `most` bytes, or of one block.
+  // From a slab of up to `most` bytes.
   void* take(size_t size, size_t most) {
     Blocks& blocks = by_size[size];
     char* block;
     if (blocks.idle.empty()) {
-      if (blocks.open == nullptr) open_slab(blocks, size, std::max<size_t>(most / size, 1));
+      if (blocks.open == nullptr) open_slab(blocks, size, std::clamp<size_t>(most / size, 1, kMostBlocks));
       block = blocks.open->cut_block();
       if (blocks.open->cut == blocks.open->blocks) blocks.open = nullptr;
     } else {
