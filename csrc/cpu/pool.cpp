@@ -30,8 +30,8 @@ constexpr bool kKeep = true;
 #endif
 
 // Blocks of one size are cut from slabs of so many bytes or blocks, whichever are fewer, or of one block; from two
-// megabytes on a slab is in huge pages. In pages of 4 KB, of which a tensor by itself is made, a kernel that walks down a
-// column of cache lines misses the TLB every few lines.
+// megabytes on a slab is in huge pages. In pages of 4 KB, of which a tensor by itself is made, a kernel that walks down
+// a column of cache lines misses the TLB every few lines.
 constexpr size_t kSlab = size_t{16} << 20, kMostBlocks = 64;
 
 // Blocks are so many bytes apart, nine cache lines, and so are the first ones of slabs within a page. Kernels read and
