@@ -12,7 +12,7 @@ from fused_preact import PreActBottleneck, PreActStage, bn_relu_conv2d
 
 BEGINNING = """
 import json, resource, torch
-from fused_preact import PreActBottleneck, PreActStage, bn_relu_conv2d
+from fused_preact import bn_relu_conv2d
 torch.set_num_threads(1)
 torch.set_grad_enabled(False)
 weight = torch.randn(64, 64, 1, 1)
@@ -143,7 +143,7 @@ def test_tensors_do_not_overlap():
     memory = sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for t in alive)
     assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(memory))
     assert all(begin % 64 == 0 for begin, _ in memory)
-    assert len({begin % 4096 for begin, _ in memory}) > 2
+    assert len({t.data_ptr() % 4096 for t in alive if t.shape == alive[-1].shape}) > 2
 
 
 def test_gradients_are_kept_as_long_as_they_are_used():

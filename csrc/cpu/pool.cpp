@@ -78,7 +78,7 @@ struct TensorPool::State {
   size_t idle_bytes = 0, used_bytes = 0, most_used_bytes = 0, turn = 0;
   Clock::time_point checked = Clock::now();
 
-  // From a slab of up to `most` bytes.
+  // Where none waits, from a slab of up to `most` bytes, or of one block.
   void* take(size_t size, size_t most) {
     Blocks& blocks = by_size[size];
     char* block;

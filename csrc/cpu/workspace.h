@@ -6,7 +6,7 @@
 
 namespace fused_preact::cpu {
 
-// An owned, 64-byte aligned, uninitialised piece of memory, in huge pages where it is as large and the system has them.
+// An owned, 64-byte aligned, uninitialised piece of memory: from the size of one on in huge pages, where there are any.
 class Block {
  public:
   Block() = default;
