@@ -7,7 +7,7 @@ ValueError.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import torch
@@ -123,10 +123,15 @@ def positive(name: str, value: Any) -> int:
     return int(value)
 
 
-def number(name: str, value: Any) -> None:
-    """Raise TypeError unless value is a number."""
-    if not isinstance(value, (int, float)):
+def number(name: str, value: Any) -> float:
+    """``value``, of any type of real numbers, as a float.
+
+    Raises:
+        TypeError: it is not a number.
+    """
+    if not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
+    return float(value)
 
 
 def flag(name: str, value: Any) -> None:

@@ -57,7 +57,7 @@ class DenseLayer(Branch):
         channels = positive("num_input_features", num_input_features)
         growth = positive("growth_rate", growth_rate)
         width = positive("bn_size", bn_size) * growth
-        number("drop_rate", drop_rate)
+        drop_rate = number("drop_rate", drop_rate)
         flag("memory_efficient", memory_efficient)
         if not 0 <= drop_rate <= 1:
             raise ValueError(f"drop_rate must be between 0 and 1, got {drop_rate!r}")

@@ -55,8 +55,7 @@ def bn_relu_conv2d(
         TypeError, ValueError: an argument does not fit; the message names it, what was expected and what came.
     """
     checks.flag("training", training)
-    checks.number("momentum", momentum)
-    checks.number("eps", eps)
+    momentum, eps = checks.number("momentum", momentum), checks.number("eps", eps)
     conv = checks.geometry(stride, padding, dilation, groups, weight)
     unit = Unit(weight, bias, bn_weight, bn_bias, running_mean, running_var, training, eps, conv)
     plan = _plan_of(unit, x, residual, backend)

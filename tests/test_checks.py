@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -189,6 +190,17 @@ def test_every_backend_gives_the_same_error(backend):
     """The same bad input gets the same message, whoever serves."""
     with pytest.raises(ValueError, match="expects an input of 7 channels, got one of 6"):
         bn_relu_conv2d(**arguments() | {"weight": torch.randn(8, 7, 3, 3), "backend": backend})
+
+
+def test_numbers_of_any_type():
+    """eps and momentum may come from an array of settings: a number of NumPy is the number."""
+    given, results = arguments(), []
+    for kind in float, np.float32, np.float64:
+        buffers = {name: given[name].clone() for name in ("running_mean", "running_var")}
+        y = bn_relu_conv2d(**given | buffers, training=True, eps=kind(0.25), momentum=kind(0.5))
+        results.append((y, *buffers.values()))
+    for same in zip(*results, strict=True):
+        assert all(torch.equal(t, same[0]) for t in same)
 
 
 def test_autocast_casts_no_integers():
