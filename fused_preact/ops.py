@@ -132,16 +132,43 @@ def _call_backward(ctx, saved: Sequence[Tensor], dy: Tensor, need_x: bool, wante
 
 
 class _Once(torch.autograd.Function):
-    """Gradients as they are, which refuse to be differentiated: whatever they depend on, ``anchor`` has a gradient."""
+    """Gradients as they are, which refuse to be differentiated.
+
+    The first ``count`` tensors are what they depend on: autograd runs a node where one of these leads to what it is
+    asked about, and would take a gradient that leads nowhere for a constant.
+    """
 
     @staticmethod
-    def forward(ctx, anchor: Tensor, *grads: Tensor):
+    def forward(ctx, count: int, *tensors: Tensor):
+        grads = tensors[count:]
         ctx.mark_dirty(*grads)  # not views, so that they may be changed in place as any gradient may
         return grads
 
     @staticmethod
     def backward(ctx, *grads):
         _twice(ctx)
+
+
+def _needed(ctx) -> list[bool]:
+    """Which gradients of x, the residual and the flat tensors this backward is to make.
+
+    ``needs_input_grad`` says which tensors require one, also where `torch.autograd.grad` or ``backward(inputs=...)``
+    asks for a few, as an attack does that wants the gradient of the images alone.
+    """
+    needs = ctx.needs_input_grad[5:]
+    if torch.compiler.is_compiling():
+        return [*needs]
+    nodes = [node for node, _ in ctx.next_functions]  # of the inputs that are tensors
+    if len(nodes) < len(needs):
+        nodes.insert(1, None)  # no residual
+    return [need and _is_asked_for(node) for need, node in zip(needs, nodes, strict=True)]
+
+
+def _is_asked_for(node: Any) -> bool:
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # a leaf that torch.autograd.grad was asked about, to which no gradient is added up
+        return True
 
 
 class _Stage(torch.autograd.Function):
@@ -158,20 +185,23 @@ class _Stage(torch.autograd.Function):
             y, kept, rows = forward(*tensors, *facts)
         _, _, weight, bias, *_, shortcut_weight = tensors
         _save(ctx, backend, facts, x, y, kept, rows, weight, bias, shortcut_weight, parts)
+        # Not saved: in-place changes of beta are no error in plain layers. What is no leaf is held by the graph anyway.
+        ctx.norms = [t for t in (*tensors[4], *tensors[5]) if t.requires_grad]
         found += rows
         return y
 
     @staticmethod
     def backward(ctx, dy: Tensor):
         *_, n, biases, projections = ctx.counts
-        need_x, need_residual, *flat = ctx.needs_input_grad[5:]
+        need_x, need_residual, *flat = _needed(ctx)
         wanted = _cut(flat, (n, biases, n, n, projections))
         saved = ctx.saved_tensors  # with autograd: a checkpoint's forward, which makes them again, may need it
         with torch._C._AutoDispatchBelowAutograd():
             dx, *made = _call_backward(ctx, saved, dy, need_x, wanted)
         parameters = [*itertools.chain(*made)]
         if torch.is_grad_enabled():  # create_graph=True
-            dx, *parameters = _Once.apply(dx.new_empty(0).requires_grad_(), dx, *parameters)
+            leads = [t for t in (dy, *saved, *ctx.norms) if t is not None and t.requires_grad]
+            dx, *parameters = _Once.apply(len(leads), *leads, dx, *parameters)
         tensors = dx if need_x else None, dy if need_residual else None, *_only(parameters, flat)
         return *[None] * 5, *tensors
 

@@ -137,6 +137,20 @@ def test_what_a_frozen_layer_does_not_need_is_not_computed(compiled):
             y.sum().backward()
         assert told.pop() == wanted
 
+    # Nor is what nobody asks for, as an attack does that wants the gradient of the images alone.
+    for names, wanted in (["x"], [True, *[False] * 4]), (["conv1.weight"], [False, True, *[False] * 3]):
+        block, x = PreActBlock(4, 4, backend="reference"), torch.randn(2, 4, 5, 5, requires_grad=True)
+        leaves = {"x": x, **dict(block.named_parameters())}
+        given = [leaves[name] for name in names]
+        expected = torch.autograd.grad(block(x).square().sum(), leaves.values())
+        with Told():
+            found = torch.autograd.grad(block(x).square().sum(), given)
+            block(x).square().sum().backward(inputs=given)
+        assert [told.pop(), told.pop()] == [wanted, wanted]
+        for name, grad in zip(names, found, strict=True):
+            assert torch.equal(grad, leaves[name].grad)
+            assert torch.equal(grad, dict(zip(leaves, expected, strict=True))[name])
+
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", SAMPLES)
@@ -202,6 +216,20 @@ def test_a_second_derivative_is_refused(backend):
     assert torch.equal(dx, first["dx"])
     with pytest.raises(RuntimeError, match=r"cannot be differentiated twice.*backend='eager'"):
         dx.square().sum().backward()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("of", ["x", "dy", "conv1.weight", "conv2.weight", "bn1.weight", "bn2.bias"])
+def test_a_second_derivative_is_refused_whatever_is_asked_for(of, backend):
+    """`torch.autograd.grad` runs what leads to its inputs alone: a gradient that led nowhere would be a constant."""
+    block = PreActBlock(4, 4, backend=backend)
+    x, dy = (torch.randn(2, 4, 5, 5, requires_grad=True) for _ in range(2))
+    (dx,) = torch.autograd.grad(block(x), x, dy, create_graph=True)
+    wanted = {"x": x, "dy": dy, **dict(block.named_parameters())}[of]
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        torch.autograd.grad(dx.square().sum() + block(x).sum() + dy.sum(), wanted)
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        torch.autograd.functional.hvp(lambda x: block(x).pow(3).sum(), x, dy)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
