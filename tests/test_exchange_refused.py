@@ -1,0 +1,58 @@
+"""What `fuse` must not take for a block of this package, though in one call the two agree."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from foreign import Cifar
+from fused_preact import PreActBlock, explain, fuse
+
+DRAWS = {
+    "torch": lambda: torch.rand(()).item(),
+    "python": random.random,
+    "numpy": np.random.random,
+}
+
+
+def states():
+    return torch.get_rng_state().tolist(), random.getstate(), [*np.random.get_state()[1]], np.random.get_state()[2]
+
+
+@pytest.mark.parametrize("source", DRAWS)
+def test_a_branch_that_is_dropped_now_and_then(source):
+    """Stochastic depth that leaves out no branch while it is tried is found all the same, and uses up no numbers."""
+
+    class Dropped(Cifar):
+        def forward(self, x):
+            return x if self.training and DRAWS[source]() < 1e-9 else super().forward(x)
+
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), Dropped(8, 8, False))
+    before = states()
+    with pytest.raises(ValueError, match="Dropped computes something else"):
+        fuse(net)
+    assert states() == before
+    assert isinstance(fuse(nn.Sequential(nn.Conv2d(3, 8, 3), Cifar(8, 8, False)))[1], PreActBlock)
+
+
+def test_a_batch_norm_with_a_forward_of_its_own():
+    """One that normalises four images at a time, or over processes, gives what a plain one does in a trial of two."""
+
+    class Ghost(nn.BatchNorm2d):
+        def forward(self, x):
+            parts = x.split(4) if self.training else [x]
+            return torch.cat([super(Ghost, self).forward(part) for part in parts])
+
+    class Renamed(nn.BatchNorm2d):
+        pass
+
+    x = torch.randn(16, 8, 6, 6, dtype=torch.float64)
+    for norm, fuses in (Ghost, False), (Renamed, True):
+        block = Cifar(8, 8, False).double()
+        block.bn1, block.bn2 = norm(8).double(), norm(8).double()
+        expected = block(x)
+        fused = fuse(block)
+        torch.testing.assert_close(fused(x), expected, rtol=1e-9, atol=1e-9)
+        assert (explain(fused, x)[0].backend != "eager") == fuses
