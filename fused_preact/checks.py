@@ -235,8 +235,9 @@ def batch_norm(unit: Unit, shape: Sequence[int], x: Tensor, name: Callable[[str]
     if unit.batch and shape[0] * shape[2] * shape[3] < 2:
         where = name("x")
         raise ValueError(f"{where} must have more than one value per channel in training, got shape {tuple(shape)}")
-    if not unit.eps >= 0:
-        raise ValueError(f"{name('eps')} must not be negative, got {unit.eps}")
+    if not unit.eps >= 0 or (unit.batch and unit.eps == 0):
+        expected = "must be positive in training" if unit.batch else "must not be negative"
+        raise ValueError(f"{name('eps')} {expected}, got {unit.eps}")
 
 
 def argument_name(index: int, count: int, block: str = "") -> Callable[[str], str]:

@@ -118,6 +118,8 @@ class Watch:
         tensors = [t for values in map(dict.values, members) for t in values if isinstance(t, Tensor)]
         self._tensors = [t for t in tensors if not is_lazy(t)]  # a lazy layer's have no shape yet
         self._filters = [t for t in self._tensors if t.dim() > 1]
+        parameters = chain.from_iterable(state["_parameters"].values() for state in self._all_states(module))
+        self._parameters = [t for t in parameters if t is not None]
         self._objects, self._values = list(self._find_objects(module)), list(self._find_values(module))
 
     def holds(self, module: nn.Module) -> bool:
@@ -130,9 +132,14 @@ class Watch:
             return False
 
     def may_last(self) -> bool:
-        """Whether no tensor has a graph behind it, kept until the next call, and no setting can change in place."""
+        """Whether all of it is the module's: no setting can change in place, and no tensor is there for one call.
+
+        A tensor with a graph behind it, or one that `torch.func.functional_call` put in the place of a parameter, would
+        be kept until the next call.
+        """
         settings = (s[name] for names, states in self._settings for s in states for name in names)
-        return all(t.is_leaf for t in self._tensors) and not any(isinstance(value, list) for value in settings)
+        own = all(t.is_leaf for t in self._tensors) and all(isinstance(t, nn.Parameter) for t in self._parameters)
+        return own and not any(isinstance(value, list) for value in settings)
 
     def _all_states(self, module: nn.Module) -> Iterator[dict[str, Any]]:
         return chain((module.__dict__,), self._states)

@@ -147,6 +147,7 @@ BAD = {
         r"x must have more than one value per channel in training, got shape \(1, 6, 1, 1\)",
     ),
     "eps is negative": ({"eps": -1e-5}, ValueError, "eps must not be negative, got -1e-05"),
+    "eps is zero": ({"eps": 0.0, "training": True}, ValueError, "eps must be positive in training, got 0.0"),
     "eps is NaN": ({"eps": float("nan")}, ValueError, "eps must not be negative, got nan"),
     "eps is a word": ({"eps": "small"}, TypeError, "eps must be a number, got 'small'"),
     "momentum is None": ({"momentum": None}, TypeError, "momentum must be a number, got None"),
