@@ -13,6 +13,7 @@
 #include <utility>
 
 #include "cpu/dispatch.h"
+#include "cpu/pool.h"
 #include "expect.h"
 #include "running.h"
 #include "schedule.h"
@@ -25,6 +26,7 @@ using Pointers = std::vector<Tensor*>;
 
 constexpr size_t kGeometry = 7;                      // integers a convolution
 constexpr int64_t kMostGeometry = int64_t{1} << 31;  // keeps the arithmetic on the padded input from overflowing
+constexpr int64_t kLanes = 16;  // most output channels of a vector, by which packed filters are padded
 
 // Parameters and running statistics of batch norm: [C] in the type of the stage or in the accumulation type.
 void expect_norm(const char* name, const Tensors& tensors, const Stage& stage) {
@@ -50,6 +52,14 @@ Memory parse_memory(int64_t code) {
   return static_cast<Memory>(code);
 }
 
+// Whether so many values of up to 8 bytes can be counted, and a few times as many.
+bool is_countable(std::initializer_list<int64_t> sizes) {
+  int64_t bytes = int64_t{1} << 8;
+  for (const int64_t size : sizes)
+    if (__builtin_mul_overflow(bytes, std::max<int64_t>(size, 1), &bytes)) return false;
+  return true;
+}
+
 Sizes output_sizes(const Conv& conv) { return {conv.N, conv.K, conv.P, conv.Q}; }
 
 // The convolution of an input of N, C, H, W by `weight`, from its seven integers of geometry.
@@ -59,20 +69,26 @@ Conv convolution(const Item& name, const Sizes& x, const Tensor& weight, const i
   expect_parameter(name, weight, {w[0], x[1], w[2], w[3]});
   expect(w[0] > 0 && w[2] > 0 && w[3] > 0, name, ": expected no empty dimension, got ", text(w));
   const int64_t *stride = geometry, *pad = geometry + 2, *dilation = geometry + 4, groups = geometry[6];
+  expect(is_countable({x[0], x[1], x[2], x[3]}) && is_countable({w[0], w[1], w[2], w[3]}), name,
+         ": expected an input and a filter that memory can hold, got ", text(x), " and ", text(w));
   for (size_t i = 0; i < kGeometry; ++i)
     expect(geometry[i] >= (i == 2 || i == 3 ? 0 : 1) && geometry[i] < kMostGeometry,
            "geometry: expected strides, dilations and groups from 1 and paddings from 0, got ", geometry[i]);
   expect(dilation[0] == 1 && dilation[1] == 1 && groups == 1, "geometry: expected dilation and groups of 1, got ",
          dilation[0], ", ", dilation[1], " and ", groups);
-  const int64_t P = (x[2] + 2 * pad[0] - w[2]), Q = (x[3] + 2 * pad[1] - w[3]);
-  expect(P >= 0 && Q >= 0, name, ": expected a filter within the padded input of ", x[2] + 2 * pad[0], " x ",
-         x[3] + 2 * pad[1], ", got ", w[2], " x ", w[3]);
+  const int64_t rows = x[2] + 2 * pad[0], cols = x[3] + 2 * pad[1];
+  // What kernels make of the two: a strip of padded rows, or phases of them, and a packed filter.
+  expect(is_countable({rows + stride[0], cols + stride[1], std::max(x[1], w[0])}) &&
+             is_countable({w[0] + kLanes, w[1] + 1, w[2] + 1, w[3] + 1}),
+         name, ": expected a padded input and a packed filter that memory can hold, got ", rows, " x ", cols, " and ",
+         text(w));
+  const int64_t P = rows - w[2], Q = cols - w[3];
+  expect(P >= 0 && Q >= 0, name, ": expected a filter within the padded input of ", rows, " x ", cols, ", got ", w[2],
+         " x ", w[3]);
   const Conv conv{x[0],      x[2],      x[3],   x[1],  P / stride[0] + 1, Q / stride[1] + 1, w[0], w[2], w[3],
                   stride[0], stride[1], pad[0], pad[1]};
-  int64_t bytes = sizeof(double);
-  for (const int64_t size : {std::max<int64_t>(conv.N, 1), conv.K, conv.P, conv.Q})
-    expect(!__builtin_mul_overflow(bytes, size, &bytes), name, ": expected a result that memory can hold, got ",
-           text(output_sizes(conv)));
+  expect(is_countable({conv.N, conv.K, conv.P, conv.Q}), name, ": expected a result that memory can hold, got ",
+         text(output_sizes(conv)));
   return conv;
 }
 
@@ -292,6 +308,8 @@ std::tuple<std::string, std::vector<std::string>, std::vector<std::string>> cpu_
   return {cpu::isa(), built, supported};
 }
 
+void empty_cache() { cpu::TensorPool::instance().drop_idle(); }
+
 std::string set_cpu_isa(const std::string& name) {
   const std::string before = cpu::isa();
   cpu::set_isa(name);
@@ -306,6 +324,7 @@ STABLE_TORCH_LIBRARY(fused_preact, m) {
   m.def("_cuda_architectures() -> str[]");
   m.def("_cpu_isas() -> (str chosen, str[] built, str[] supported)");
   m.def("_set_cpu_isa(str isa) -> str");
+  m.def("_empty_cache() -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_preact, CPU, m) {
@@ -326,4 +345,5 @@ STABLE_TORCH_LIBRARY_IMPL(fused_preact, CompositeExplicitAutograd, m) {
   m.impl("_cuda_architectures", TORCH_BOX(&fused_preact::cuda_architectures));
   m.impl("_cpu_isas", TORCH_BOX(&fused_preact::cpu_isas));
   m.impl("_set_cpu_isa", TORCH_BOX(&fused_preact::set_cpu_isa));
+  m.impl("_empty_cache", TORCH_BOX(&fused_preact::empty_cache));
 }

@@ -1,6 +1,7 @@
 """Fused BatchNorm-ReLU-Conv2d units, blocks and networks for training pre-activation ResNets."""
 
 from . import models
+from ._extension import empty_cache
 from .backends import explain
 from .blocks import PreActBlock, PreActBottleneck
 from .dense import DenseLayer, Transition
@@ -19,6 +20,7 @@ __all__ = [
     "PreActStage",
     "Transition",
     "bn_relu_conv2d",
+    "empty_cache",
     "explain",
     "fuse",
     "models",

@@ -24,6 +24,9 @@ SHAPES = [
     Case("more-channels-than-a-panel", (2, 16, 5, 5), (Layer(128), point(8))),
     Case("long-runs-of-pairs", (2, 146, 5, 5), (Layer(16),)),
     Case("strided-rows-of-much-padding", (1, 2, 8, 300), (Layer(4, stride=(2, 2), padding=(3, 3)),)),
+    # Rows of which a part makes a tile.
+    Case("parts-of-long-rows", (1, 40, 3, 1031), (Layer(48),), bias=True),
+    Case("parts-of-long-strided-rows", (2, 8, 3, 2101), (Layer(6, stride=(2, 2)),)),
 ]
 
 

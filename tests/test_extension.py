@@ -114,8 +114,12 @@ BAD_FOR_BOTH = {
     "stride is too large": (dict(geometry=geometry(0, 2**31)), "geometry: expected strides.*got 2147483648"),
     "padding is negative": (dict(geometry=geometry(2, -1)), "geometry: .*paddings from 0, got -1"),
     "padding overflows": (dict(geometry=geometry(3, 2**62)), "geometry: .*got 4611686018427387904"),
-    "the result overflows": (
+    "the padded input overflows": (
         dict(geometry=[1, 1, 2**30, 2**30, 1, 1, 1, *make().geometry[7:]]),
+        r"weight\[0\]: expected a padded input and a packed filter that memory can hold",
+    ),
+    "the result overflows": (
+        dict(x=F(1, C, H, W).expand(2**40, C, H, W), geometry=[1, 1, 2**10, 2**10, 1, 1, 1, *make().geometry[7:]]),
         r"weight\[0\]: expected a result that memory can hold",
     ),
     "dilation": (dict(geometry=geometry(4, 2)), "geometry: expected dilation and groups of 1, got 2, 1 and 1"),
@@ -215,8 +219,25 @@ def test_the_result_of_no_image_overflows_too():
     """What one image would take is counted, for strides are made of it."""
     a = make(0, training=False)
     a.geometry = [1, 1, 2**30, 2**30, 1, 1, 1, *make().geometry[7:]]
-    with pytest.raises(RuntimeError, match=r"weight\[0\]: expected a result that memory can hold"):
+    with pytest.raises(RuntimeError, match=r"weight\[0\]: expected a padded input .* that memory can hold"):
         forward(a)
+
+
+@pytest.mark.parametrize("of", ["strip", "filter", "gradient", "input"])
+def test_what_kernels_make_of_hostile_geometry_overflows_too(of):
+    """Of a result of a few values the strip, or the packed filter, may be more than can be counted."""
+    one, step = F(1, 1, 1, 1), 2**31 - 1
+    a = make(1)
+    a.x, a.weight, a.geometry = one, [one], [step, step, step - 1, step - 1, 1, 1, 1]
+    a.bn_weight, a.bn_bias, a.running_mean, a.running_var = [F(1)], [F(1)], [F(1)], [F(1)]
+    a.bias, a.shortcut_weight, a.units, a.shortcut, a.training, a.eps = [], [], [1], [NONE], [False], [1e-5]
+    if of in ("filter", "gradient"):
+        a.weight, a.geometry = [one.expand(1, 1, 2**31, 2**30)], [1, 1, 2**30, 2**29, 1, 1, 1]
+    if of == "input":
+        a.x, a.geometry = one.expand(1, 1, 2**31, 2**30), [step, step, 0, 0, 1, 1, 1]
+    a.dy, a.kept, a.rows, a.needs = F(1, 1, 1, 1), [], [F(5, 1)], [False, True, False]
+    with pytest.raises(RuntimeError, match=r"weight\[0\]: expected .* that memory can hold"):
+        (backward if of == "gradient" else forward)(a)
 
 
 def test_gradients_have_the_types_of_what_they_are_of(isa):

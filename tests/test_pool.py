@@ -11,7 +11,7 @@ import torch
 from fused_preact import PreActBottleneck, PreActStage, bn_relu_conv2d
 
 BEGINNING = """
-import json, resource, torch
+import json, resource, torch, fused_preact
 from fused_preact import bn_relu_conv2d
 torch.set_num_threads(1)
 torch.set_grad_enabled(False)
@@ -49,6 +49,16 @@ before = megabytes(1)
 time.sleep(10.5)
 run(small)
 print(json.dumps(before - megabytes(1)))
+"""
+
+EMPTIED = """
+before = megabytes(1)
+x = images(4, 256)
+result = run(x)
+del result
+full = megabytes(1)
+fused_preact.empty_cache()
+print(json.dumps(full - megabytes(1)))
 """
 
 KEPT = """
@@ -112,6 +122,11 @@ def test_what_waits_is_given_up_where_memory_is_short():
 def test_what_has_waited_for_ten_seconds_goes_back():
     """A large batch does not stay in memory for good beside small ones."""
     assert run(IDLE) >= 60
+
+
+def test_the_cache_can_be_emptied():
+    """At once and by hand, as a notebook does between two nets."""
+    assert run(EMPTIED) >= 60
 
 
 def test_a_small_tensor_takes_and_keeps_little():

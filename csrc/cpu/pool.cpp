@@ -183,4 +183,9 @@ void TensorPool::give_back(void* data, size_t bytes) noexcept {
   state_.drop_before(now - std::chrono::seconds(kMostIdleSeconds));
 }
 
+void TensorPool::drop_idle() noexcept {
+  const std::lock_guard lock(state_.mutex);
+  state_.drop_before(Clock::time_point::max());
+}
+
 }  // namespace fused_preact::cpu

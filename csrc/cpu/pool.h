@@ -12,7 +12,8 @@ namespace fused_preact::cpu {
 // slabs. A slab none of whose blocks is in use goes back to the system when another block is given back and its last
 // one has waited for longer than kMostIdleSeconds, as in jemalloc; and so do those that have waited longest where more
 // bytes wait than kMostIdle times what was ever in use at a time: blocks of all sizes that a step uses one after the
-// other are less. Where the system has no more memory, all that wait go back to it first.
+// other are less. Where the system has no more memory for the kernels, all that wait go back to it first. A block in
+// use keeps its slab, whose others wait for as long.
 class TensorPool final : public Pool {
  public:
   static constexpr int kMostIdleSeconds = 10;
@@ -22,6 +23,9 @@ class TensorPool final : public Pool {
 
   void* take(size_t bytes) override;
   void give_back(void* data, size_t bytes) noexcept override;
+
+  // Gives all slabs back to the system none of whose blocks is in use.
+  void drop_idle() noexcept;
 
  private:
   TensorPool();

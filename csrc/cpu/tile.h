@@ -104,6 +104,10 @@ int64_t image_stride(const Window& w) {
   return (ceil_div(ceil_div(w.H * w.W * w.C, kLine) - 9, 16) * 16 + 9) * kLine;
 }
 
+// A row of so many tiles' pixels or more is cut: its strip would leave the second level cache. Each part reads the rows
+// that the filter reaches by itself, where tiles of whole rows share them.
+constexpr int64_t kTilesOfLongRow = 4;
+
 // Cuts a window into tiles of about `pixels` output pixels, or by position into tiles of so many images. Small images
 // share one anyway, since each tile reads all weights. A tile of whole rows has a multiple of `step`, but at the end of
 // an image; there is room for multiples of `step` everywhere. The cut depends on the shape alone.
@@ -115,7 +119,8 @@ class Tiling {
       rows_ = w.P, cols_ = w.Q, down_ = across_ = 1, images_ = images_by_position;
       return;
     }
-    const bool one_row = w.P == 1 && w.N == 1 && w.is_pointwise();
+    const bool is_flat = w.P == 1 && w.N == 1 && w.is_pointwise();
+    const bool one_row = is_flat || (step == 1 && w.Q > kTilesOfLongRow * pixels);
     cols_ = one_row ? ceil_div(even_part(w.Q, pixels), kTileStep) * kTileStep : maximum<int64_t>(w.Q, 1);
     rows_ = one_row ? 1 : even_part(ceil_div(w.P, step), pixels / (cols_ * step)) * step;
     across_ = ceil_div(w.Q, cols_);

@@ -30,6 +30,7 @@ inline int64_t position_rows(int64_t C) { return C + 1; }
 
 // With fewer channels than this the transforms cost what the products save. With fewer quads the filter's does: more
 // are needed of one that is read from the cache of all cores, or from memory.
+constexpr int64_t kMostRowBytes = int64_t{1} << 20;  // of a row of quads, which are all of a tile's at once
 constexpr int64_t kLeastChannels = 16, kLeastQuads = 48, kLeastQuadsOfLarge = 128, kLargeFilterBytes = int64_t{8} << 20;
 
 // Whether a product of operands E with a filter of so many output channels is made this way. Pairs of bf16 are
@@ -41,6 +42,7 @@ bool takes_winograd(const Window& w, int64_t outer) {
   if (!std::is_same_v<E, Accumulate<E>> || w.R != 3 || w.S != 3 || w.stride_h != 1 || w.stride_w != 1) return false;
   const int64_t quads = ceil_div(w.P, 2) * ceil_div(w.Q, 2), inside = (3 * w.P - 2) * (3 * w.Q - 2);
   if (minimum(w.C, outer) < kLeastChannels || 14 * kPositions * quads > 10 * inside) return false;
+  if (ceil_div(w.Q, 2) * kPositions * w.C * int64_t{sizeof(E)} > kMostRowBytes) return false;
   const bool is_large = kPositions * w.C * outer * int64_t{sizeof(E)} > kLargeFilterBytes;
   return w.N * quads >= (is_large ? kLeastQuadsOfLarge : kLeastQuads);
 }

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "parallel.h"
+#include "pool.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -16,6 +17,9 @@ namespace {
 
 constexpr size_t kAlignment = 64, kHugePage = size_t{2} << 20;
 
+// More than any call takes but those of very long rows.
+constexpr size_t kMostThreadScratch = size_t{16} << 20;
+
 // AddressSanitizer watches the ends of an allocation: there, every piece is one.
 #if defined(__SANITIZE_ADDRESS__)
 constexpr bool kPiecesApart = true;
@@ -26,6 +30,21 @@ constexpr bool kPiecesApart = false;
 size_t aligned(size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
 std::align_val_t alignment(size_t bytes) { return std::align_val_t(bytes < kHugePage ? kAlignment : kHugePage); }
+
+// For which what waits in the pool makes room, where the system has no more memory.
+Block scratch_block(size_t bytes) {
+  try {
+    return Block(bytes);
+  } catch (const std::bad_alloc&) {
+    TensorPool::instance().drop_idle();
+    return Block(bytes);
+  }
+}
+
+Block& thread_block() {
+  thread_local Block block;
+  return block;
+}
 
 }  // namespace
 
@@ -49,7 +68,7 @@ Block::~Block() { ::operator delete(data_, alignment(bytes_)); }
 void* BlockScratch::take(size_t bytes) {
   if (!kPiecesApart) bytes = aligned(bytes);
   if (kPiecesApart || blocks_.empty() || blocks_.back().bytes() - used_ < bytes) {
-    blocks_.emplace_back(std::max(bytes, std::exchange(next_, 0)));
+    blocks_.push_back(scratch_block(std::max(bytes, std::exchange(next_, 0))));
     used_ = 0;
   }
   void* piece = blocks_.back().data() + used_;
@@ -74,9 +93,16 @@ Scratch& scratch() {
 }
 
 void* thread_scratch(size_t bytes) {
-  thread_local Block block;
-  if (kPiecesApart || block.bytes() < bytes) block = Block(bytes);
+  Block& block = thread_block();
+  if (kPiecesApart || block.bytes() < bytes) {
+    block = Block();
+    block = scratch_block(bytes);
+  }
   return block.data();
+}
+
+void release_thread_scratch() noexcept {
+  if (thread_block().bytes() > kMostThreadScratch) thread_block() = Block();
 }
 
 }  // namespace fused_preact::cpu

@@ -43,4 +43,8 @@ class BlockScratch final : public Scratch {
 // The calling thread's own.
 Scratch& scratch();
 
+// Gives the calling thread's thread_scratch (parallel.h) back to the system if it is large: rows of many thousand
+// pixels take hundreds of megabytes, which all threads would keep.
+void release_thread_scratch() noexcept;
+
 }  // namespace fused_preact::cpu

@@ -1,0 +1,60 @@
+"""csrc/cpu/workspace.cpp: scratch memory of calls and threads, where there is little of it."""
+
+import pytest
+
+from test_pool import run
+
+FORWARD = """
+def forward(x, weight, stride, pad):
+    one = torch.ones(1).expand(x.size(1))
+    y, *_ = torch.ops.fused_preact.forward(
+        x, None, [weight], [], [one], [one], [], [], [], [True], [1e-5], [stride, stride, pad, pad, 1, 1, 1], [1], [0],
+        torch.float32, 3, False)
+    return list(y.shape)
+"""
+
+# A packed filter of 324 MB, of weights that take none, beside 300 MB that wait in the pool.
+WAITING = """
+result = run(images(300, 64))
+del result
+resource.setrlimit(resource.RLIMIT_AS, (megabytes(0) + 200 << 20, -1))
+print(json.dumps(forward(torch.zeros(1, 3072, 4, 4), torch.zeros(1, 1, 1, 1).expand(3072, 3072, 3, 3), 1, 1)))
+"""
+
+# With a wide stride a strip of 75 MB gives a row of 98 pixels.
+SCARCE = """
+torch.set_num_threads({threads})
+x, weight = torch.randn(2, 64, 1, 1), torch.randn(64, 64, 3, 3)
+forward(x, weight, 1, 1)
+resource.setrlimit(resource.RLIMIT_AS, (megabytes(0) + 60 << 20, -1))
+try:
+    found = forward(x, weight, 1024, 50_000)
+except MemoryError as error:
+    found = str(error)
+print(json.dumps([found, forward(x, weight, 1, 1)]))
+"""
+
+LONG = """
+torch.set_num_threads(2)
+x, weight = torch.randn(2, 64, 1, 1), torch.randn(64, 64, 3, 3)
+forward(x, weight, 1, 1)
+before = megabytes(1)
+forward(x, weight, 1024, 50_000)
+print(json.dumps(megabytes(1) - before))
+"""
+
+
+def test_what_waits_in_the_pool_makes_room():
+    """A filter that would be packed before the net ran is packed after it, too."""
+    assert run(FORWARD + WAITING) == [1, 3072, 4, 4]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_thread_that_has_no_memory_says_so(threads):
+    """As torch does, by an exception, from whichever thread; and the process goes on."""
+    assert run(FORWARD + SCARCE.format(threads=threads)) == ["std::bad_alloc", [2, 64, 1, 1]]
+
+
+def test_long_rows_leave_nothing_behind():
+    """A strip of a wide stride takes a hundred megabytes; its thread does not keep it."""
+    assert run(FORWARD + LONG) < 40
