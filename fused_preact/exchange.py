@@ -293,8 +293,9 @@ def _plain(norm: nn.Module) -> nn.Module:
     Anything else as it is: a forward of its own may look at more of the batch, or of other processes, than a trial has.
     """
     kind = type(norm)
-    adds = isinstance(norm, nn.BatchNorm2d) and kind is not nn.BatchNorm2d
-    if not adds or not (norm._modules or kind.forward is nn.BatchNorm2d.forward):
+    if kind is nn.BatchNorm2d or not issubclass(kind, nn.BatchNorm2d):
+        return norm
+    if kind.forward is not nn.BatchNorm2d.forward and not norm._modules:
         return norm
     plain = nn.BatchNorm2d.__new__(nn.BatchNorm2d)
     plain.__dict__ = norm.__dict__ | {"_modules": {}}

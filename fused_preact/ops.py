@@ -185,7 +185,7 @@ class _Stage(torch.autograd.Function):
             y, kept, rows = forward(*tensors, *facts)
         _, _, weight, bias, *_, shortcut_weight = tensors
         _save(ctx, backend, facts, x, y, kept, rows, weight, bias, shortcut_weight, parts)
-        # Not saved: in-place changes of beta are no error in plain layers. What is no leaf is held by the graph anyway.
+        # Not by save_for_backward: to change beta in place before backward is no error with plain layers.
         ctx.norms = [t for t in (*tensors[4], *tensors[5]) if t.requires_grad]
         found += rows
         return y

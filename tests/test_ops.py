@@ -228,8 +228,15 @@ def test_a_second_derivative_is_refused_whatever_is_asked_for(of, backend):
     wanted = {"x": x, "dy": dy, **dict(block.named_parameters())}[of]
     with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
         torch.autograd.grad(dx.square().sum() + block(x).sum() + dy.sum(), wanted)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("product", [torch.autograd.functional.hvp, torch.autograd.functional.vhp])
+def test_a_product_with_a_second_derivative_is_refused(product, backend):
+    """Where it was lost this would be zero."""
+    block, (x, v) = PreActBlock(4, 4, backend=backend), torch.randn(2, 2, 4, 5, 5)
     with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
-        torch.autograd.functional.hvp(lambda x: block(x).pow(3).sum(), x, dy)
+        product(lambda x: block(x).pow(3).sum(), x, v)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -34,7 +34,7 @@ except MemoryError as error:
 print(json.dumps([found, forward(x, weight, 1, 1)]))
 """
 
-LONG = """
+LARGE = """
 torch.set_num_threads(2)
 x, weight = torch.randn(2, 64, 1, 1), torch.randn(64, 64, 3, 3)
 forward(x, weight, 1, 1)
@@ -55,6 +55,6 @@ def test_a_thread_that_has_no_memory_says_so(threads):
     assert run(FORWARD + SCARCE.format(threads=threads)) == ["std::bad_alloc", [2, 64, 1, 1]]
 
 
-def test_long_rows_leave_nothing_behind():
-    """A strip of a wide stride takes a hundred megabytes; its thread does not keep it."""
-    assert run(FORWARD + LONG) < 40
+def test_a_large_strip_is_not_kept():
+    """That of a wide stride takes 75 MB in each of two threads, which live on."""
+    assert run(FORWARD + LARGE) < 40
