@@ -84,6 +84,8 @@ def cuda_unavailable(device: torch.device | None = None) -> str | None:
         return _extension.unavailable
     if not _extension.cuda_architectures:
         return "the CUDA kernels were left out: install again where nvcc is, or with FUSED_PREACT_CUDA=1"
+    if torch.version.hip is not None:  # whose devices are called cuda, too
+        return f"torch {torch.__version__} is one for AMD's GPUs"
     if not torch.cuda.is_available():
         return f"torch {torch.__version__} has no CUDA device on this machine"
     if torch.cuda.get_device_capability(device) < (8, 0):

@@ -221,7 +221,8 @@ class Needs:
 
 class _Backward:
     def __init__(self, kernels, stage, kept, rows, needs) -> None:
-        self.kernels, self.stage, self.kept, self.rows, self.needs = kernels, stage, list(kept), rows, needs
+        self.kernels, self.stage, self.rows, self.needs = kernels, stage, rows, needs
+        self.kept = [_dense(t) for t in kept]  # a hook of saved tensors may have laid them out anew
         n, empty = len(stage.training), rows[0].new_empty
         self.dweight = [empty(0, dtype=stage.dtype) for _ in range(n)]
         self.dbias = [empty(0, dtype=stage.dtype) for _ in stage.bias]

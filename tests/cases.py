@@ -7,6 +7,7 @@ alike, so that the errors of both against float64 can be compared.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -272,7 +273,9 @@ def assert_no_worse(ours: dict[str, float], theirs: dict[str, float], dtype: tor
     """The rule of `assert_as_close_as_eager` for errors that have been measured."""
     rounding = torch.finfo(dtype).eps / 2
     assert ours.keys() == theirs.keys()
-    worse = {name: (ours[name], theirs[name]) for name in ours if not ours[name] <= max(2 * theirs[name], rounding)}
+    # Eager's may be no number: torch's filter gradient of 1x1 images at stride 2, in bf16, is of memory never written.
+    bounds = {name: max(2 * e, rounding) if math.isfinite(e) else rounding for name, e in theirs.items()}
+    worse = {name: (ours[name], theirs[name]) for name in ours if not ours[name] <= bounds[name]}
     assert not worse, f"relative error and that of eager: {worse}"
 
 
@@ -316,6 +319,7 @@ UNITS = [
     Case("one-image", (1, 16, 8, 8), (Layer(16),)),
     Case("one-row", (4, 16, 1, 9), (Layer(8),)),
     Case("one-column-1x1", (4, 3, 9, 1), (point(35),)),
+    Case("one-pixel-stride-2", (9, 12, 1, 1), (Layer(20, stride=(2, 2)),)),
     Case("stride-2", (2, 16, 9, 8), (Layer(24, stride=(2, 2)),)),
     Case("stride-2-1x1", (2, 12, 7, 6), (point(20, stride=(2, 2)),)),
     Case("no-padding", (2, 8, 6, 5), (Layer(4, padding=(0, 0)),), residual=True),

@@ -131,13 +131,16 @@ def test_what_the_cuda_kernels_leave_to_eager(gpu, options, reason):
 
 
 def test_why_cuda_cannot_be_used(gpu):
-    """Each thing that is missing is named: the kernels in the binary, a GPU, a new enough one."""
+    """Each thing that is missing is named: the kernels in the binary, a GPU, one of NVIDIA's, a new enough one."""
     asked = on_cuda()
     gpu.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
     with pytest.raises(ValueError, match=r"compute capability 8\.0 or more"):
         backends.choose("cuda", asked)
     gpu.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="has no CUDA device"):
+        backends.choose("cuda", asked)
+    gpu.setattr(torch.version, "hip", "7.2")
+    with pytest.raises(ValueError, match="is one for AMD's GPUs"):
         backends.choose("cuda", asked)
     gpu.setattr(_extension, "cuda_architectures", ())
     with pytest.raises(ValueError, match=r"the CUDA kernels were left out: .*FUSED_PREACT_CUDA=1"):

@@ -138,3 +138,15 @@ def test_what_is_made_again_is_the_same_to_the_bit(backend, monkeypatch):
     ours = step(copy.deepcopy(stage), images())
     monkeypatch.setattr(schedule, "REPEATING", count + 2)
     assert_same(ours, step(stage, images()), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("memory", ["fast", "lean", "min"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_is_kept_may_be_laid_out_anew(backend, memory):
+    """As torch.autograd.graph.save_on_cpu does, which gives NCHW back for channels_last."""
+    torch.manual_seed(0)
+    stage = PreActStage(*(PreActBottleneck(8, 2, backend=backend) for _ in range(3)), memory=memory).double()
+    twin = copy.deepcopy(stage)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(memory_format=torch.contiguous_format), lambda t: t):
+        ours = step(stage, images().contiguous(memory_format=torch.channels_last))
+    assert_same(ours, step(twin, images()), rtol=1e-10, atol=1e-10)

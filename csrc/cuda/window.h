@@ -47,8 +47,9 @@ struct Axis {
             static_cast<int>(stride)};
   }
 
+  // The transpose of a stride of two has one tap, too, where there is one pixel: not the first of its filter.
   bool is_identity() const {
-    return stride == 1 && taps == 1 && first == 0 && size == count && count == total && to0 == 0;
+    return stride == 1 && taps == 1 && tap0 == 0 && first == 0 && size == count && count == total && to0 == 0;
   }
   __host__ __device__ int source_step() const { return taps > 1 ? 1 : stride; }  // source pixels to a strip pixel
   __host__ __device__ int strip_step() const { return taps > 1 ? stride : 1; }   // strip pixels to an output pixel
