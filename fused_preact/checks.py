@@ -6,7 +6,7 @@ ValueError.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
@@ -45,6 +45,24 @@ class Block(NamedTuple):
 
     units: list[Unit]
     shortcut: Shortcut = Shortcut()
+
+    def trains(self) -> bool:
+        """Whether a parameter requires a gradient."""
+        parameters = [*(t for unit in self.units for t in unit[:4]), self.shortcut.weight]
+        return any(t is not None and t.requires_grad for t in parameters)
+
+
+def constant(running_mean: Iterable[Tensor | None], running_var: Iterable[Tensor | None]) -> None:
+    """Running statistics are data to a batch norm, as to torch's.
+
+    Raises:
+        ValueError: gradients are on, and one of them requires one.
+    """
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*running_mean, *running_var)):
+        raise ValueError(
+            "running_mean and running_var must not require a gradient, for batch norm makes none for them; use "
+            "requires_grad_(False) or torch.no_grad()"
+        )
 
 
 def pair(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:

@@ -159,6 +159,7 @@ def execute(
     y has the dtype that the plain layers would give it, but under autocast that of a stream kept in float32. ``parts``,
     if any, are kept for backward in the place of x, which they make when they are joined along the channels.
     """
+    checks.constant(given.running_mean, given.running_var)
     stream = x if x.dtype == plan.stream else x.to(plan.stream)
     tensors = given if plan.missing is None else given.filled(stream, plan.missing)
     if plan.cast is None:

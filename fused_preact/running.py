@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from . import _extension, backends
+from . import _extension, backends, checks
 from .kernels import MEAN, VARIANCE
 
 
@@ -51,6 +51,7 @@ def update(
     """
     if not (mean or var or counts):
         return
+    checks.constant(mean, var)
     if torch.compiler.is_compiling():  # whether a checkpoint repeats it is known only when the code runs
         with torch.no_grad():
             torch.ops.fused_preact._move_running(mean, var, counts, rows, units, momentum)

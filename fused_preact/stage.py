@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import torch
 import torch.fx
 from torch import Tensor, nn
 
@@ -118,6 +119,11 @@ class PreActStage(nn.Sequential):
     def _fused(self, part: _Part, x: Tensor) -> Tensor:
         if isinstance(x, torch.fx.Proxy):  # symbolic tracing, which calls with no tensors
             return part.run_apart(x)
+        frozen = part.frozen(x)
+        if 0 < frozen < len(part.blocks):  # these would keep what no gradient is made of
+            for piece in part.cut(frozen):
+                x = self._fused(piece, x)
+            return x
         where = self if len(part.blocks) == len(self) else part.blocks[0]
         if backends.is_recording():
             choice = part.run.choice(where, x, self.memory)
@@ -157,10 +163,24 @@ class _Part(NamedTuple):
 
     blocks: list[Block]
     run: Run
+    pieces: dict[int, tuple[_Part, _Part]]
 
     @classmethod
     def of(cls, part: list[tuple[Block, Layers]]) -> _Part:
-        return cls([block for block, _ in part], Run.of(part[0][0].backend, [layers for _, layers in part]))
+        return cls([block for block, _ in part], Run.of(part[0][0].backend, [layers for _, layers in part]), {})
+
+    def frozen(self, x: Any) -> int:
+        """How many blocks come before the first that a gradient leads to, or 0 where all may be needed."""
+        if not isinstance(x, Tensor) or x.requires_grad or not torch.is_grad_enabled():
+            return 0
+        return next((k for k, block in enumerate(self.run.blocks) if block.trains()), len(self.blocks))
+
+    def cut(self, count: int) -> tuple[_Part, _Part]:
+        """The first ``count`` blocks, and the others."""
+        if count not in self.pieces:
+            part = [(block, block._layers()) for block in self.blocks]
+            self.pieces[count] = _Part.of(part[:count]), _Part.of(part[count:])
+        return self.pieces[count]
 
     def run_apart(self, x: Tensor, reason: str | None = None) -> Tensor:
         """What the blocks make of x one after the other, for a reason that their own choices do not say."""

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from cases import BACKENDS, needs_cpu
-from fused_preact import BNReLUConv2d, PreActBlock, PreActStage, running
+from fused_preact import BNReLUConv2d, PreActBlock, PreActStage, bn_relu_conv2d, running
 from fused_preact.kernels import MEAN, VARIANCE
 
 CHANNELS = (1, 7, 32)
@@ -307,3 +307,21 @@ def test_selective_checkpoint(backend):
         own = {name: t for name, t in net.state_dict().items() if not name.startswith("1.")}
         results.append([y.detach(), x.grad, *(p.grad for p in net.parameters()), *own.values()])
     assert_close(results[1], results[0])
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_running_statistics_that_require_a_gradient_are_refused(backend, training):
+    """There is none for them, and a constant in silence would be a wrong one; without gradients they are data."""
+    x, weight, mean, var = torch.randn(2, 8, 4, 4), torch.randn(4, 8, 1, 1), torch.zeros(8), torch.ones(8)
+    mean.requires_grad_()
+    unit = BNReLUConv2d(8, 4, 1, backend=backend).train(training)
+    unit.bn.running_var.requires_grad_()
+    for call in (
+        lambda: bn_relu_conv2d(x, weight, running_mean=mean, running_var=var, training=training, backend=backend),
+        lambda: unit(x),
+    ):
+        with pytest.raises(ValueError, match="running_mean and running_var must not require a gradient"):
+            call()
+        with torch.no_grad():
+            call()

@@ -147,6 +147,37 @@ def test_what_is_kept_may_be_laid_out_anew(backend, memory):
     torch.manual_seed(0)
     stage = PreActStage(*(PreActBottleneck(8, 2, backend=backend) for _ in range(3)), memory=memory).double()
     twin = copy.deepcopy(stage)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(memory_format=torch.contiguous_format), lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: t.clone(memory_format=torch.contiguous_format), lambda t: t
+    ):
         ours = step(stage, images().contiguous(memory_format=torch.channels_last))
     assert_same(ours, step(twin, images()), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("memory", ["fast", "lean", "min"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_blocks_that_no_gradient_leads_to_keep_nothing(backend, memory, compiled):
+    """Those in front of the first that is trained, as where the last blocks of a net are tuned."""
+    torch.manual_seed(0)
+    stage, plain = (
+        PreActStage(*(PreActBottleneck(8, 2, backend=b) for _ in range(4)), memory=memory).double()
+        for b in (backend, "eager")
+    )
+    plain.load_state_dict(stage.state_dict())
+    for one in stage, plain:
+        one[:2].requires_grad_(False)
+    call = torch.compile(stage, backend="aot_eager", fullgraph=True) if compiled else stage
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        call(images()).square().sum().backward()
+    plain(images()).square().sum().backward()
+    inside = [shape for shape in kept if len(shape) == 4 and shape[0] == 3]
+    # Of two blocks x and what is inside, or the stage's x and y and what is inside; and what square keeps.
+    assert len(inside) == {"fast": 2 * 3, "lean": 2 + 2 * 2, "min": 2 + 2}[memory] + 1
+    found = [
+        {**one.state_dict(), **{f"d{k}": p.grad for k, p in one.named_parameters() if p.grad is not None}}
+        for one in (stage, plain)
+    ]
+    assert found[0].keys() == found[1].keys()
+    torch.testing.assert_close(*found, rtol=1e-8, atol=1e-9)

@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fused_preact import PreActStage
-from fused_preact.modules import Fused
 
 from .cases import DTYPES, LAYOUTS, Case
 from .measure import Step
+from .plain import Plain, plain
 
 RECOMPILE_LIMIT = 64
 
@@ -51,8 +51,11 @@ def contenders(case: Case, compiled: bool = False, device: str = "cpu") -> list[
 
 def build(contender: Contender, problem: Problem) -> nn.Module:
     """The contender's module, in training mode, with the problem's parameters."""
-    module = problem.case.make("eager" if contender.backend == "compiled" else contender.backend)
+    ordinary = contender.backend in ("eager", "compiled")
+    module = problem.case.make("eager" if ordinary else contender.backend)
     module.load_state_dict(problem.state)
+    if ordinary:
+        module = plain(module)
     module = module.to(contender.device, memory_format=LAYOUTS[contender.layout]).train()
     for stage in [m for m in module.modules() if isinstance(m, PreActStage)]:
         stage.memory = contender.memory
@@ -60,7 +63,7 @@ def build(contender: Contender, problem: Problem) -> nn.Module:
         # Block by block: a deep net takes minutes to trace whole. The code of a block is compiled for each of its
         # shapes, and beyond the limit not at all.
         torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
-        for part in [m for m in module.modules() if isinstance(m, Fused)]:
+        for part in [m for m in module.modules() if isinstance(m, Plain)]:
             part.compile(dynamic=False)
     return module
 
