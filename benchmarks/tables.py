@@ -7,7 +7,7 @@ a processor in the files' names.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +16,15 @@ from fused_preact.bench import report
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = ROOT / "README.md", ROOT / "docs" / "results.md"
-PROCESSORS = {"epyc-zen4": "Zen 4", "xeon-amx": "Xeon with AMX"}
-"""Those of the summary."""
-FUSED = ("fused channels_last", "fused lean channels_last", "fused min channels_last")
-STEP = "Training step"
-SUMMARY = {
-    "ResNet-1001 bottleneck": (
-        "64x32x32, N=16, fp32",
-        "128x16x16, N=16, fp32",
-        "256x8x8, N=16, fp32",
-        "64x32x32, N=16, bf16",
-    ),
-    "PreActResNet-18 block": ("64x32x32, N=16, fp32",),
+SUMMARY = "xeon-amx"  # the processor of the summary, and what it shows
+ROWS = {
+    "ResNet-1001 bottleneck": ("64x32x32, N=16, ", "128x16x16, N=16, ", "256x8x8, N=16, "),
+    "PreActResNet-18 block": ("64x32x32, N=16, fp32", "256x8x8, N=16, fp32"),
     "DenseNet-121 layer": ("160x32x32, N=16, fp32",),
-    STEP: ("ResNet-110, N=16, fp32", "PreActResNet-18, N=8, fp32", "ResNet-1001, N=8, fp32", "ResNet-1001, N=64, fp32"),
+    "Training step": ("ResNet-110, ", "PreActResNet-18, ", "ResNet-1001, N=8, ", "ResNet-1001, N=64, "),
+    "Host cost": ("",),
 }
+FUSED = ("fused channels_last", "fused lean channels_last", "fused min channels_last")
 Key = tuple[str, str, str]  # group, label and contender
 Rows = dict[str, dict[str, Any]]  # by quantity
 
@@ -50,6 +44,12 @@ def measured(processor: str, malloc: str) -> dict[Key, tuple[dict[str, Any], Row
                 rows = report.by_contender(case)
                 found |= {(case["group"], case["label"], name): (case, rows[name]) for name in FUSED if name in rows}
     return found
+
+
+def ordered(found: Iterable[Key]) -> list[Key]:
+    """Group by group, each as it first came."""
+    groups = [*dict.fromkeys(group for group, _, _ in found)]
+    return sorted(found, key=lambda key: groups.index(key[0]))
 
 
 def table(heads: list[str], rows: Iterator[list[str]]) -> str:
@@ -92,10 +92,8 @@ def whole(processor: str) -> str:
     """All that was measured on a processor."""
     plain, tuned = (measured(processor, malloc) for malloc in ("default", "tuned"))
 
-    groups = [*dict.fromkeys(group for group, _, _ in plain)]
-
     def rows() -> Iterator[list[str]]:
-        for key in sorted(plain, key=lambda key: groups.index(key[0])):
+        for key in ordered(plain):
             case, found = plain[key]
             cells = [ratio(found["forward"]), total(found)]
             cells += [total(tuned[key][1])] if key in tuned else [""] if tuned else []
@@ -108,19 +106,17 @@ def whole(processor: str) -> str:
 
 
 def summary() -> str:
-    """A few rows of each processor of PROCESSORS."""
-    columns = [measured(processor, "default") for processor in PROCESSORS]
+    """What ROWS names of one processor, with medians alone."""
+    found = measured(SUMMARY, "default")
+    wanted = [key for key in ordered(found) if key[1].startswith(ROWS.get(key[0], ()))]
 
     def rows() -> Iterator[list[str]]:
-        for key in ((group, label, name) for group, labels in SUMMARY.items() for label in labels for name in FUSED):
-            if key in columns[0]:
-                pairs = [column[key][1][quantity] for column in columns for quantity in ("forward", "total")]
-                cells = [f"{row['ratio']['median']:.2f}x" for row in pairs]
-                case, found = columns[0][key]
-                yield [name_of(key), *cells, kept(case, found["saved_bytes"])]
+        for key in wanted:
+            case, by_quantity = found[key]
+            ratios = [f"{by_quantity[quantity]['ratio']['median']:.2f}x" for quantity in ("forward", "total")]
+            yield [name_of(key), *ratios, kept(case, by_quantity["saved_bytes"])]
 
-    heads = [f"{name}: {part}" for name in PROCESSORS.values() for part in ("forward", "forward + backward")]
-    return table([*heads, "kept for backward"], rows())
+    return table(["forward", "forward + backward", "kept for backward"], rows())
 
 
 def filled(text: str) -> str:

@@ -319,7 +319,6 @@ UNITS = [
     Case("one-image", (1, 16, 8, 8), (Layer(16),)),
     Case("one-row", (4, 16, 1, 9), (Layer(8),)),
     Case("one-column-1x1", (4, 3, 9, 1), (point(35),)),
-    Case("one-pixel-stride-2", (9, 12, 1, 1), (Layer(20, stride=(2, 2)),)),
     Case("stride-2", (2, 16, 9, 8), (Layer(24, stride=(2, 2)),)),
     Case("stride-2-1x1", (2, 12, 7, 6), (point(20, stride=(2, 2)),)),
     Case("no-padding", (2, 8, 6, 5), (Layer(4, padding=(0, 0)),), residual=True),
@@ -390,6 +389,8 @@ LARGE = [
     Case("long-rows", (1, 8, 3, 150), (Layer(16),)),
     Case("long-rows-stride-2", (1, 9, 5, 141), (Layer(8, stride=(2, 2)),)),
     Case("many-images", (40, 4, 3, 3), (Layer(8),)),
+    # Of which torch's own filter gradient in bf16 is wrong on a CPU, so that the library's is not compared.
+    Case("one-pixel-stride-2", (9, 12, 1, 1), (Layer(20, stride=(2, 2)),)),
     Case("many-tiles", (2, 16, 33, 31), (Layer(16),)),
     # A block of dgrad has several tiles, each of two chunks or more, and sums.
     Case("many-tiles-of-chunks-1x1", (2, 24, 16, 17), (point(72),)),

@@ -1,14 +1,16 @@
-"""README.md: its Python runs as it stands."""
+"""README.md and docs/results.md: their Python runs as it stands, and their figures are those of the result files."""
 
+import importlib.util
 import re
 from pathlib import Path
 
-import torch
+import pytest
 from torch import nn
 
 from fused_preact import PreActBlock, PreActStage
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
 
 
 class TheirPreActBlock(nn.Module):
@@ -26,16 +28,26 @@ class TheirPreActBlock(nn.Module):
 
 
 def test_its_python_runs(capsys):
-    """Block after block in one namespace, as a reader would try them; for the second ``net`` is one of theirs."""
+    """Block after block in one namespace, as a reader would try them, with a net of theirs."""
     code = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
     units, exchange, stages = (compile(text, README.name, "exec") for text in code)
-    space = {"images": torch.randn(2, 64, 8, 8)}
+    space = {"YourNet": lambda: nn.Sequential(TheirPreActBlock(64, 64), TheirPreActBlock(64, 128, 2))}
     exec(units, space)
     assert "layer1" in capsys.readouterr().out
-    space["net"] = nn.Sequential(TheirPreActBlock(64, 64), TheirPreActBlock(64, 128, 2))
     exec(exchange, space)
     assert (type(space["net"]), space["net"].memory) == (PreActStage, "lean")
     assert [type(child) for child in space["net"]] == [PreActBlock, PreActBlock]
     assert space["unit"].conv is space["conv"]
     exec(stages, space)
     assert (space["stage"].memory, space["net"].layer1.memory) == ("lean", "min")
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
+def test_its_tables_are_made_of_the_result_files(page):
+    """`python benchmarks/tables.py` would write them as they are: there is one, and no figure is by hand."""
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    text = (ROOT / page).read_text()
+    assert "<!-- table: " in text
+    assert tables.filled(text) == text
