@@ -1,10 +1,14 @@
 """The command `fused-preact`, also `python -m fused_preact`: one subcommand a module, imported when it is asked for."""
 
 import argparse
+import contextlib
 import importlib
 import math
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
 from typing import Any
 
 from . import __version__
@@ -21,8 +25,40 @@ MOST_THREADS = 1024  # more than any processor has, and fewer than the system re
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code: 0 for success, 2 for what the user can put right, 130 for Ctrl-C."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    """Runs one command and returns its exit code.
+
+    0 for success, 2 for what the user can put right, 130 for Ctrl-C, 143 for SIGTERM.
+    """
+    try:
+        with _stoppable():
+            return _run(list(sys.argv[1:] if arguments is None else arguments))
+    except KeyboardInterrupt as stop:
+        return 128 + (*stop.args, signal.SIGINT)[0]
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    """SIGINT and SIGTERM raise a KeyboardInterrupt with their number; what comes after it does not disturb the end."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        for ignored in before:
+            signal.signal(ignored, signal.SIG_IGN)
+        raise KeyboardInterrupt(number)
+
+    heard = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    unheard = signal.SIG_IGN, None  # ignored by who called, or handled by what is not Python's
+    before = {number: signal.getsignal(number) for number in heard if signal.getsignal(number) not in unheard}
+    try:
+        for number in before:
+            signal.signal(number, stop)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _run(arguments: list[str]) -> int:
+    """The same; what the user can put right becomes one line on stderr."""
     try:
         parser = _parser(arguments)
         parsed, unknown = parser.parse_known_args(arguments)
@@ -38,8 +74,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         reason = str(error).splitlines()[0]
         print(f"fused-preact: memory ran out: ask for less, such as a smaller batch ({reason})", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        return 130
 
 
 def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:

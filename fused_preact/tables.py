@@ -1,7 +1,8 @@
 """What was measured on a device: the best backend of each call, and tiles for the Triton kernels.
 
 `fused-preact tune` writes one JSON file a device into the user's cache folder; a file of the same name in the
-package's folder ``measured`` is what this version was shipped with, and counts where the user's has nothing. The file:
+package's folder ``measured`` is what this version was shipped with, and counts where the user's has nothing. What the
+user measured with another version of the package does not count: its kernels were others. The file:
 
     {"device": name, "date": ..., "versions": {...},
      "calls": {key of a call: {N: {"best": backend, "seconds": {backend: median of forward (and backward)}}}},
@@ -22,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+import fused_preact
 
 from . import tracing
 from .errors import UserError
@@ -90,28 +93,35 @@ def file_name(device: str) -> str:
 
 @functools.cache
 def load(device: str | None) -> dict[str, Any]:
-    """The tables of a device, the user's over the shipped; empty where there are none, or none that can be read."""
+    """The tables of a device, the user's over the shipped; empty where there are none, or none that can be used."""
     name = file_name(device or "")
     shipped = _read(SHIPPED / name)
     try:
         own = folder()
     except RuntimeError:
         return shipped
-    return _over(shipped, _read(own / name))
+    return _over(shipped, _own(own / name))
 
 
-_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+_MOST_IMAGES = 2**63 - 1  # that a size can say
+
+
+def _empty() -> dict[str, Any]:
+    return {"versions": {}, "calls": {}, "tiles": {}}
 
 
 def _parse(path: Path) -> dict[str, Any]:
     """The tables in a file, empty where there is none; one of _UNREADABLE is raised where it holds something else."""
     try:
-        document = json.loads(path.read_text())
-    except FileNotFoundError:
-        return {"calls": {}, "tiles": {}}
+        document = {"versions": {}} | json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        return _empty()
+    if not isinstance(document["versions"], dict):
+        raise ValueError(f"versions: {document['versions']}")
     for part, is_entry in ("calls", lambda call: isinstance(call["best"], str)), ("tiles", _is_tile):
         for N, entry in (item for batches in document[part].values() for item in batches.items()):
-            if int(N) < 1 or not is_entry(entry):
+            if not 1 <= int(N) <= _MOST_IMAGES or not is_entry(entry):
                 raise ValueError(f"{N}: {entry}")
     return document
 
@@ -130,7 +140,26 @@ def _read(path: Path) -> dict[str, Any]:
             f"{error}); remove the file, and `fused-preact tune` measures again",
             stacklevel=2,
         )
-        return {"calls": {}, "tiles": {}}
+        return _empty()
+
+
+def _own(path: Path) -> dict[str, Any]:
+    """The same of a user's file, and empty, with a warning, where another version of the package measured it."""
+    document = _read(path)
+    if _is_current(document):
+        return document
+    warnings.warn(
+        f"fused_preact {fused_preact.__version__} leaves out the measurements in {path}, which are of version "
+        f"{document['versions'].get('fused_preact', 'unknown')}; `fused-preact tune` measures again",
+        stacklevel=2,
+    )
+    return _empty()
+
+
+def _is_current(document: dict[str, Any]) -> bool:
+    """Whether this version of the package measured what is in a document."""
+    nothing = not document["calls"] and not document["tiles"]
+    return nothing or document["versions"].get("fused_preact") == fused_preact.__version__
 
 
 def _over(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
@@ -154,18 +183,29 @@ def place(device: str) -> Path:
         raise UserError("--output: expected a file for the table, for the user has no home folder") from error
 
 
+def existing(path: Path) -> dict[str, Any]:
+    """What `save` adds to: the tables in a file, empty where another version of the package measured them.
+
+    Raises:
+        UserError: there is another file in its place.
+    """
+    try:
+        document = _parse(path)
+    except _UNREADABLE as error:
+        raise UserError(f"{path}: holds no table of fused-preact tune, and is not overwritten: remove it") from error
+    return document if _is_current(document) else _empty()
+
+
 def save(document: dict[str, Any], path: Path | None = None) -> Path:
-    """Write the table of ``document["device"]``, over what the file has, and let it count from here on.
+    """Write the table of ``document["device"]``, as of this version, over what `existing` has; it counts from here on.
 
     Raises:
         UserError: it cannot be written, or there is another file in its place.
     """
     global _version
     path = path or place(document["device"])
-    try:
-        whole = _over(_parse(path), document)
-    except _UNREADABLE as error:
-        raise UserError(f"{path}: holds no table of fused-preact tune, and is not overwritten: remove it") from error
+    whole = _over(existing(path), document)
+    whole["versions"] = whole["versions"] | {"fused_preact": fused_preact.__version__}
     write_json(whole, path)
     load.cache_clear()
     _version += 1

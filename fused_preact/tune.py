@@ -18,7 +18,8 @@ from .bench import environment
 from .bench.cases import DTYPES, LAYOUTS, USUAL
 from .bench.contenders import autocast, block_step
 from .bench.measure import Step, Times, alternate, ratio, spread
-from .bench.report import progress_bar
+from .bench.plain import plain
+from .bench.report import HOST_THREADS, progress_bar, warn_if_busy
 from .cli import positive, thread_count
 from .errors import UserError
 from .files import check_writable
@@ -74,7 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Measures call by call, prints each result and adds it to the table's file; returns 0.
 
     Raises:
-        UserError: the device is not there.
+        UserError: the device is not there, or the file cannot be written or is no table.
     """
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if tables.device_name(device) is None:
@@ -85,7 +86,9 @@ def run(arguments: argparse.Namespace) -> int:
     document = _document(device)
     path = arguments.output or tables.place(document["device"])
     check_writable(path)
+    tables.existing(path)
     console = Console()
+    warn_if_busy(console, HOST_THREADS if device == "cuda" else torch.get_num_threads())
     with progress_bar(console) as progress:
         for dtype in arguments.dtypes:
             calls = _calls(arguments.models, device, DTYPES[dtype], batch, arguments.size)
@@ -166,7 +169,8 @@ def _served_by(backend: str, module: nn.Module) -> nn.Module:
 
 def _step(problem: backends.Problem, block: nn.Module, backend: str) -> Step:
     """Forward, and where it is training backward, of a stage or block with a backend."""
-    module = _served_by(backend, block).train(not problem.inference)
+    module = plain(copy.deepcopy(block)) if backend == "eager" else _served_by(backend, block)
+    module.train(not problem.inference)
     x = torch.randn(problem.shape, device=problem.device, dtype=problem.dtype)
     x = x.to(memory_format=LAYOUTS.get(problem.format, torch.contiguous_format))
     y = block_step(module, x, None, problem.dtype).forward()

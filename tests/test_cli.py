@@ -1,7 +1,9 @@
 """The command line: exit codes and messages are what scripts and people rely on."""
 
+import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -129,3 +131,42 @@ def test_interrupt_ends_quietly(monkeypatch):
 
     monkeypatch.setattr(info, "run", interrupt)
     assert cli.main(["info"]) == 130
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["INT", "TERM"])
+def test_a_signal_ends_a_command_in_order(number, code, monkeypatch):
+    """What it holds is let go, whatever comes meanwhile, and afterwards signals act as before."""
+    ended, before = [], [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+
+    def work(_arguments):
+        try:
+            signal.raise_signal(number)
+        finally:
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGINT)
+            ended.append(True)
+
+    monkeypatch.setattr(info, "run", work)
+    assert cli.main(["info"]) == code
+    assert ended == [True]
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_a_signal_that_is_ignored_stays_so(monkeypatch):
+    """As a shell does with Ctrl-C for a command in the background."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    monkeypatch.setattr(info, "run", lambda _: signal.raise_signal(signal.SIGINT) or 0)
+    try:
+        assert cli.main(["info"]) == 0
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_runs_in_any_thread(monkeypatch):
+    """Signals are for the main one alone."""
+    codes = []
+    monkeypatch.setattr(info, "run", lambda _: 0)
+    thread = threading.Thread(target=lambda: codes.append(cli.main(["info"])))
+    thread.start()
+    thread.join()
+    assert codes == [0]

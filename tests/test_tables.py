@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -143,6 +144,9 @@ DAMAGED = {
     "a short tile": '{"calls": {}, "tiles": {"k": {"16": [64, 64]}}}',
     "an empty tile": '{"calls": {}, "tiles": {"k": {"16": [64, 0, 16, 4, 2]}}}',
     "a tile of no batch": '{"calls": {}, "tiles": {"k": [64, 64, 16, 4, 2]}}',
+    "deep": "[" * 100_000,
+    "more images than there can be": '{"calls": {"a": {"%s": {"best": "cpu"}}}, "tiles": {}}' % ("1" * 500),
+    "versions of another kind": '{"versions": ["0.1"], "calls": {}, "tiles": {}}',
     "no number": '{"calls": {"a": {"x": {"best": "cpu"}}}, "tiles": {}}',
 }
 
@@ -157,7 +161,7 @@ def test_a_damaged_table_is_left_out(text, folder):
     backends.choose("auto", problem(2, (4, 4)))
 
 
-@pytest.mark.parametrize("text", ['{"name": "mine"}', "words"])
+@pytest.mark.parametrize("text", ['{"name": "mine"}', "words", "{}", "[" * 100_000])
 def test_another_file_is_not_overwritten(text, tmp_path):
     """Who names the wrong file after --output keeps it."""
     path = tmp_path / "package.json"
@@ -182,6 +186,47 @@ def test_a_table_that_cannot_be_read_or_found(monkeypatch, folder):
     assert tables.best(problem(2, (4, 4))) is None
     with pytest.raises(UserError, match="--output: expected a file for the table"):
         tables.save({"device": "d", "calls": {}, "tiles": {}})
+
+
+def test_a_cache_folder_that_cannot_be_is_no_table(folder, monkeypatch):
+    """A user without a home folder may have a device in its place; nothing is warned of in every process."""
+    monkeypatch.setattr(tables, "folder", lambda: Path("/dev/null/.cache/fused_preact"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert tables.load("d")["calls"] == {}
+
+
+def test_what_another_version_measured_does_not_count(folder, tmp_path_factory, monkeypatch):
+    """It was of other kernels, and would go before the newer table that came with the package."""
+    shipped = tmp_path_factory.mktemp("shipped")
+    monkeypatch.setattr(tables, "SHIPPED", shipped)
+
+    def document(key: str, best: str) -> dict:
+        return {"device": "d", "calls": {key: {"16": {"best": best}}}, "tiles": {}}
+
+    monkeypatch.setattr(fused_preact, "__version__", "1.0")
+    tables.save(document("a", "cpu"), shipped / tables.file_name("d"))
+    path = tables.save(document("a", "eager"))
+    tables.save(document("b", "eager"))
+    assert tables.load("d")["calls"]["a"]["16"]["best"] == "eager"
+    monkeypatch.setattr(fused_preact, "__version__", "2.0")
+    tables.load.cache_clear()
+    with pytest.warns(
+        UserWarning, match=rf"2\.0 leaves out .* in {path}, which are of version 1\.0; `fused-preact tune`"
+    ):
+        found = tables.load("d")["calls"]
+    assert {key: batches["16"]["best"] for key, batches in found.items()} == {"a": "cpu"}
+    tables.save(document("c", "eager"))
+    assert set(json.loads(path.read_text())["calls"]) == {"c"}  # nothing of the other version is mixed in
+    assert set(tables.load("d")["calls"]) == {"a", "c"}
+
+
+def test_a_table_of_no_version_does_not_count(folder):
+    """Whatever wrote it, it was not this one."""
+    path = tables.place("d")
+    path.write_text('{"calls": {"a": {"16": {"best": "cpu"}}}, "tiles": {}}')
+    with pytest.warns(UserWarning, match="which are of version unknown"):
+        assert tables.load("d")["calls"] == {}
 
 
 def test_a_backend_of_another_version_is_passed_over(folder):

@@ -5,6 +5,7 @@ import torch
 
 import fused_preact
 from fused_preact import PreActBlock, PreActStage, backends, cli, tables, tune
+from fused_preact.bench import environment
 from fused_preact.bench.measure import Step, Times, ratio
 
 
@@ -79,6 +80,24 @@ def test_a_table_is_as_it_was_until_something_is_measured(folder, monkeypatch):
     assert cli.main(command) == 130
     assert path.read_text() == before
     assert cli.main([*command, "--output", str(path / "x.json")]) == 2
+
+
+def test_a_file_that_is_no_table_is_told_before_anything_is_measured(folder, monkeypatch, capsys):
+    """An hour of measurements is not lost for a wrong --output."""
+    path = folder / "package.json"
+    path.write_text('{"name": "mine"}')
+    monkeypatch.setattr(tune, "measure", lambda *_: pytest.fail("measured"))
+    assert cli.main(["tune", "--models=resnet20", "--device=cpu", "--batch=1", f"--output={path}"]) == 2
+    assert "package.json: holds no table of fused-preact tune" in capsys.readouterr().err
+
+
+def test_a_busy_machine_is_told_before_anything_is_measured(folder, monkeypatch, capsys):
+    """A table of ratios that are too high would decide for `auto` for good."""
+    monkeypatch.setattr(tune, "_calls", lambda *_: [(block_problem(), None)])
+    monkeypatch.setattr(tune, "measure", lambda *_: {"best": "eager", "seconds": {"eager": 1.0}})
+    monkeypatch.setattr(environment, "busy", lambda: 1000.0)
+    assert cli.main(["tune", "--device=cpu", "--dtypes=fp32"]) == 0
+    assert capsys.readouterr().out.startswith("The machine was busy (other work took up to 1000.0 of ")
 
 
 def test_another_backend_wins_only_if_it_is_faster_nearly_always():

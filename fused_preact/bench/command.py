@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -28,14 +29,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     extent.add_argument("--full", action="store_true", help="the long version: more cases, torch.compile, both mallocs")
     extent.add_argument("--table", action="store_true", help="time every backend over a grid of units (backend='auto')")
     extent.add_argument("--show", type=Path, metavar="JSON", help="measure nothing; print and draw a result file again")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: blocks, nets, kernels on a GPU")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda: blocks, nets, kernels on a GPU (default: cpu)")
     parser.add_argument("--only", metavar="TEXT", default="", help="only cases whose name contains TEXT")
     parser.add_argument("--list", action="store_true", help="name the cases and stop")
     parser.add_argument("--output", type=_stem, metavar="STEM", help="write STEM.json and STEM.png (default: bench)")
     parser.add_argument(
         "--threads", type=thread_count, metavar="COUNT", help="torch's threads (default: its own choice)"
     )
-    parser.add_argument("--budget", type=positive(float), metavar="SECONDS", help="for a case (default: 1, full: 5)")
+    parser.add_argument(
+        "--budget", type=positive(float), metavar="SECONDS", help="for a case (default: 1, full: 5, table: 0.5)"
+    )
     parser.add_argument("--memory", action="store_true", help="also the peak resident memory of each net")
     parser.add_argument(
         "--malloc",
@@ -59,8 +62,9 @@ def run(arguments: argparse.Namespace) -> int:
     """
     console = Console()
     if arguments.show is not None:
-        _refuse(arguments, "--show goes with --output alone", "list", "only", "threads", "budget", "memory", "malloc")
-        _present(report.read(arguments.show), arguments.output or arguments.show.with_suffix(""), console)
+        others = "device", "list", "only", "threads", "budget", "memory", "malloc"
+        _refuse(arguments, "--show goes with --output alone", *others)
+        _show(arguments.show, arguments.output or arguments.show.with_suffix(""), console)
         return 0
     try:
         return (_on_gpu if arguments.device == "cuda" else _on_cpu)(arguments, console)
@@ -126,13 +130,28 @@ def _settings(arguments: argparse.Namespace) -> suite.Settings:
 
 def _measure(cases: list[Case], settings: suite.Settings, console: Console, path: Path) -> dict[str, Any]:
     """The result document; what is measured is in the file after each case, so that nothing is lost."""
-    with report.progress_bar(console) as progress:
-        task = progress.add_task("", total=len(cases))
+    kept, done = 0, 0
 
-        def announce(case: Case) -> None:
-            progress.update(task, description=case.name, completed=cases.index(case))
+    def announce(case: Case) -> None:
+        progress.update(task, description=case.name, completed=done)
 
-        return suite.run(cases, settings, announce, lambda document: write_json(document, path))
+    def keep(document: dict[str, Any]) -> None:
+        nonlocal kept, done
+        write_json(document, path)
+        kept, done = len(document["cases"]), done + 1
+        if not console.is_terminal:  # which has the bar
+            line = f"{done} of {len(cases)}: {cases[done - 1].name}"
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    try:
+        with report.progress_bar(console) as progress:
+            task = progress.add_task("", total=len(cases))
+            return suite.run(cases, settings, announce, keep)
+    except KeyboardInterrupt:
+        show = f"fused-preact bench --show {shlex.quote(str(path))} prints them"
+        said = f"{kept} case{'s' * (kept != 1)}; {show}" if kept else "no case was done"
+        print(f"{path}: {said}", file=sys.stderr)
+        raise
 
 
 def _child(arguments: argparse.Namespace, malloc: str, output: Path) -> int:
@@ -145,7 +164,7 @@ def _child(arguments: argparse.Namespace, malloc: str, output: Path) -> int:
     for name in ("only", "threads", "budget"):
         value = getattr(arguments, name)
         command += [] if value in (None, "") else [f"--{name}={value}"]
-    code = subprocess.run(command, env=bare | tuned).returncode
+    code = _code(command, bare | tuned)
     if code < 0:
         raise UserError(
             f"the measuring process was ended by {signal.Signals(-code).name}"
@@ -153,6 +172,33 @@ def _child(arguments: argparse.Namespace, malloc: str, output: Path) -> int:
             f"{_suffixed(output, '.json')} has the cases before, and --only measures some of them"
         )
     return code
+
+
+def _code(command: list[str], env: dict[str, str]) -> int:
+    """The exit code of a command, which ends with this process."""
+    with subprocess.Popen(command, env=env) as child:
+        try:
+            return child.wait()
+        except KeyboardInterrupt:
+            child.terminate()  # one that has had a terminal's Ctrl-C hears no more signals
+            child.wait()
+            raise
+
+
+def _show(path: Path, output: Path, console: Console) -> None:
+    """Prints and draws a result file.
+
+    Raises:
+        UserError: it is none, or lacks something that is shown.
+    """
+    document = report.read(path)
+    try:
+        _present(document, output, console)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"--show {path}: expected a whole result file of fused-preact bench, got one that cannot be shown "
+            f"({type(error).__name__}: {error}); measure again"
+        ) from error
 
 
 def _present(document: dict[str, Any], output: Path, console: Console) -> None:

@@ -1,7 +1,8 @@
 """Blocks, nets and kernels on a CUDA device: times from its events, in and out of a CUDA graph; bytes against a copy.
 
-{schema, date, device, versions, platform, commit, malloc, gpu, copy, blocks: [block], kernels: [kernel], nets: [net],
- capacity: [capacity], compiled: [compiled]}, the last three as cuda_net.py says
+{schema, date, device, versions, platform, commit, malloc, busy, gpu, copy, blocks: [block], kernels: [kernel],
+ nets: [net], capacity: [capacity], compiled: [compiled]}, the last three as cuda_net.py says
+busy:   how many cores of the host other work took before, or null; older files lack it
 gpu:    name, compute capability, torch's CUDA version
 copy:   bytes a second of a large device-to-device copy, read and write counted
 block:  {case, errors, seconds: {contender: {median, low, high}}, ratios: {eager, graph: {median, low, high}}}
@@ -29,7 +30,7 @@ from .check import pose, verify
 from .contenders import Contender, build
 from .device import call_of, captured, seconds
 from .measure import ratio, spread
-from .report import SCHEMA
+from .report import HOST_THREADS, SCHEMA, warn_if_busy
 
 BATCH = 128
 ROUNDS, REPEATS = 20, 10
@@ -57,7 +58,8 @@ def run(console: Console, save: Callable[[dict[str, Any]], None]) -> None:
         raise UserError("--device: torch finds no CUDA device on this machine")
     if reason := backends.status()["cuda"]:
         raise UserError(f"--device cuda: {reason}")
-    document = {"schema": SCHEMA, **environment.describe(), "gpu": _gpu(), "copy": copy_bandwidth()}
+    document = {"schema": SCHEMA, **environment.describe(), "busy": warn_if_busy(console, HOST_THREADS)}
+    document |= {"gpu": _gpu(), "copy": copy_bandwidth()}
     cases = [case for dtype in ("bf16", "fp32") for case in bottlenecks(BATCH, dtype)]
     document["blocks"] = [_block(_only(case)) for case in cases]
     document["kernels"] = [row for case in units() for row in _kernels(case, document["copy"])]

@@ -3,6 +3,8 @@
 import os
 import platform
 import subprocess
+import time
+from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ TUNED_MALLOC = {
 
 _MALLOC_VARIABLES = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")
 _BF16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")
+_STAT = Path("/proc/stat")
 
 
 def malloc() -> dict[str, Any]:
@@ -42,6 +45,40 @@ def cpu() -> dict[str, Any]:
         "isa": None if _extension.unavailable else _extension.instruction_sets().chosen,
         "bf16_instructions": [flag for flag in _BF16_FLAGS if flag in flags],
     }
+
+
+def watch() -> Callable[[], float | None]:
+    """Watches the cores of this process; the result tells how many of them other work has kept busy since then.
+
+    On average; None where the system does not tell. What a virtual machine's host takes is other work, too.
+    """
+    start, before = time.perf_counter(), _others()
+
+    def others() -> float | None:
+        if before is None:
+            return None
+        seconds, rounding = time.perf_counter() - start, len(os.sched_getaffinity(0)) / os.sysconf("SC_CLK_TCK")
+        return max(_others() - before - rounding, 0.0) / seconds
+
+    return others
+
+
+def busy(seconds: float = 0.5) -> float | None:
+    """How many cores of this process other work keeps busy now: watched for so long, in which this process waits."""
+    others = watch()
+    time.sleep(seconds)
+    return others()
+
+
+def _others() -> float | None:
+    """Seconds that the cores of this process have ever worked, but for its own; None where the system does not tell."""
+    if not _STAT.exists():
+        return None
+    cores = {f"cpu{number}" for number in os.sched_getaffinity(0)}
+    lines = (line.split() for line in _STAT.read_text().splitlines())
+    # user, nice, system, idle, iowait, irq, softirq, steal
+    ticks = sum(sum(map(int, (*n[:3], *n[5:8]))) for name, *n in lines if name in cores)
+    return ticks / os.sysconf("SC_CLK_TCK") - time.process_time()
 
 
 def commit() -> dict[str, Any] | None:

@@ -1,7 +1,8 @@
 """How time and memory are taken: contenders in alternation, medians with spread, ratios pair by pair.
 
-Whatever disturbs the machine for a moment (clock, page cache, a neighbour) then meets the contenders alike, and a ratio
-is made of times that lie next to each other.
+A drift of the machine (its clock, its caches) then meets the contenders alike, and a ratio is made of times that lie
+next to each other. Other work on the same cores does not: eager has many short parallel loops, each of which waits for
+the slowest thread, so it loses more than what is fused. `environment.watch` tells of such work.
 """
 
 import gc

@@ -4,12 +4,16 @@ glibc's malloc learns from the blocks that it frees which sizes to give back to 
 float64 it would keep what it gives back in a program that only trains, and each case would depend on those before it.
 """
 
+import os
+import pickle
+import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import Connection
+from multiprocessing.pool import ExceptionWithTraceback
 from typing import TypeVar
 
 import torch
@@ -25,7 +29,7 @@ if sys.platform == "linux":
 
 
 def call(what: str, function: Callable[..., R], *arguments: object) -> R:
-    """function(*arguments), in a new process with as many threads as this one has.
+    """function(*arguments), in a new process with as many threads as this one has, which does not outlive the call.
 
     Args:
         what: what is measured, for messages.
@@ -35,18 +39,42 @@ def call(what: str, function: Callable[..., R], *arguments: object) -> R:
     Raises:
         UserError: the process was ended from outside.
     """
-    with tempfile.NamedTemporaryFile() as file, ProcessPoolExecutor(1, mp_context=_CONTEXT) as pool:
+    reader, writer = _CONTEXT.Pipe(duplex=False)
+    with tempfile.NamedTemporaryFile() as file, reader:
         torch.save(arguments, file)
         file.flush()
+        worker = _CONTEXT.Process(target=_work, args=(writer, torch.get_num_threads(), function, file.name))
+        worker.start()
+        writer.close()  # the worker's is the only one left: the pipe ends with it
         try:
-            return pool.submit(_threaded, torch.get_num_threads(), function, file.name).result()
-        except BrokenProcessPool as error:
+            result, failure = pickle.loads(reader.recv_bytes())
+        except (EOFError, OSError) as error:
             raise UserError(
                 f"the process that measures {what} was ended, as the system does where memory runs out; measure "
                 "smaller cases with --only"
             ) from error
+        finally:
+            worker.kill()
+            worker.join()
+    if failure is not None:
+        raise failure
+    return result
 
 
-def _threaded(threads: int, function: Callable[..., R], arguments: str) -> R:
+def _work(answer: Connection, threads: int, function: Callable[..., object], arguments: str) -> None:
+    """Sends (result, None), or (None, the exception), pickled here: torch sends tensors by a process that stays."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it here too, but the caller ends this process
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
-    return function(*torch.load(arguments, mmap=True, weights_only=False))  # this package has just written it
+    try:
+        # This package has just written the file.
+        found = function(*torch.load(arguments, mmap=True, weights_only=False)), None
+    except Exception as error:
+        found = None, ExceptionWithTraceback(error, error.__traceback__)
+    answer.send_bytes(pickle.dumps(found))
+
+
+def _end_with_parent() -> None:
+    """A parent that is killed cannot end its worker."""
+    parent_process().join()
+    os._exit(1)

@@ -1,7 +1,7 @@
 """The result document as tables for people, and from disk."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,16 @@ from rich.table import Table
 
 from fused_preact.errors import UserError
 
+from . import environment
+
 SCHEMA = 1
 
 LEGEND = (
     "Times are medians; a ratio is the median of the rounds' own, with the quantiles 0.2 and 0.8. Baseline: the "
     "fastest eager contender, ReLU in place. Saved for backward: the storages that autograd keeps, without parameters."
 )
+HOST_THREADS = 2  # that launch a GPU's work: the caller's and autograd's
+NOTICED = 0.2  # of a core that threads needed and other work took
 QUANTITIES = ("forward", "total", "saved_bytes")
 
 
@@ -30,7 +34,7 @@ def read(path: Path) -> dict[str, Any]:
     """
     try:
         document = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read the result file {path}: {error}") from error
     if isinstance(document, dict) and "nets" in document:
         raise UserError(f"{path} is of a GPU: its figures are to be read as they are; --show draws those of a CPU")
@@ -77,7 +81,33 @@ def notes(document: dict[str, Any]) -> Iterator[str]:
             "This CPU has no bf16 instructions (avx512_bf16, amx_bf16): eager bf16 emulates them and is slow, "
             "so the bf16 ratios say little about CPUs that have them."
         )
+    if note := busy_note((case.get("busy") for case in document["cases"]), document["device"]):
+        yield note
     yield from (f"Left out: {line}" for line in document["left_out"])
+
+
+def busy_note(others: Iterable[float | None], device: dict[str, Any]) -> str | None:
+    """What to say where other work took cores that a measurement's threads needed.
+
+    Args:
+        others: how many cores it took, time by time, as `environment.watch` tells.
+        device: as `environment.cpu` tells: cores and threads.
+    """
+    most = max((cores for cores in others if cores is not None), default=0.0)
+    if most < NOTICED or most < NOTICED + device["cores"] - device["threads"]:
+        return None
+    return (
+        f"The machine was busy (other work took up to {most:.1f} of {device['cores']} cores): eager suffers more from "
+        "that than fused, and the ratios are too high; run again when it is idle."
+    )
+
+
+def warn_if_busy(console: Console, threads: int) -> float | None:
+    """Says before so many threads are measured that other work takes cores they need; returns how many it takes."""
+    others = environment.busy()
+    if note := busy_note([others], {**environment.cpu(), "threads": threads}):
+        console.print(escape(note), style="yellow")
+    return others
 
 
 def emulates_bf16(document: dict[str, Any]) -> bool:
@@ -95,7 +125,7 @@ def by_contender(case: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
 
 def _table(group: str, cases: list[dict[str, Any]]) -> Table:
     total = "forward, backward, update" if cases[0]["net"] else "forward + backward"
-    table = Table(title=group, title_justify="left", show_lines=True)
+    table = Table(title=escape(group), title_justify="left", show_lines=True)
     table.add_column("case", overflow="fold")
     for heading in ("forward", total, "saved for backward"):
         table.add_column(heading, justify="right", overflow="fold")
@@ -104,7 +134,7 @@ def _table(group: str, cases: list[dict[str, Any]]) -> Table:
             cells = [_cell(case, rows[quantity]) for quantity in QUANTITIES]
             if "against_fast" in rows:
                 cells[1] += f"\n{_of_fast(rows['against_fast'])}"
-            table.add_row(f"{case['label']}\n[dim]{name}[/]", *cells)
+            table.add_row(f"{escape(case['label'])}\n[dim]{escape(name)}[/]", *cells)
     return table
 
 

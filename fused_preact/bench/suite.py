@@ -1,14 +1,15 @@
 """Runs cases and makes the result document: plain JSON types all through.
 
     {schema, date, device, versions, platform, commit, malloc, settings, left_out: [str], cases: [case]}
-    case:      {group, label, shape, dtype, net, rounds, errors, contenders, rows}
+    case:      {group, label, shape, dtype, net, rounds, busy, errors, contenders, rows}
     contender: {backend, layout, memory, forward, total: {median, low, high} in seconds, saved_bytes, peak_rss_bytes or
                 null}
     row:       {contender, quantity: forward | total | saved_bytes | against_fast, baseline, ratio: {median, low, high},
                 goal, reached}
 
 A ratio is the fastest (or least) eager contender's over the row's; that of against_fast, in the memory modes other than
-"fast", is fast's total time over the row's. goal and reached are null where there is no goal.
+"fast", is fast's total time over the row's. goal and reached are null where there is no goal. busy: how many cores
+other work took while the case was timed, null where the system does not tell; files from before it lack it.
 """
 
 from collections.abc import Callable, Iterator
@@ -110,11 +111,13 @@ def line_up(problem: Problem, compiled: bool = False) -> LineUp:
     return LineUp(entrants, steps, saved)
 
 
-def race(problem: Problem, settings: Settings) -> tuple[list[Times], list[int]]:
-    """Times of a problem's contenders, and what each keeps for backward."""
+def race(problem: Problem, settings: Settings) -> tuple[list[Times], list[int], float | None]:
+    """Times of a problem's contenders, what each keeps for backward, and how many cores other work took meanwhile."""
     ready = line_up(problem, settings.compiled)
     net, budget, (fewest, most) = problem.case.net, settings.budget, settings.rounds
-    return alternate(ready.steps, 3 * budget if net else budget, (3 if net else fewest, most)), ready.saved
+    others = environment.watch()
+    times = alternate(ready.steps, 3 * budget if net else budget, (3 if net else fewest, most))
+    return times, ready.saved, others()
 
 
 def measure(case: Case, settings: Settings) -> dict[str, Any]:
@@ -127,7 +130,7 @@ def measure(case: Case, settings: Settings) -> dict[str, Any]:
     problem, errors = checked(case)
     entrants = contenders(case, settings.compiled)
     peaks = [peak_rss(case, contender) if settings.memory and case.net else None for contender in entrants]
-    times, saved = process.call(case.name, race, problem, settings)
+    times, saved, busy = process.call(case.name, race, problem, settings)
     return {
         "group": case.group,
         "label": case.label,
@@ -135,6 +138,7 @@ def measure(case: Case, settings: Settings) -> dict[str, Any]:
         "dtype": case.dtype,
         "net": case.net,
         "rounds": len(times[0].total),
+        "busy": busy,
         "errors": errors,
         "contenders": {
             c.name: {

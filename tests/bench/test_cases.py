@@ -50,7 +50,7 @@ def test_goals_of_the_stages():
 
 
 def test_goals_of_the_memory_modes():
-    """What ResNet-1001's stages are to keep and to cost in each mode; a bf16 step has no goal in time against eager."""
+    """What ResNet-1001's stages are to keep and to cost in each mode; in fp32 alone, as docs/benchmarks.md says."""
     for N, total in ((8, 1.9), (16, 1.75), (64, 1.5)):
         case = cases.resnet1001(N)
         assert case.memory == ("fast", "lean", "min")
@@ -58,7 +58,8 @@ def test_goals_of_the_memory_modes():
         assert [case.goals[memory].get("total") for memory in case.memory] == [total, None, None]
         slower = [1 / case.goals[memory]["against_fast"] for memory in ("lean", "min")]
         assert slower == pytest.approx([1.10, 1.20])
-    assert "total" not in cases.resnet1001(8, "bf16").goals["fast"]
+    narrow = cases.resnet1001(8, "bf16")
+    assert (narrow.memory, narrow.goals) == (("fast", "lean", "min"), {})
 
 
 def test_modules_fit_their_inputs():

@@ -1,7 +1,12 @@
 import argparse
 import json
-import subprocess
+import os
+import signal
+import sys
+import threading
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -65,7 +70,9 @@ def test_show_draws_a_result_file_again(tmp_path):
     assert (tmp_path / "a.png").exists()
 
 
-@pytest.mark.parametrize("content", [None, "{", "[]", '{"schema": 99}', '{"schema": 1}', '{"schema": 1, "nets": []}'])
+@pytest.mark.parametrize(
+    "content", [None, "{", "[]", "[" * 100_000, '{"schema": 99}', '{"schema": 1}', '{"schema": 1, "nets": []}']
+)
 def test_show_of_another_file_is_one_clear_error(tmp_path, content):
     """A missing, broken or foreign file is named in one line."""
     path = tmp_path / "x.json"
@@ -75,8 +82,40 @@ def test_show_of_another_file_is_one_clear_error(tmp_path, content):
         command.run(parse(f"--show={path}"))
 
 
+RESULTS = sorted((Path(__file__).parents[2] / "benchmarks" / "results").glob("*.json"))
+RESULTS = [path for path in RESULTS if "nets" not in json.loads(path.read_text())]  # those are of a GPU
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_every_result_that_is_kept_can_be_shown(path, tmp_path):
+    """Older files lack what was added since."""
+    assert command.run(parse(f"--show={path}", f"--output={tmp_path / 'again'}")) == 0
+
+
+@pytest.mark.parametrize("lost", ["device", "versions", "left_out", "malloc", "cases", "contenders", "rows", "label"])
+def test_show_of_a_file_that_lacks_something_is_one_clear_error(lost, tmp_path):
+    """One that was edited, or made by something else."""
+    document = json.loads(RESULTS[0].read_text())
+    holder = document if lost in document else document["cases"][0]
+    holder[lost] = None
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps(document))
+    with pytest.raises(UserError, match=r"--show .*x\.json: expected a whole result file .* measure again"):
+        command.run(parse(f"--show={path}"))
+
+
 @pytest.mark.parametrize(
-    "option", ["--only=block", "--list", "--threads=2", "--budget=1", "--memory", "--malloc=tuned"]
+    "option",
+    [
+        "--only=block",
+        "--list",
+        "--device=cpu",
+        "--device=cuda",
+        "--threads=2",
+        "--budget=1",
+        "--memory",
+        "--malloc=tuned",
+    ],
 )
 def test_show_refuses_what_it_would_not_hear(option, tmp_path):
     """--show measures nothing, so what changes a measurement is a mistake."""
@@ -159,9 +198,9 @@ def test_another_malloc_runs_in_a_child(monkeypatch, tmp_path):
 
     def fake(argv, env):
         calls.append((argv, env))
-        return subprocess.CompletedProcess(argv, next(codes))
+        return next(codes)
 
-    monkeypatch.setattr(command.subprocess, "run", fake)
+    monkeypatch.setattr(command, "_code", fake)
     monkeypatch.setenv("MALLOC_ARENA_MAX", "1")
     options = "--only=resnet-110", "--threads=2", "--memory", "--budget=0.5"
     assert command.run(parse("--malloc=both", *options, f"--output={tmp_path / 'r'}")) == 0
@@ -180,17 +219,66 @@ def test_a_child_that_is_killed_is_one_clear_error(monkeypatch, tmp_path):
 
     def killed(argv, env):
         calls.append(argv)
-        return subprocess.CompletedProcess(argv, -9)
+        return -9
 
-    monkeypatch.setattr(command.subprocess, "run", killed)
+    monkeypatch.setattr(command, "_code", killed)
     with pytest.raises(UserError, match=r"ended by SIGKILL, as .* memory runs out; .*r\.json has the cases before"):
         command.run(parse("--malloc=both", f"--output={tmp_path / 'r'}"))
     assert len(calls) == 1
 
 
+def test_a_child_ends_with_this_process(tmp_path):
+    """One that went on would measure beside whatever the user does next."""
+    started, ended = tmp_path / "started", tmp_path / "ended"
+    code = (
+        "import pathlib, signal, sys, time\n"
+        f"signal.signal(signal.SIGTERM, lambda *_: pathlib.Path({str(ended)!r}).touch() or sys.exit(9))\n"
+        f"pathlib.Path({str(started)!r}).write_text('')\n"
+        "time.sleep(600)"
+    )
+
+    def interrupt():
+        while not started.exists():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        command._code([sys.executable, "-c", code], dict(os.environ))
+    assert ended.exists()  # it was waited for
+
+
+def test_the_exit_code_of_a_child_is_told():
+    """A wrong contender is one there, too."""
+    assert command._code([sys.executable, "-c", "raise SystemExit(3)"], dict(os.environ)) == 3
+
+
 @pytest.mark.usefixtures("few")
-def test_each_case_is_on_disk_when_it_is_done(monkeypatch, tmp_path):
-    """Of a run that is interrupted, the file has what was measured."""
+def test_each_case_is_told_when_it_is_done(tmp_path, capsys):
+    """Where the output goes to a file there is no bar, and a long run is not to be silent."""
+    assert command.run(parse(f"--output={tmp_path / 'r'}")) == 0
+    assert [line.strip() for line in capsys.readouterr().out.splitlines() if " of 2: " in line] == [
+        "1 of 2: Tiny, block",
+        "2 of 2: Tiny, net",
+    ]
+
+
+@pytest.mark.usefixtures("few")
+def test_an_interrupted_run_without_a_case_says_so(monkeypatch, tmp_path, capsys):
+    """There is no file to show."""
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(suite, "measure", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        command.run(parse(f"--output={tmp_path / 'result'}"))
+    assert capsys.readouterr().err == f"{tmp_path / 'result.json'}: no case was done\n"
+
+
+@pytest.mark.usefixtures("few")
+def test_each_case_is_on_disk_when_it_is_done(monkeypatch, tmp_path, capsys):
+    """Of a run that is interrupted, the file has what was measured, and the user is told of it."""
     measure = suite.measure
 
     def interrupted(case, settings):
@@ -201,7 +289,9 @@ def test_each_case_is_on_disk_when_it_is_done(monkeypatch, tmp_path):
     monkeypatch.setattr(suite, "measure", interrupted)
     with pytest.raises(KeyboardInterrupt):
         command.run(parse(f"--output={tmp_path / 'result'}"))
-    assert [case["label"] for case in json.loads((tmp_path / "result.json").read_text())["cases"]] == ["block"]
+    path = tmp_path / "result.json"
+    assert [case["label"] for case in json.loads(path.read_text())["cases"]] == ["block"]
+    assert capsys.readouterr().err == f"{path}: 1 case; fused-preact bench --show {path} prints them\n"
 
 
 @pytest.mark.parametrize(
@@ -217,6 +307,15 @@ def test_each_case_is_on_disk_when_it_is_done(monkeypatch, tmp_path):
 def test_what_the_options_mean(arguments, expected):
     """The time of a case, and what is measured besides, follow from how much was asked for."""
     assert command._settings(parse(*arguments)) == expected
+
+
+def test_the_budget_of_each_extent_is_in_the_help(capsys):
+    """It says how long each takes without the option."""
+    budgets = {extent: command._settings(parse(f"--{extent}")).budget for extent in ("full", "table")}
+    with pytest.raises(SystemExit):
+        parse("--help")
+    expected = ", ".join(f"{extent}: {budget:g}" for extent, budget in budgets.items())
+    assert f"(default: {suite.Settings().budget:g}, {expected})" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.usefixtures("broken")

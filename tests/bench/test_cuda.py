@@ -95,3 +95,18 @@ def test_each_ratio_is_of_two_runs_of_one_kind(monkeypatch):
     figures = [block["case"], "6.000", "2.000", "3.00", "4.000", "1.000", "4.00"]
     assert ["", *figures, ""] in cells
     assert ["", "dx_kernel", "a unit", "2.0", "1500", "75 %", ""] in cells
+
+
+def test_a_busy_host_is_told_before_anything_is_measured(monkeypatch):
+    """It launches what a GPU does, and is slower where it has to share its cores."""
+    text = io.StringIO()
+    monkeypatch.setattr(cuda.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cuda.backends, "status", lambda: {"cuda": None})
+    monkeypatch.setattr(cuda.environment, "busy", lambda: 1000.0)
+
+    def measuring():
+        raise CheckError(text.getvalue())
+
+    monkeypatch.setattr(cuda, "_gpu", measuring)
+    with pytest.raises(CheckError, match="The machine was busy"):
+        cuda.run(Console(file=text, width=160), lambda document: None)

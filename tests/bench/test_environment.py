@@ -2,6 +2,7 @@
 
 import subprocess
 from datetime import datetime, timedelta, timezone
+from pathlib import Path
 
 import pytest
 
@@ -64,3 +65,58 @@ def test_the_date_is_to_the_second_in_utc():
     assert date.utcoffset() == timedelta(0)
     assert abs(datetime.now(timezone.utc) - date) < timedelta(minutes=1)
     assert date.microsecond == 0
+
+
+STAT = """cpu  0 0 0 0 0 0 0 0 0 0
+cpu0 {0} 10 10 {1} 5000 10 10 10 0 0
+cpu1 90000 0 0 0 0 0 0 0 0 0
+cpu2 {0} 0 0 0 0 0 0 {1} 0 0
+intr 5 6
+"""
+
+
+@pytest.fixture
+def clock(monkeypatch, tmp_path):
+    """Seconds: of the clock, and of those the ones that this process worked; cores 0 and 2 of three are its own."""
+    now = {"clock": 0.0, "own": 0.0}
+    monkeypatch.setattr(environment, "_STAT", tmp_path / "stat")
+    monkeypatch.setattr(environment.os, "sched_getaffinity", lambda _: {0, 2}, raising=False)
+    monkeypatch.setattr(environment.os, "sysconf", lambda _: 100)
+    monkeypatch.setattr(environment.time, "perf_counter", lambda: now["clock"])
+    monkeypatch.setattr(environment.time, "process_time", lambda: now["own"])
+    environment._STAT.write_text(STAT.format(1000, 2000))
+    return now
+
+
+def test_other_work_is_what_this_process_did_not_do(clock):
+    """On the cores that it may use: all time that is neither idle nor its own, what a host took of them too."""
+    others = environment.watch()
+    clock.update(clock=10.0, own=7.0)
+    environment._STAT.write_text(STAT.format(1000 + 800, 2000 + 100))  # 8 s on each, and 1 s stolen: 17 s
+    assert others() == pytest.approx(1.0, abs=0.01)
+    clock.update(own=30.0)
+    assert others() == 0.0
+
+
+def test_a_tick_is_no_other_work(clock):
+    """The system counts in hundredths of a second: in a short while one more or less would be half a core."""
+    others = environment.watch()
+    clock.update(clock=0.02)
+    environment._STAT.write_text(STAT.format(1001, 2000))
+    assert others() == pytest.approx(0.0, abs=1e-6)
+
+
+def test_a_system_that_does_not_tell(monkeypatch):
+    """Elsewhere than on Linux."""
+    monkeypatch.setattr(environment, "_STAT", Path("/nowhere"))
+    assert environment.busy(0.0) is None
+
+
+@pytest.mark.skipif(not environment._STAT.exists(), reason="this system does not tell")
+def test_a_busy_neighbour_is_seen():
+    """Beside whatever else the machine does."""
+    with subprocess.Popen(["sh", "-c", "while :; do :; done"]) as spinning:
+        try:
+            assert environment.busy() > 0.2
+        finally:
+            spinning.kill()

@@ -90,3 +90,50 @@ def test_a_file_of_a_gpu_is_told_from_others(tmp_path):
     (tmp_path / "gpu.json").write_text('{"schema": 1, "nets": []}')
     with pytest.raises(UserError, match=r"gpu\.json is of a GPU: .* --show draws those of a CPU"):
         report.read(tmp_path / "gpu.json")
+
+
+@pytest.mark.parametrize(
+    ("busy", "threads", "said"),
+    [
+        ([0.1, None, 1.26], 4, True),
+        ([0.1, 0.1], 4, False),
+        ([None], 4, False),
+        ([2.1], 2, False),
+        ([2.3], 2, True),
+        ([0.1], 8, False),
+    ],
+    ids=["busy once", "idle", "not told", "on other cores", "on more than those", "more threads than cores"],
+)
+def test_a_busy_machine_is_told(busy, threads, said):
+    """Where the threads wanted the cores that other work took, eager is the slower for it."""
+    made = document()
+    made["device"]["threads"] = threads
+    made["cases"] = [{**made["cases"][0], "busy": cores} for cores in busy]
+    text = shown(made)
+    assert ("ratios are too high" in text) is said
+    assert (
+        f"The machine was busy (other work took up to {max(filter(None, busy), default=0):.1f} of 4" in text
+    ) is said
+
+
+def test_a_busy_machine_is_told_before_it_is_measured(monkeypatch):
+    """What is found is handed back, for the result."""
+    text = io.StringIO()
+    monkeypatch.setattr(report.environment, "busy", lambda: 1.5)
+    monkeypatch.setattr(report.environment, "cpu", lambda: {"cores": 2, "threads": 7})
+    console = Console(file=text, width=200)
+    assert report.warn_if_busy(console, threads=2) == 1.5
+    assert text.getvalue().startswith("The machine was busy (other work took up to 1.5 of 2 cores): ")
+    text.truncate(0)
+    monkeypatch.setattr(report.environment, "busy", lambda: 0.1)
+    assert report.warn_if_busy(console, threads=2) == 0.1
+    assert not text.getvalue()
+
+
+def test_names_are_shown_as_they_are():
+    """A file from elsewhere may have brackets in them, which would else be taken for a color or end the table."""
+    made = document()
+    made["cases"][0] |= {"group": "G [/]", "label": "a [red]net[/] b"}
+    text = shown(made)
+    assert "a [red]net[/] b" in text
+    assert "G [/]" in text

@@ -22,7 +22,8 @@ def test_document_has_the_schema_and_survives_json(block, small_net):
     assert {"model", "cores", "threads", "isa", "torch_isa", "bf16_instructions"} == set(document["device"])
     assert {"python", "torch", "fused_preact"} == set(document["versions"])
     case = document["cases"][0]
-    assert {"group", "label", "shape", "dtype", "net", "rounds", "errors", "contenders", "rows"} == set(case)
+    assert {"group", "label", "shape", "dtype", "net", "rounds", "busy", "errors", "contenders", "rows"} == set(case)
+    assert case["busy"] is None or case["busy"] >= 0
     for found in case["contenders"].values():
         assert {"backend", "layout", "memory", "forward", "total", "saved_bytes", "peak_rss_bytes"} == set(found)
         for quantity in ("forward", "total"):
@@ -175,3 +176,13 @@ def test_missing_compiler_is_reported_not_fatal(block, monkeypatch):
     document = suite.run([replace(block, layouts=("NCHW",))], replace(QUICK, compiled=True))
     assert document["left_out"] == ["torch.compile: no compiler found"]
     assert set(document["cases"][0]["contenders"]) == {"fused NCHW", "eager NCHW"}
+
+
+def test_other_work_is_watched_while_a_case_is_timed(block, monkeypatch):
+    """From the first round to the last, in the process that is timed."""
+    order = []
+    monkeypatch.setattr(suite, "alternate", lambda steps, *_: order.append("timed") or [Times((1.0,), (2.0,))] * 4)
+    monkeypatch.setattr(suite.environment, "watch", lambda: order.append("watched") or (lambda: len(order)))
+    *_, busy = suite.race(suite.checked(block)[0], QUICK)
+    assert order == ["watched", "timed"]
+    assert busy == 2
