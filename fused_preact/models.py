@@ -73,6 +73,7 @@ class PreActResNet(nn.Module):
         head_norm: a batch norm ``bn`` and ReLU behind the last stage, as in the paper.
         first_block: block at the very front, where another than ``block`` is wanted.
         memory: what the stages keep for backward, see `PreActStage`.
+        device, dtype: of the parameters.
         block_options: keyword arguments for every block, such as shortcut_input, backend and of bottlenecks stride_on.
 
     Raises:
@@ -92,24 +93,26 @@ class PreActResNet(nn.Module):
         head_norm: bool = False,
         first_block: type[PreActBlock] | None = None,
         memory: str = "fast",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
         **block_options: Any,
     ) -> None:
         super().__init__()
         one_of("stem", stem, ("cifar", "imagenet"))
         size, stride = (3, 1) if stem == "cifar" else (7, 2)
         self.pool = stem == "imagenet"
-        channels = width if stem_width is None else stem_width
-        self.conv1 = nn.Conv2d(3, channels, size, stride, padding=size // 2, bias=False)
+        channels, like = width if stem_width is None else stem_width, {"device": device, "dtype": dtype}
+        self.conv1 = nn.Conv2d(3, channels, size, stride, padding=size // 2, bias=False, **like)
         self.stages = [f"layer{i + 1}" for i in range(len(num_blocks))]
         for i, (name, count) in enumerate(zip(self.stages, num_blocks, strict=True)):
             blocks = []
             for j in range(count):
                 kind = first_block if first_block is not None and i == j == 0 else block
-                blocks.append(kind(channels, width << i, 2 if i > 0 and j == 0 else 1, **block_options))
+                blocks.append(kind(channels, width << i, 2 if i > 0 and j == 0 else 1, **like, **block_options))
                 channels = (width << i) * block.expansion
             self.add_module(name, PreActStage(*blocks, memory=memory))
-        self.bn = nn.BatchNorm2d(channels) if head_norm else None
-        self.linear = nn.Linear(channels, num_classes)
+        self.bn = nn.BatchNorm2d(channels, **like) if head_norm else None
+        self.linear = nn.Linear(channels, num_classes, **like)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 # N(0, sqrt(2/(k*k*out))), the paper's initialisation (He et al. 2015, for the backward signal).

@@ -157,3 +157,11 @@ def test_stems_and_options():
         models.create("resnet50")
     with pytest.raises(ValueError, match="stem must be one of 'cifar', 'imagenet'; got 'patch'"):
         models.PreActResNet(PreActBlock, [1], stem="patch")
+
+
+def test_device_and_dtype_are_of_all_parameters():
+    """Stem, blocks, head and linear layer: a net of two dtypes could not run."""
+    net = models.create("resnet20", dtype=torch.float64)
+    assert {p.dtype for p in net.parameters()} == {torch.float64}
+    assert net(torch.randn(2, 3, 8, 8, dtype=torch.float64)).dtype == torch.float64
+    assert {t.device.type for t in models.create("resnet164", device="meta").state_dict().values()} == {"meta"}

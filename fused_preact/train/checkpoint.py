@@ -11,7 +11,8 @@ import torch
 from ..errors import UserError
 from ..files import replacing
 
-KEYS = {"settings", "dataset", "iteration", "model", "optimizer", "rng"}
+TYPES = {"settings": dict, "dataset": str, "iteration": int, "model": dict, "optimizer": dict, "rng": dict}
+FOLDER = 0x10  # of MS-DOS, among the attributes of a zip entry
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
@@ -30,7 +31,8 @@ def load(path: Path) -> dict[str, Any]:
     """
     try:
         with zipfile.ZipFile(path) as file:  # torch reads the numbers without looking at their checksums
-            if file.testzip() is not None:
+            # It also takes an entry that is marked as a folder for an empty one, and leaves memory as it finds it.
+            if file.testzip() is not None or any(entry.external_attr & FOLDER for entry in file.infolist()):
                 raise zipfile.BadZipFile
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
@@ -39,6 +41,12 @@ def load(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
     except Exception as error:  # what a damaged file makes its readers raise knows no end
         raise UserError(f"{path}: damaged, or not a checkpoint of fused-preact train") from error
-    if not isinstance(state, dict) or set(state) != KEYS:
-        raise UserError(f"{path}: not a checkpoint of fused-preact train: expected entries {', '.join(sorted(KEYS))}")
+    if not isinstance(state, dict) or set(state) != set(TYPES):
+        raise UserError(f"{path}: not a checkpoint of fused-preact train: expected entries {', '.join(sorted(TYPES))}")
+    for name, kind in TYPES.items():
+        if not isinstance(state[name], kind):
+            got = type(state[name]).__name__
+            raise UserError(f"{path}: damaged: expected {kind.__name__} for {name}, got {got}; start anew")
+    if state["iteration"] < 0:
+        raise UserError(f"{path}: damaged: expected an iteration of at least 0, got {state['iteration']}; start anew")
     return state

@@ -14,7 +14,7 @@ import hashlib
 import io
 import pickle
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -121,17 +121,21 @@ def _locate(path: Path, archives: Sequence[Archive]) -> tuple[Archive, Path]:
             if path.name == archive.file:
                 return archive, path
         raise UserError(f"--data {path}: not the name of a published archive; expected one of {known}")
-    found = []
-    for archive in archives:
-        folders = [f for f in (path, path / archive.folder) if any((f / b.name).is_file() for b in archive.batches)]
-        files = [f for f in (path / archive.file,) if f.is_file()]
-        found += [(archive, place) for place in folders + files]
+    places = [(a, place) for a in archives for place in (path, path / a.folder, path / a.file)]
+    some, whole = ([(a, place) for a, place in places if _holds(a, place, how)] for how in (any, all))
+    found = whole or some
     if not found:
         raise UserError(f"--data {path}: no CIFAR files here; expected one of {known}, unpacked or not, from {HOME}")
     if len({archive.dataset for archive, _ in found}) > 1:
-        places = ", ".join(str(place) for _, place in found)
-        raise UserError(f"--data {path}: holds more than one data set; choose one of {places}")
+        sets = ", ".join(f"{archive.dataset} in {place}" for archive, place in found)
+        raise UserError(f"--data {path}: holds more than one data set, {sets}; name one, or give it its own folder")
     return found[0]
+
+
+def _holds(archive: Archive, place: Path, how: Callable[[Iterable[bool]], bool]) -> bool:
+    """Whether a place is the archive, or a folder of any or all of its files."""
+    packed = place.name == archive.file and place.is_file()
+    return packed or how((place / batch.name).is_file() for batch in archive.batches)
 
 
 def _from_folder(archive: Archive, folder: Path) -> dict[str, bytes]:

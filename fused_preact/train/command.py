@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
+import os
 import shlex
 import shutil
 import signal
@@ -26,8 +28,8 @@ from .lock import alone
 from .loop import Run, Summary, Trainer
 from .record import Recorder, check_tensorboard, draw
 
-# What a run writes into its folder.
-PRODUCTS = ("checkpoint.pt", "checkpoint.pt.tmp", "metrics.jsonl", "curve.png", "tensorboard")
+# What a run writes into its folder; the folder, whose removal may fail halfway, comes first.
+PRODUCTS = ("tensorboard", "checkpoint.pt", "checkpoint.pt.tmp", "metrics.jsonl", "curve.png")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -87,18 +89,20 @@ def run(args: argparse.Namespace) -> int:
     given = {
         name: value for name, value in vars(args).items() if name in settings.Settings.names() and value is not None
     }
-    console = Console(highlight=False)
+    if given.get("data", "digits") not in ("", "digits"):
+        given["data"] = str(Path(given["data"]).absolute())  # --resume may be given elsewhere
+    console = _Console(highlight=False, markup=False, emoji=False)
     check_tensorboard(args.tensorboard)  # before --overwrite removes anything
     with contextlib.ExitStack() as held:
         trainer, folder = (_resumed if args.resume else _new)(args, given, held)
         recorder = held.enter_context(contextlib.closing(Recorder(folder, trainer.iteration, args.tensorboard)))
-        console.print(_heading(trainer, folder))
+        console.print(_heading(trainer, folder), soft_wrap=True)
         with _signals() as stopped, _progress(trainer, console) as show:
             summary = Run(trainer, folder, recorder, show).until_done(stop=lambda: bool(stopped))
     console.print(_conclusion(summary))
     if draw(recorder.rows, folder / "curve.png", f"{trainer.settings.model} on {trainer.dataset.name}"):
-        console.print(f"Learning curve: {folder / 'curve.png'}")
-    if summary.iteration < trainer.settings.iterations:
+        console.print(f"Learning curve: {folder / 'curve.png'}", soft_wrap=True)
+    if not summary.finished:
         console.print(f"Stopped after iteration {summary.iteration} of {trainer.settings.iterations}. Go on with:")
         console.print(f"fused-preact train --resume --out {shlex.quote(str(folder))}", soft_wrap=True)
     return 128 + stopped[0] if stopped else 0
@@ -110,19 +114,17 @@ def _new(args: argparse.Namespace, given: dict[str, Any], held: contextlib.ExitS
         raise UserError("--model: expected the name of a network, such as --model resnet20")
     given = {"data": "digits", **given}
     folder = args.out or _default_folder(args.model, given["data"])
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--out {folder}: not a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not args.overwrite:
-        raise UserError(f"{folder}: not empty; --resume goes on with the run there, --overwrite discards it")
+    _check_empty(folder, args.overwrite)
     dataset = load(given["data"])
     trainer = Trainer(settings.resolve(given, len(dataset.train), dataset.flip), dataset)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         held.enter_context(alone(folder))
+        _check_empty(folder, args.overwrite)  # another run may have begun and ended there meanwhile
         for product in PRODUCTS:
             _remove(folder / product)
     except OSError as error:
-        raise UserError(f"--out {folder}: cannot be written: {error.strerror}") from error
+        raise UserError(f"--out {folder}: cannot be written: {error.strerror or error}") from error
     return trainer, folder
 
 
@@ -148,23 +150,53 @@ def _default_folder(model: str, data: str) -> Path:
     return Path("runs") / f"{model}-{Path(data).name}"
 
 
+def _check_empty(folder: Path, overwrite: bool) -> None:
+    """Raise UserError where a new run must not go."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--out {folder}: not a folder")
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        raise UserError(f"{folder}: not empty; --resume goes on with the run there, --overwrite discards it")
+
+
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
 
 
+class _Console(Console):
+    """Goes quiet when nobody reads it any more, so that the run goes on: a pipe was closed, a terminal is gone."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        with contextlib.suppress(OSError), Path(os.devnull).open("wb") as nothing:
+            os.dup2(nothing.fileno(), self.file.fileno())  # what is left in its buffer must go somewhere
+
+    def _check_buffer(self) -> None:
+        try:
+            super()._check_buffer()
+        except OSError as error:
+            if error.errno != errno.EIO:  # of a terminal that is gone
+                raise
+            self.on_broken_pipe()
+
+
 @contextlib.contextmanager
 def _signals() -> Iterator[list[int]]:
-    """A list that gets the number of the first SIGINT or SIGTERM; a second one acts as usual."""
+    """A list that gets the number of the first SIGINT, SIGTERM or SIGHUP; a second one acts as usual.
+
+    A signal that is ignored stays so: SIGHUP is under nohup, SIGINT in the background of a script.
+    """
     received: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
         received.append(number)
         restore()
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    stopping = {getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)}
+    heeded = [number for number in stopping if signal.getsignal(number) not in (signal.SIG_IGN, None)]
+    before = {number: signal.signal(number, note) for number in heeded}
 
     def restore() -> None:
         for number, handler in before.items():
@@ -210,12 +242,13 @@ def _heading(trainer: Trainer, folder: Path) -> str:
 
 
 def _conclusion(summary: Summary) -> str:
-    speed = f"{summary.seconds:.1f} s, {summary.images_per_second:.1f} images/s in training"
-    if not summary.images_per_second:
-        speed = "nothing was left to do, a higher --iterations goes on"
-    if summary.error is None:
-        return f"No evaluation yet; {speed}"
+    time = f"{summary.seconds:.1f} s, {summary.images_per_second:.1f} images/s in training"
+    if summary.idle:
+        time = "nothing was left to do, a higher --iterations goes on"
+    newest, best = summary.newest, summary.best
+    if newest is None or best is None:
+        return f"No evaluation yet; {time}"
     return (
-        f"Held-out error {summary.error:.2%} after iteration {summary.iteration} (best {summary.best_error:.2%} after "
-        f"{summary.best_iteration}); {speed}"
+        f"Held-out error {newest['error']:.2%} after iteration {newest['iteration']} (best {best['error']:.2%} after "
+        f"{best['iteration']}); {time}"
     )

@@ -80,16 +80,23 @@ class Trainer:
         return Recorded(self._update, CudaGraph()) if self.settings.cuda_graph else None
 
     @torch.no_grad()
-    def evaluate(self) -> tuple[float, float]:
-        """Mean loss and share of errors (0 to 1) on the held-out images."""
+    def evaluate(self, stop: Callable[[], bool] = lambda: False) -> tuple[float, float] | None:
+        """Mean loss and share of errors (0 to 1) on the held-out images; None if `stop()` before a batch of them."""
         self.model.eval()
         loss = errors = 0.0
         for images, labels in self.batches.held_out():
+            if stop():
+                return None
             with self._precision():
                 logits = self.model(images)
             loss += cross_entropy(logits.float(), labels, reduction="sum").item()
             errors += (logits.argmax(1) != labels).sum().item()
         return loss / len(self.dataset.test), errors / len(self.dataset.test)
+
+    def finite(self) -> bool:
+        """Whether every weight and running statistic is a finite number."""
+        numbers = [tensor for tensor in self.model.state_dict().values() if tensor.is_floating_point()]
+        return bool(torch.nn.utils.get_total_norm(numbers, math.inf).isfinite())
 
     def state_dict(self) -> dict[str, Any]:
         """All that a checkpoint holds: tensors and plain values."""
@@ -106,7 +113,10 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any], where: Path) -> None:
-        """Go on from `state`. where: its file, for messages. Raises UserError if it is of another net or data set."""
+        """Go on from `state`. where: its file, for messages.
+
+        Raises UserError if it is of another net or data set, or none that `state_dict` gives.
+        """
         if state["dataset"] != self.dataset.name:
             raise UserError(f"{where}: of a run on {state['dataset']}; --data is {self.dataset.name}")
         try:
@@ -114,11 +124,14 @@ class Trainer:
             self.optimizer.load_state_dict(state["optimizer"])
             for group in self.optimizer.param_groups:
                 group["lr"] = self.lr
-        except (RuntimeError, ValueError, KeyError) as error:
-            raise UserError(f"{where}: of another net than {self.settings.model}: names or shapes differ") from error
-        torch.set_rng_state(state["rng"]["cpu"])
-        if "cuda" in state["rng"] and self.device.type == "cuda":
-            torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
+            torch.set_rng_state(state["rng"]["cpu"])
+            if "cuda" in state["rng"] and self.device.type == "cuda":
+                torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
+        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{where}: of another net than {self.settings.model}, or damaged: names, shapes or types differ; "
+                "choose another --out, or start anew with --overwrite"
+            ) from error
         self.iteration = state["iteration"]
         self.recorded = self._recorded()  # what was recorded before knows other momenta
 
@@ -161,13 +174,15 @@ def _model(settings: Settings, classes: int, device: torch.device) -> torch.nn.M
 
 @dataclass(frozen=True)
 class Summary:
-    """Of one session: errors are shares of the held-out images (0 to 1; None before the first evaluation), `seconds` is
-    all of its time, `images_per_second` that of training alone."""
+    """Of one session. `newest` and `best` are rows of "test", None before the first evaluation. `finished`: no step and
+    no evaluation of the run is left; `idle`: none was when the session began. `seconds` is all of its time,
+    `images_per_second` that of training alone."""
 
     iteration: int
-    error: float | None
-    best_error: float | None
-    best_iteration: int | None
+    newest: dict[str, Any] | None
+    best: dict[str, Any] | None
+    finished: bool
+    idle: bool
     seconds: float
     images_per_second: float
 
@@ -189,34 +204,51 @@ class Run:
     ) -> None:
         self.trainer, self.folder, self.recorder, self.show = trainer, folder, recorder, show
         self._pending: list[torch.Tensor] = []
+        self._saved: int | None = None  # iteration of the newest checkpoint of this session
         self._clock = 0.0
         self._images, self._seconds = 0, 0.0
 
     def until_done(self, stop: Callable[[], bool] = lambda: False) -> Summary:
-        """Train until the last iteration, or until `stop()` after one; the state is saved either way.
+        """Train until the last iteration and its evaluation, or until `stop()`; the state is saved either way.
 
-        Raises UserError when the loss is no longer finite: the last checkpoint is then from before that.
+        `stop` is asked between steps and between the batches of an evaluation, which is then given up: the session that
+        goes on makes it. Raises UserError when a loss or the weights are no longer finite.
         """
         settings, trainer = self.trainer.settings, self.trainer
         started = self._clock = time.perf_counter()
-        if trainer.iteration == 0:
-            self.save()
-        stopping = False
-        while trainer.iteration < settings.iterations and not stopping:
-            self._step()
-            stopping = stop()
+        idle = self._finished()
+        while True:
             last = trainer.iteration == settings.iterations
-            if last or trainer.iteration % settings.eval_every == 0:
-                self._evaluate()
-            if last or trainer.iteration % settings.save_every == 0 or stopping:
+            # The first pass saves, too: settings that are new with this session last from its beginning.
+            if self._saved is None or last or trainer.iteration % settings.save_every == 0:
                 self.save()
-        return self._summary(time.perf_counter() - started)
+            if self._due():
+                self._evaluate(stop)
+            if last or stop():
+                break
+            self._step()
+        if self._saved != trainer.iteration:
+            self.save()
+        return self._summary(idle, time.perf_counter() - started)
 
     def save(self) -> None:
-        """Write the checkpoint, after the figures that lead up to it."""
+        """Write the checkpoint, after the figures that lead up to it. Raises UserError if weights are not finite."""
         self._flush()
+        if not self.trainer.finite():
+            raise self._diverged("weights are not finite after", self.trainer.iteration)
+        self.recorder.sync()
         checkpoint.save(self.folder / "checkpoint.pt", self.trainer.state_dict())
+        self._saved = self.trainer.iteration
         self._clock = time.perf_counter()
+
+    def _finished(self) -> bool:
+        return self.trainer.iteration == self.trainer.settings.iterations and not self._due()
+
+    def _due(self) -> bool:
+        """Whether an evaluation belongs after this iteration and has not been made."""
+        iteration, settings = self.trainer.iteration, self.trainer.settings
+        wanted = iteration == settings.iterations or iteration % settings.eval_every == 0
+        return iteration > 0 and wanted and all(row["iteration"] != iteration for row in self.recorder.of("test"))
 
     def _step(self) -> None:
         self._pending.append(torch.stack(self.trainer.step()))
@@ -233,10 +265,7 @@ class Run:
         first = self.trainer.iteration - len(figures) + 1
         for iteration, (loss, accuracy) in enumerate(figures, first):
             if not math.isfinite(loss):
-                raise UserError(
-                    f"the loss is {loss} at iteration {iteration}: start anew, with --overwrite and a lower --lr (now "
-                    f"{self.trainer.settings.lr}) or a --warmup; the last checkpoint is from before"
-                )
+                raise self._diverged(f"the loss is {loss} at", iteration)
             lr = self.trainer.settings.lr_at(iteration - 1)
             self._hand_on("train", iteration, loss=loss, accuracy=accuracy, lr=lr, images_per_second=images / seconds)
         self._pending.clear()
@@ -244,24 +273,35 @@ class Run:
         self._seconds += seconds
         self._clock = time.perf_counter()
 
-    def _evaluate(self) -> None:
+    def _evaluate(self, stop: Callable[[], bool]) -> None:
         self._flush()
-        loss, error = self.trainer.evaluate()
-        self._hand_on("test", self.trainer.iteration, loss=loss, error=error)
+        figures = self.trainer.evaluate(stop)
+        if figures is not None:
+            loss, error = figures
+            if not math.isfinite(loss):
+                raise self._diverged(f"the held-out loss is {loss} after", self.trainer.iteration)
+            self._hand_on("test", self.trainer.iteration, loss=loss, error=error)
         self._clock = time.perf_counter()
+
+    def _diverged(self, what: str, iteration: int) -> UserError:
+        before = self._saved is not None and self._saved < iteration
+        return UserError(
+            f"{what} iteration {iteration}: start anew, with --overwrite and a lower --lr (now "
+            f"{self.trainer.settings.lr}) or a --warmup{'; the last checkpoint is from before' if before else ''}"
+        )
 
     def _hand_on(self, split: str, iteration: int, **figures: float) -> None:
         self.recorder.add(split, iteration, **figures)
         self.show(split, {"iteration": iteration, **figures})
 
-    def _summary(self, seconds: float) -> Summary:
+    def _summary(self, idle: bool, seconds: float) -> Summary:
         tests = self.recorder.of("test")
-        best = min(tests, key=lambda row: row["error"], default=None)
         return Summary(
             iteration=self.trainer.iteration,
-            error=tests[-1]["error"] if tests else None,
-            best_error=best["error"] if best else None,
-            best_iteration=best["iteration"] if best else None,
+            newest=tests[-1] if tests else None,
+            best=min(tests, key=lambda row: row["error"], default=None),
+            finished=self._finished(),
+            idle=idle,
             seconds=seconds,
             images_per_second=self._images / self._seconds if self._seconds else 0.0,
         )

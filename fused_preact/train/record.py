@@ -32,11 +32,17 @@ class Recorder:
         row = {"split": split, "iteration": iteration, **figures}
         self.rows.append(row)
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(row, allow_nan=False) + "\n")
         if self._wanted:
             self._writer = self._writer or _writer(self._events, self._start)
             for name, value in figures.items():
                 self._writer.add_scalar(f"{split}/{name}", value, iteration)
+
+    def sync(self) -> None:
+        """Make the lines so far last through a power cut."""
+        if self._path.exists():
+            with self._path.open("ab") as file:
+                os.fsync(file.fileno())
 
     def of(self, split: str) -> list[dict[str, Any]]:
         """All rows of one split, in order."""
@@ -60,7 +66,10 @@ def _keep(path: Path, start: int) -> list[dict[str, Any]]:
                 if row is None or row["iteration"] > start:
                     break
             except (ValueError, TypeError, KeyError) as error:
-                raise UserError(f"{path}: line {len(rows) + 1} is none that fused-preact train wrote") from error
+                raise UserError(
+                    f"{path}: line {len(rows) + 1} is none that fused-preact train wrote; delete that line, "
+                    "or move the file away, to go on without those figures"
+                ) from error
             rows.append(row)
             size += len(line)
     os.truncate(path, size)
@@ -78,7 +87,7 @@ def check_tensorboard(wanted: bool | None) -> bool:
 def _writer(folder: Path, start: int) -> Any:
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(str(folder), purge_step=start + 1 if start else None)
+    return SummaryWriter(str(folder), purge_step=start + 1)
 
 
 def draw(rows: list[dict[str, Any]], path: Path, title: str) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -42,6 +41,9 @@ RECIPES = {
     # The shape of the paper's schedule, at the size of the digits.
     "digits": Recipe(batch_size=32, iterations=200, drops=(32 / 64, 48 / 64)),
 }
+
+
+LARGEST = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
@@ -85,15 +87,16 @@ class Settings:
         return [field.name for field in fields(cls)]
 
     def __post_init__(self) -> None:
-        for name in ("iterations", "eval_every", "save_every"):
+        for name in ("iterations", "batch_size", "eval_every", "save_every"):
             self._expect(name, getattr(self, name) >= 1, "at least 1")
         for name in ("momentum", "weight_decay", "warmup", "padding", "seed"):
             self._expect(name, getattr(self, name) >= 0, "at least 0")
         self._expect("seed", self.seed < 2**63, "less than 2^63")
+        self._expect("padding", self.padding <= 32, "at most 32, the size of the images")
         for name in ("lr", "warmup_lr"):
             self._expect(name, getattr(self, name) > 0, "more than 0")
         for name in ("lr", "warmup_lr", "momentum", "weight_decay"):
-            self._expect(name, getattr(self, name) < math.inf, "a finite number")
+            self._expect(name, getattr(self, name) <= LARGEST, f"at most {LARGEST:.1e}, as float32 holds no more")
         increasing = self.milestones == sorted(set(self.milestones)) and min(self.milestones, default=0) >= 0
         self._expect("milestones", increasing, "increasing iterations")
         self._expect("nesterov", not self.nesterov or self.momentum > 0, "a --momentum of more than 0 with it")
@@ -139,7 +142,7 @@ def resolve(given: dict[str, Any], images: int, flip: bool) -> Settings:
         "iterations": iterations,
         "batch_size": batch_size,
         "lr": recipe.lr,
-        "milestones": sorted({round(drop * iterations) for drop in recipe.drops}),
+        "milestones": sorted({max(1, round(drop * iterations)) for drop in recipe.drops}),
         "momentum": recipe.momentum,
         "nesterov": recipe.nesterov,
         "weight_decay": recipe.weight_decay,
@@ -163,11 +166,24 @@ def resolve(given: dict[str, Any], images: int, flip: bool) -> Settings:
 def resume(saved: dict[str, Any], given: dict[str, Any], where: str) -> Settings:
     """Settings of a run that goes on: the saved ones, with those of `FREE` that are given.
 
-    where: the run's name in messages. Raises UserError if another one is given with a different value.
+    where: the run's name in messages. Raises UserError if another one is given with a different value, or if what was
+    saved are no settings of this version.
     """
     if set(saved) != set(Settings.names()):
         raise UserError(f"{where}: its checkpoint was written by another version of fused_preact; start anew")
+    for field in fields(Settings):
+        if not _is_a(field.type, saved[field.name]):
+            raise UserError(
+                f"{where}: damaged: expected {field.type} for {field.name}, got {saved[field.name]!r}; start anew"
+            )
     for name, value in given.items():
         if name not in FREE and value != saved[name]:
             raise UserError(f"{where}: trained with {flag(name)} {saved[name]}; --resume cannot change it to {value}")
     return Settings(**{**saved, **{name: value for name, value in given.items() if name in FREE}})
+
+
+def _is_a(kind: str, value: Any) -> bool:
+    """Whether a value has the type of a field, as it is annotated."""
+    if kind == "list[int]":
+        return isinstance(value, list) and all(_is_a("int", one) for one in value)
+    return type(value).__name__ in {kind, "int" if kind == "float" else kind}

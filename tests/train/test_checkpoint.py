@@ -86,6 +86,18 @@ def test_damaged_numbers(tmp_path):
         checkpoint.load(path)
 
 
+def test_an_entry_that_passes_for_a_folder(tmp_path):
+    """One bit in the zip's directory has torch read no numbers for an entry, which its checksum does not tell."""
+    path = tmp_path / "checkpoint.pt"
+    checkpoint.save(path, STATE)
+    content = bytearray(path.read_bytes())
+    entry = content.rindex(b"PK\1\2", 0, content.rindex(b"/data/0"))
+    content[entry + 38] |= 0x10
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"checkpoint.pt: damaged, or not a checkpoint"):
+        checkpoint.load(path)
+
+
 def test_missing(tmp_path):
     """No checkpoint: the message says how to start."""
     with pytest.raises(UserError, match="no such checkpoint; leave out --resume to start a run"):
@@ -100,6 +112,23 @@ def test_somebody_elses(tmp_path):
         torch.save(state, path)
         with pytest.raises(UserError, match="expected entries dataset, iteration, model"):
             checkpoint.load(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("settings", 5, "expected dict for settings, got int"),
+        ("model", torch.ones(2), "expected dict for model, got Tensor"),
+        ("rng", [], "expected dict for rng, got list"),
+        ("iteration", "x", "expected int for iteration, got str"),
+        ("iteration", -1, "expected an iteration of at least 0, got -1"),
+    ],
+)
+def test_entries_of_another_type(name, value, message, tmp_path):
+    """The right entries with something else in them are one clear error, too."""
+    torch.save({**STATE, name: value}, tmp_path / "checkpoint.pt")
+    with pytest.raises(UserError, match=f"checkpoint.pt: damaged: {message}; start anew"):
+        checkpoint.load(tmp_path / "checkpoint.pt")
 
 
 @pytest.mark.parametrize("write", [torch.save, lambda trap, path: path.write_bytes(pickle.dumps(trap, 2))],

@@ -217,6 +217,22 @@ def test_an_archive_beside_what_it_unpacked_to(tmp_path):
     assert torch.equal(dataset.test.labels, torch.from_numpy(images["test"][0][1]))
 
 
+def test_an_archive_beside_half_of_what_it_unpacks_to(tmp_path):
+    """The one that is whole is read."""
+    archive, contents, images = small(cifar.PUBLISHED[0])
+    (unpack(archive, contents, tmp_path) / "data_batch_2").unlink()
+    _, archive = pack(archive, contents, tmp_path)
+    assert torch.equal(cifar.read(tmp_path, [archive]).test.labels, torch.from_numpy(images["test"][0][1]))
+
+
+@pytest.mark.parametrize("name", ["train", "test"])
+def test_a_file_of_a_common_name_is_no_data_set(name, python):
+    """CIFAR-100 has files named `train` and `test`; one of them by itself does not make CIFAR-10 two data sets."""
+    archive, folder = python
+    (folder / name).write_text("mine")
+    assert cifar.read(folder, [archive, cifar.PUBLISHED[2]]).name == "CIFAR-10"
+
+
 @pytest.mark.parametrize("change", ["truncated", "longer"])
 def test_binary_of_a_wrong_size(change, tmp_path):
     """A .bin file has no published checksum: its size must be exact."""
@@ -244,7 +260,7 @@ def test_two_data_sets_in_one_folder(tmp_path):
         archive, contents, _ = small(published)
         unpack(archive, contents, tmp_path)
         archives.append(archive)
-    with pytest.raises(UserError, match="holds more than one data set; choose one of"):
+    with pytest.raises(UserError, match=r"holds more than one data set, CIFAR-10 in .*, CIFAR-100 in .*; name one"):
         cifar.read(tmp_path, archives)
 
 

@@ -1,36 +1,17 @@
 """`fused-preact train` as a person runs it."""
 
 import contextlib
-import json
 import signal
-import subprocess
 import sys
-import time
 
 import pytest
 import torch
 
-from fused_preact import backends, cli
+from fused_preact import backends
 from fused_preact.errors import UserError
 from fused_preact.train import checkpoint, command, lock
 
-# A quick run: a small net, a few iterations.
-QUICK = ["--model", "resnet20", "--batch-size", "8", "--iterations", "8", "--threads", "1", "--no-tensorboard"]
-
-
-def train(*arguments):
-    return cli.main(["train", *map(str, arguments)])
-
-
-def start(*arguments):
-    """The same in a process of its own."""
-    argv = [sys.executable, "-m", "fused_preact", "train", *map(str, arguments)]
-    return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def metrics(folder):
-    """Its rows; one that is being written is left out."""
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().split("\n")[:-1]]
+from .runs import QUICK, metrics, start, train, wait_until
 
 
 def state(folder):
@@ -38,13 +19,6 @@ def state(folder):
     saved = checkpoint.load(folder / "checkpoint.pt")
     momenta = {str(key): value["momentum_buffer"] for key, value in saved["optimizer"]["state"].items()}
     return {**saved["model"], **momenta}
-
-
-def wait_until(process, happened):
-    """Until something has happened; the process must not end before."""
-    while not happened():
-        assert process.poll() is None, process.stdout.read()
-        time.sleep(0.001)
 
 
 @pytest.fixture(scope="module")
@@ -146,38 +120,104 @@ def test_overwriting_leaves_nothing_of_the_run_before(tmp_path):
     assert not (tmp_path / "tensorboard").exists()
 
 
+def test_a_link_to_events_is_unlinked(tmp_path):
+    """What it leads to is somebody else's; the run is removed."""
+    (tmp_path / "events").mkdir()
+    (tmp_path / "events" / "theirs").touch()
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "tensorboard").symlink_to(tmp_path / "events")
+    assert train(*QUICK, "--iterations", 1, "--out", folder, "--overwrite") == 0
+    assert not (folder / "tensorboard").is_symlink()
+    assert (tmp_path / "events" / "theirs").exists()
+
+
+def test_events_that_cannot_be_removed(tmp_path, monkeypatch, capsys):
+    """The checkpoint of the run before is still there, and the message is what Python said where the system did not."""
+
+    def refuse(path):
+        raise OSError("not of this kind")
+
+    (tmp_path / "tensorboard").mkdir()
+    (tmp_path / "checkpoint.pt").write_text("of a long run")
+    monkeypatch.setattr(command.shutil, "rmtree", refuse)
+    assert train(*QUICK, "--out", tmp_path, "--overwrite") == 2
+    assert f"--out {tmp_path}: cannot be written: not of this kind\n" in capsys.readouterr().err
+    assert (tmp_path / "checkpoint.pt").read_text() == "of a long run"
+
+
+def test_a_run_that_ended_meanwhile_is_not_removed(tmp_path, monkeypatch, capsys):
+    """Two begin in one folder; while the second reads its data, the first trains to its end."""
+    load, (folder, product) = command.load, (tmp_path / "run", tmp_path / "run" / "checkpoint.pt")
+
+    def slow(data):
+        folder.mkdir()
+        product.write_text("of the first")
+        return load(data)
+
+    monkeypatch.setattr(command, "load", slow)
+    assert train(*QUICK, "--out", folder) == 2
+    assert f"{folder}: not empty; --resume goes on" in capsys.readouterr().err
+    assert product.read_text() == "of the first"
+
+
 def test_a_run_that_is_stopped_says_how_it_goes_on(tmp_path, monkeypatch, capsys):
     """The folder is quoted for a shell, and the exit code is that of the signal; --data may be elsewhere then."""
     loaded, load = [], command.load
     monkeypatch.setattr(command, "load", lambda data: loaded.append(data) or load("digits"))
+    monkeypatch.chdir(tmp_path)
     folder = tmp_path / "my run"
     with monkeypatch.context() as patch:
         patch.setattr(command, "_signals", lambda: contextlib.nullcontext([15]))
         assert train(*QUICK, "--iterations", 3, "--out", folder) == 128 + 15
     assert f"fused-preact train --resume --out '{folder}'\n" in capsys.readouterr().out
     assert train("--resume", "--out", folder, "--data", "elsewhere", "--iterations", 2, "--no-tensorboard") == 0
-    assert loaded == ["digits", "elsewhere"]
+    assert loaded == ["digits", str(tmp_path / "elsewhere")]
     assert train("--resume", "--out", folder, "--iterations", 1, "--no-tensorboard") == 2
     assert "--iterations: expected 2 or more, which are done, got 1" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_second_signal_acts_as_usual(number):
-    """The first one is noted; who asks again wants it now, and after the run all is as it was."""
-    usual = []
-    before = signal.signal(number, lambda *_: usual.append(number))
-    try:
-        with command._signals() as received:
-            signal.raise_signal(number)
-            assert (received, usual) == ([number], [])
-            signal.raise_signal(number)
-            assert (received, usual) == ([number], [number])
-        with command._signals() as received:
-            pass
-        signal.raise_signal(number)
-        assert (received, usual) == ([], [number] * 2)
-    finally:
-        signal.signal(number, before)
+def test_data_are_found_from_another_folder(tmp_path, monkeypatch):
+    """A run that was given a relative path goes on wherever --resume is given."""
+    loaded, load = [], command.load
+    monkeypatch.setattr(command, "load", lambda data: loaded.append(data) or load("digits"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sub").mkdir()
+    assert train(*QUICK, "--iterations", 1, "--data", "cifar", "--recipe", "digits", "--out", "run") == 0
+    monkeypatch.chdir(tmp_path / "sub")
+    assert train("--resume", "--out", "../run", "--no-tensorboard") == 0
+    assert loaded == [str(tmp_path / "cifar")] * 2
+
+
+def test_a_run_stopped_before_an_evaluation_names_the_one_it_made(tmp_path, monkeypatch, capsys):
+    """The error is of its own iteration; and what is left to do, if only an evaluation, is said."""
+    folder, stopped, step = tmp_path / "run", [], command.Trainer.step
+
+    def third(trainer):
+        if trainer.iteration == 2:
+            stopped.append(15)
+        return step(trainer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "_signals", lambda: contextlib.nullcontext(stopped))
+        patch.setattr(command.Trainer, "step", third)
+        assert train(*QUICK, "--iterations", 3, "--eval-every", 2, "--out", folder) == 128 + 15
+    output = capsys.readouterr().out
+    assert f"Held-out error {metrics(folder)[2]['error']:.2%} after iteration 2 (best" in output
+    assert "Stopped after iteration 3 of 3. Go on with:" in output
+    assert train("--resume", "--out", folder, "--no-tensorboard") == 0
+    assert [row["iteration"] for row in metrics(folder) if row["split"] == "test"] == [2, 3]
+    assert "nothing was left to do" not in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("name", ["exp[a]", "exp[/a]b", "a:on:b", "a" * 90])
+def test_a_folder_is_printed_as_it_is_called(name, tmp_path, capsys):
+    """Nothing in it is markup or an emoji, and no line breaks within it."""
+    folder = tmp_path / name
+    assert train(*QUICK, "--iterations", 1, "--out", folder) == 0
+    output = capsys.readouterr().out
+    assert f"; into {folder}\n" in output
+    assert f"Learning curve: {folder / 'curve.png'}\n" in output
 
 
 def test_nothing_is_overwritten_for_a_run_that_cannot_start(tmp_path, monkeypatch, capsys):
@@ -200,12 +240,27 @@ def test_a_finished_run_can_be_lengthened(tmp_path, capsys):
     assert "nothing was left to do, a higher --iterations goes on" in " ".join(capsys.readouterr().out.split())
 
 
+def test_a_run_that_is_lengthened_stays_so(tmp_path, monkeypatch):
+    """Killed before its first save on the way, it still goes on to the new end without being told again."""
+    folder = tmp_path / "run"
+    assert train(*QUICK, "--iterations", 2, "--out", folder) == 0
+
+    def killed(trainer):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(command.Trainer, "step", killed)
+        assert train("--resume", "--out", folder, "--iterations", 4, "--no-tensorboard") == 130
+    assert train("--resume", "--out", folder, "--no-tensorboard") == 0
+    assert checkpoint.load(folder / "checkpoint.pt")["iteration"] == 4
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([], "--model: expected the name of a network"),
         (["--model", "resnet20", "--data", ""], "--data: expected digits, or the path of a CIFAR archive"),
-        (["--model", "resnet20", "--data", "nowhere"], "--data nowhere: no such file or folder"),
+        (["--model", "resnet20", "--data", "nowhere"], "nowhere: no such file or folder"),
         (["--model", "resnet20", "--batch-size", "2000"], "--batch-size: expected from 1 to 1437"),
         (["--model", "resnet20", "--lr", "-1"], "--lr: expected more than 0, got -1.0"),
         (

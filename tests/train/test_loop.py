@@ -1,6 +1,7 @@
 """Trainer and Run: steps, evaluation, and going on as if nothing had happened."""
 
 import math
+import os
 from dataclasses import replace
 
 import pytest
@@ -36,8 +37,8 @@ def test_resuming_is_exact(given, dataset, tmp_path):
     whole = trainer(dataset, **given)
     run(whole, tmp_path / "whole").until_done()
 
-    stops = iter([False, False, True])
-    run(trainer(dataset, **given), tmp_path / "parts").until_done(stop=lambda: next(stops))
+    first = trainer(dataset, **given)
+    run(first, tmp_path / "parts").until_done(stop=lambda: first.iteration == 3)
     state = checkpoint.load(tmp_path / "parts" / "checkpoint.pt")
     assert state["iteration"] == 3
     second = trainer(dataset, **given)
@@ -52,6 +53,54 @@ def test_resuming_is_exact(given, dataset, tmp_path):
         [row["loss"] for row in Recorder(tmp_path / name, 6, tensorboard=False).rows] for name in ("whole", "parts")
     ]
     assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("at", [2, 4], ids=["between steps", "after the last step"])
+def test_an_evaluation_is_given_up_and_made_up_for(at, dataset, tmp_path):
+    """A signal does not wait for it; the session that goes on makes it first, and ends with the same metrics."""
+    for name, stops in (("whole", []), ("parts", [at])):
+        one, start = trainer(dataset, iterations=4, eval_every=2), 0
+        for stop in stops:
+            summary = run(one, tmp_path / name).until_done(stop=lambda one=one, stop=stop: one.iteration == stop)
+            assert (summary.iteration, summary.finished, summary.idle) == (stop, False, False)
+            assert summary.newest is None if stop == 2 else summary.newest["iteration"] == 2
+            state, start = checkpoint.load(tmp_path / name / "checkpoint.pt"), stop
+            one = trainer(dataset, iterations=4, eval_every=2)
+            one.load_state_dict(state, tmp_path)
+        assert run(one, tmp_path / name, start).until_done().finished
+    whole, parts = (Recorder(tmp_path / name, 4, tensorboard=False).rows for name in ("whole", "parts"))
+    assert [{**row, "images_per_second": 0} for row in whole] == [{**row, "images_per_second": 0} for row in parts]
+    assert run(one, tmp_path / "parts", 4).until_done().idle
+
+
+def test_an_evaluation_stops_between_batches(dataset):
+    """That of fifty thousand images takes longer than the grace a scheduler gives."""
+    one, asked = trainer(dataset), []
+    assert one.evaluate(stop=lambda: asked.append(None) or len(asked) == 3) is None
+    assert len(asked) == 3
+    assert one.evaluate() is not None
+
+
+def test_a_checkpoint_comes_before_the_evaluation(dataset, tmp_path):
+    """What kills the run meanwhile costs no steps."""
+    one, seen = run(trainer(dataset, iterations=3, eval_every=2, save_every=2), tmp_path), []
+
+    def evaluate(stop):
+        seen.append((one.trainer.iteration, checkpoint.load(tmp_path / "checkpoint.pt")["iteration"]))
+        return 1.0, 0.5
+
+    one.trainer.evaluate = evaluate
+    one.until_done()
+    assert seen == [(2, 2), (3, 3)]
+
+
+def test_metrics_reach_the_disk_before_the_checkpoint(dataset, tmp_path, monkeypatch):
+    """After a power cut no checkpoint is ahead of its figures."""
+    one, events = run(trainer(dataset, iterations=1), tmp_path), []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: events.append(os.fstat(descriptor).st_ino))
+    monkeypatch.setattr(checkpoint, "save", lambda path, state: events.append(state["iteration"]))
+    one.until_done()
+    assert events == [0, (tmp_path / "metrics.jsonl").stat().st_ino, 1]
 
 
 def test_another_seed_is_another_run(dataset):
@@ -137,7 +186,7 @@ def test_evaluation_counts_the_held_out_errors(dataset):
 
 
 def test_intervals_and_summary(dataset, tmp_path):
-    """Evaluations and checkpoints come when asked for and at the end; the summary holds the last and the best error."""
+    """Evaluations and checkpoints come when asked for and at the end; the summary holds the last and the best one."""
     one = run(trainer(dataset, iterations=5, eval_every=2, save_every=4), tmp_path)
     saved = []
     one.save, save = lambda: (saved.append(one.trainer.iteration), save()), one.save
@@ -146,8 +195,7 @@ def test_intervals_and_summary(dataset, tmp_path):
     tests = one.recorder.of("test")
     assert [row["iteration"] for row in tests] == [2, 4, 5]
     assert [row["iteration"] for row in one.recorder.of("train")] == [1, 2, 3, 4, 5]
-    assert (summary.error, summary.best_error) == (tests[-1]["error"], min(row["error"] for row in tests))
-    assert next(row for row in tests if row["iteration"] == summary.best_iteration)["error"] == summary.best_error
+    assert (summary.newest, summary.best["error"]) == (tests[-1], min(row["error"] for row in tests))
     assert 0 < 40 / summary.images_per_second < summary.seconds
 
 
@@ -166,16 +214,16 @@ def test_figures_are_of_their_iteration_and_of_training_alone(dataset, tmp_path,
     one = run(trainer(dataset, iterations=4, milestones=[2], eval_every=2, save_every=1, warmup=1), tmp_path)
     errors = iter([(1.0, 0.25), (1.0, 0.5)])
     one.trainer.step = takes(0.5, one.trainer.step)
-    one.trainer.evaluate = takes(100.0, lambda: next(errors))
+    one.trainer.evaluate = takes(100.0, lambda stop: next(errors))
     monkeypatch.setattr(checkpoint, "save", takes(10.0, lambda *_: None))
     summary = one.until_done(stop=lambda: rows.append(len(one.recorder.of("train"))))
-    assert rows == [1, 2, 3, 4]
+    assert rows == [0, 1, 2, 3]
     train = one.recorder.of("train")
     assert [row["images_per_second"] for row in train] == [16.0] * 4  # 8 in half a second
     assert [row["lr"] for row in train] == pytest.approx([0.01, 0.1, 0.01, 0.01], rel=1e-12)
     assert summary.images_per_second == 16.0
     assert summary.seconds == 4 * 0.5 + 2 * 100 + 5 * 10
-    assert (summary.error, summary.best_error, summary.best_iteration) == (0.5, 0.25, 2)
+    assert (summary.newest["error"], summary.best["error"], summary.best["iteration"]) == (0.5, 0.25, 2)
 
 
 def test_a_loss_that_is_not_finite(dataset, tmp_path):
@@ -188,10 +236,51 @@ def test_a_loss_that_is_not_finite(dataset, tmp_path):
     assert all(math.isfinite(row["loss"]) for row in one.recorder.rows)
 
 
+def test_an_update_that_diverges_is_not_saved(dataset, tmp_path):
+    """The loss of the last step is from before its update: the weights tell, and the run does not end well."""
+    one = run(trainer(dataset, lr=3e38, weight_decay=100.0, iterations=1), tmp_path)
+    with pytest.raises(UserError, match=r"weights are not finite after iteration 1: start anew, .* is from before"):
+        one.until_done()
+    state = checkpoint.load(tmp_path / "checkpoint.pt")
+    assert state["iteration"] == 0
+    assert all(tensor.isfinite().all() for tensor in state["model"].values())
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_one_number_that_is_not_finite_is_found(number, dataset):
+    """In a running statistic, too; large ones are none."""
+    one = trainer(dataset)
+    one.model.conv1.weight.data.fill_(3e38)
+    assert one.finite()
+    one.model.bn.running_mean[3] = number
+    assert not one.finite()
+
+
+def test_a_held_out_loss_that_is_not_finite(dataset, tmp_path):
+    """It ends the run with advice, and is no row of the metrics, which are JSON."""
+    one = run(trainer(dataset, iterations=1), tmp_path)
+    one.trainer.evaluate = lambda stop: (math.nan, 0.9)
+    with pytest.raises(UserError, match=r"the held-out loss is nan after iteration 1: start anew, .* or a --warmup$"):
+        one.until_done()
+    assert one.recorder.of("test") == []
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"rng": {}}, {"rng": {"cpu": torch.zeros(3)}}, {"model": {"conv1.weight": 5}}, {"optimizer": {"state": 5}}],
+    ids=["no rng", "rng", "model", "optimizer"],
+)
+def test_a_checkpoint_with_something_else_in_it(wrong, dataset, tmp_path):
+    """One clear error that names the file, whatever torch makes of it."""
+    one = trainer(dataset)
+    with pytest.raises(UserError, match=r"checkpoint.pt: of another net than resnet20, or damaged"):
+        one.load_state_dict({**one.state_dict(), **wrong}, tmp_path / "checkpoint.pt")
+
+
 def test_a_checkpoint_of_another_net(dataset, tmp_path):
     """Other names or shapes are one clear error, and so is another data set."""
     state = trainer(dataset, model="resnet56").state_dict()
-    with pytest.raises(UserError, match="of another net than resnet20: names or shapes differ"):
+    with pytest.raises(UserError, match="of another net than resnet20, or damaged: names, shapes"):
         trainer(dataset).load_state_dict(state, tmp_path / "checkpoint.pt")
     with pytest.raises(UserError, match="of a run on CIFAR-10; --data is digits"):
         trainer(dataset).load_state_dict({**state, "dataset": "CIFAR-10"}, tmp_path / "checkpoint.pt")

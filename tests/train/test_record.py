@@ -51,21 +51,29 @@ def test_a_line_without_its_end_is_not_written_on(tmp_path):
 def test_a_line_of_somebody_else(line, tmp_path):
     """Metrics that were edited end in an error that names the line."""
     (tmp_path / "metrics.jsonl").write_text(f'{{"split": "train", "iteration": 1, "loss": 1.0}}\n{line}\n')
-    with pytest.raises(UserError, match=r"metrics.jsonl: line 2 is none that"):
+    with pytest.raises(UserError, match=r"metrics.jsonl: line 2 is none that .*; delete that line, or"):
         Recorder(tmp_path, start=2, tensorboard=False)
 
 
-def test_tensorboard_events(tmp_path):
-    """TensorBoard reads the same figures back, once each even where a session was resumed."""
+def test_what_is_no_number_is_not_written(tmp_path):
+    """NaN is no JSON: a reader of another language would refuse the file."""
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        Recorder(tmp_path, tensorboard=False).add("train", 1, loss=float("nan"))
+    assert lines(tmp_path) == []
+
+
+@pytest.mark.parametrize("checkpoint", [0, 2])
+def test_tensorboard_events(checkpoint, tmp_path):
+    """TensorBoard reads the same figures back, once each even where a session was resumed, be it from the start."""
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    for start, loss in ((0, 1.0), (2, 5.0)):
+    for start, loss in ((0, 1.0), (checkpoint, 5.0)):
         recorder = Recorder(tmp_path, start=start)
         for iteration in range(start + 1, start + 4):
             recorder.add("train", iteration, loss=loss)
         recorder.close()
     events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     got = [(event.step, event.value) for event in events.Scalars("train/loss")]
-    assert got == [(1, 1.0), (2, 1.0), (3, 5.0), (4, 5.0), (5, 5.0)]
+    assert got == [(step, 1.0 if step <= checkpoint else 5.0) for step in range(1, checkpoint + 4)]
 
 
 def test_tensorboard_asked_for_and_missing(tmp_path, monkeypatch):

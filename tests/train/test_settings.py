@@ -58,6 +58,12 @@ def test_flags_replace_parts_and_milestones_follow_the_length():
     assert cifar(milestones=[]).lr_at(63_999) == 0.1
 
 
+def test_a_run_of_one_iteration_is_at_the_full_rate():
+    """A drop that rounds to no iteration at all comes after the first."""
+    chosen = cifar(iterations=1)
+    assert (chosen.milestones, chosen.lr_at(0)) == ([1], 0.1)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -66,10 +72,11 @@ def test_flags_replace_parts_and_milestones_follow_the_length():
         ({"iterations": 0}, "--iterations: expected at least 1, got 0"),
         ({"lr": 0.0}, "--lr: expected more than 0, got 0.0"),
         ({"lr": float("nan")}, "--lr: expected more than 0, got nan"),
-        ({"lr": float("inf")}, "--lr: expected a finite number, got inf"),
-        ({"warmup_lr": float("inf")}, "--warmup-lr: expected a finite number, got inf"),
-        ({"momentum": float("inf")}, "--momentum: expected a finite number, got inf"),
-        ({"weight_decay": float("inf")}, "--weight-decay: expected a finite number, got inf"),
+        ({"lr": float("inf")}, r"--lr: expected at most 3.4e\+38, as float32 holds no more"),
+        ({"lr": 1e39}, r"--lr: expected at most 3.4e\+38, as float32 holds no more, got 1e\+39"),
+        ({"warmup_lr": float("inf")}, r"--warmup-lr: expected at most 3.4e\+38, as float32 holds no more"),
+        ({"momentum": float("inf")}, r"--momentum: expected at most 3.4e\+38, as float32 holds no more"),
+        ({"weight_decay": float("inf")}, r"--weight-decay: expected at most 3.4e\+38, as float32 holds no more"),
         ({"momentum": -0.5}, "--momentum: expected at least 0, got -0.5"),
         ({"milestones": [20, 10]}, r"--milestones: expected increasing iterations, got \[20, 10\]"),
         ({"nesterov": True, "momentum": 0.0}, "--nesterov: expected a --momentum of more than 0 with it"),
@@ -85,6 +92,7 @@ def test_flags_replace_parts_and_milestones_follow_the_length():
         ({"milestones": [-1]}, r"--milestones: expected increasing iterations, got \[-1\]"),
         ({"eval_every": 0}, "--eval-every: expected at least 1, got 0"),
         ({"padding": -1}, "--padding: expected at least 0, got -1"),
+        ({"padding": 33}, "--padding: expected at most 32, the size of the images, got 33"),
         ({"save_every": 0}, "--save-every: expected at least 1, got 0"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
@@ -121,3 +129,25 @@ def test_resuming_refuses_unknown_settings():
     """A checkpoint with other settings than this version has says so."""
     with pytest.raises(UserError, match="written by another version"):
         settings.resume({"model": "resnet20"}, {}, "run")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("batch_size", "x", "int for batch_size, got 'x'"),
+        ("model", 5, "str for model, got 5"),
+        ("lr", None, "float for lr, got None"),
+        ("flip", 1, "bool for flip, got 1"),
+        ("milestones", [1, "x"], r"list\[int\] for milestones, got \[1, 'x'\]"),
+    ],
+)
+def test_resuming_refuses_values_of_another_type(name, value, expected):
+    """What somebody else wrote into a checkpoint is one clear error, not a traceback from where it is used."""
+    with pytest.raises(UserError, match=f"run: damaged: expected {expected}; start anew"):
+        settings.resume({**asdict(cifar()), name: value}, {}, "run")
+
+
+def test_resuming_refuses_a_batch_of_nothing():
+    """The size of a batch is held to its range in a checkpoint, too: an epoch is divided by it."""
+    with pytest.raises(UserError, match="--batch-size: expected at least 1, got 0"):
+        settings.resume({**asdict(cifar()), "batch_size": 0}, {}, "run")
