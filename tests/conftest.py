@@ -1,5 +1,6 @@
 """What all tests share: one thread each, for pytest-xdist already keeps every core busy."""
 
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,6 +48,16 @@ def nothing_compiled() -> None:
     """What other tests of the process compiled, or could not, does not decide what a test compiles."""
     if (dynamo := sys.modules.get("torch._dynamo")) is not None:
         dynamo.reset()
+
+
+@pytest.fixture
+def heard() -> Iterator[None]:
+    """Ctrl-C and SIGTERM act as in a terminal, also where a shell lets the tests ignore them in its background."""
+    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True, scope="session")

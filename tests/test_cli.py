@@ -133,6 +133,7 @@ def test_interrupt_ends_quietly(monkeypatch):
     assert cli.main(["info"]) == 130
 
 
+@pytest.mark.usefixtures("heard")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["INT", "TERM"])
 def test_a_signal_ends_a_command_in_order(number, code, monkeypatch):
     """What it holds is let go, whatever comes meanwhile, and afterwards signals act as before."""

@@ -227,6 +227,7 @@ def test_a_child_that_is_killed_is_one_clear_error(monkeypatch, tmp_path):
     assert len(calls) == 1
 
 
+@pytest.mark.usefixtures("heard")
 def test_a_child_ends_with_this_process(tmp_path):
     """One that went on would measure beside whatever the user does next."""
     started, ended = tmp_path / "started", tmp_path / "ended"

@@ -112,6 +112,7 @@ def is_gone(number):
         return True
 
 
+@pytest.mark.usefixtures("heard")
 def test_a_call_that_is_interrupted_leaves_no_process(job):
     """It would measure on beside whatever the user does next."""
     forever, path = job
