@@ -7,7 +7,7 @@ import math
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import FrameType
 from typing import Any
 
@@ -45,16 +45,28 @@ def _stoppable() -> Iterator[None]:
             signal.signal(ignored, signal.SIG_IGN)
         raise KeyboardInterrupt(number)
 
-    heard = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-    unheard = signal.SIG_IGN, None  # ignored by who called, or handled by what is not Python's
-    before = {number: signal.getsignal(number) for number in heard if signal.getsignal(number) not in unheard}
+    with handled(("SIGINT", "SIGTERM"), stop) as before:
+        yield
+
+
+@contextlib.contextmanager
+def handled(names: Iterable[str], handler: Callable[[int, FrameType | None], None]) -> Iterator[dict[int, Any]]:
+    """Signals call ``handler`` meanwhile; gives the handlers that they have before and afterwards.
+
+    Left out is what the system lacks, what is ignored, as SIGHUP is under nohup and SIGINT in the background of a
+    script, and what other code than Python's handles. Only the main thread may set handlers; in others nothing is done.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    numbers = [getattr(signal, name) for name in names if main and hasattr(signal, name)]
+    found = {number: signal.getsignal(number) for number in numbers}
+    before = {number: usual for number, usual in found.items() if usual not in (signal.SIG_IGN, None)}
     try:
         for number in before:
-            signal.signal(number, stop)
-        yield
-    finally:
-        for number, handler in before.items():
             signal.signal(number, handler)
+        yield before
+    finally:
+        for number, usual in before.items():
+            signal.signal(number, usual)
 
 
 def _run(arguments: list[str]) -> int:

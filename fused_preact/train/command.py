@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .. import backends, models
-from ..cli import thread_count
+from ..cli import handled, thread_count
 from ..errors import UserError
 from ..stage import MEMORY
 from . import checkpoint, settings
@@ -184,28 +184,16 @@ class _Console(Console):
 
 @contextlib.contextmanager
 def _signals() -> Iterator[list[int]]:
-    """A list that gets the number of the first SIGINT, SIGTERM or SIGHUP; a second one acts as usual.
-
-    A signal that is ignored stays so: SIGHUP is under nohup, SIGINT in the background of a script.
-    """
+    """A list that gets the number of the first SIGINT, SIGTERM or SIGHUP; a second one acts as usual."""
     received: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
         received.append(number)
-        restore()
+        for each, usual in before.items():
+            signal.signal(each, usual)
 
-    stopping = {getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)}
-    heeded = [number for number in stopping if signal.getsignal(number) not in (signal.SIG_IGN, None)]
-    before = {number: signal.signal(number, note) for number in heeded}
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    try:
+    with handled(("SIGINT", "SIGTERM", "SIGHUP"), note) as before:
         yield received
-    finally:
-        restore()
 
 
 @contextlib.contextmanager

@@ -112,7 +112,7 @@ def test_a_system_that_does_not_tell(monkeypatch):
     assert environment.busy(0.0) is None
 
 
-@pytest.mark.skipif(not environment._STAT.exists(), reason="this system does not tell")
+@pytest.mark.skipif(not environment._STAT.exists(), reason="this system has no /proc/stat, which tells of other work")
 def test_a_busy_neighbour_is_seen():
     """Beside whatever else the machine does."""
     with subprocess.Popen(["sh", "-c", "while :; do :; done"]) as spinning:

@@ -19,7 +19,6 @@ def test_a_reader_that_goes_away_does_not_end_the_run(tmp_path):
     assert metrics(tmp_path / "run")[-1]["iteration"] == 8
 
 
-@pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a pseudo-terminal")
 def test_a_terminal_that_goes_away_is_as_a_signal(tmp_path):
     """SIGHUP is noted, and what cannot be printed any more does not come between the run and its checkpoint."""
     reader, terminal = os.openpty()
