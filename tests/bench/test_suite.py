@@ -99,7 +99,7 @@ def test_a_net_takes_longer(block, small_net, monkeypatch):
 
 def test_memory_modes_are_contenders(small_net):
     """Each keeps fewer bytes than the one before, is compared with eager and with fast, and has goals of its own."""
-    goals = {"fast": {"total": 1.5}, "lean": {"saved_bytes": 1.0, "against_fast": 2.0}}
+    goals = {"fast": {"total": 1.5}, "lean": {"saved_bytes": 1.0, "against_fast": 1e6}}
     case = replace(small_net, memory=("fast", "lean"), goals=goals)
     found = suite.measure(case, QUICK)
     fast, lean, eager = "fused channels_last", "fused lean channels_last", "eager channels_last"
@@ -108,13 +108,13 @@ def test_memory_modes_are_contenders(small_net):
     saved = [found["contenders"][name]["saved_bytes"] for name in (lean, fast, eager)]
     assert saved == sorted(set(saved))
     rows = {(row["contender"], row["quantity"]): (row["baseline"], row["goal"]) for row in found["rows"]}
-    assert rows[lean, "against_fast"] == (fast, 2.0)
+    assert rows[lean, "against_fast"] == (fast, 1e6)
     assert rows[lean, "saved_bytes"] == (eager, 1.0)
     assert rows[lean, "total"] == (eager, None)
     assert rows[fast, "total"] == (eager, 1.5)
     assert (fast, "against_fast") not in rows
     (speed,) = [row for row in found["rows"] if row["quantity"] == "against_fast"]
-    assert not speed["reached"]
+    assert not speed["reached"]  # no machine is as noisy as that
 
 
 def test_times_are_of_a_process_that_saw_nothing_else(block, monkeypatch):
