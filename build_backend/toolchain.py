@@ -4,12 +4,12 @@ Only changed sources are compiled again (ninja reads the headers each one includ
 compiler's user knows it: CXX, CXXFLAGS, LDFLAGS, and MAX_JOBS as torch's own extensions do.
 """
 
-import fcntl
 import os
 import platform
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -60,6 +60,7 @@ TARGET_FLAGS = ("-DTORCH_TARGET_VERSION=0x020b000000000000",)  # the stable ABI 
 # pthread_atfork is in a library of its own.
 LINK_FLAGS = ("-shared", "-pthread", "-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed")
 
+NOT_LINUX = "fused_preact installs on Linux alone, and this is {}: on Windows it does in WSL, elsewhere in a container."
 COMPILER_CACHES = ("ccache", "sccache", "distcc", "icecc")
 NO_COMPILER = (
     "fused_preact needs a C++17 compiler to install and found none: install g++ or clang++ "
@@ -74,6 +75,8 @@ def instruction_sets() -> list[str]:
 
 def find_compiler() -> str:
     """Full path (and arguments, where CXX has any) of the C++ compiler; CompileError in one sentence without one."""
+    if sys.platform != "linux":
+        raise CompileError(NOT_LINUX.format(sys.platform))
     if "CXX" in os.environ:
         command = shlex.split(os.environ["CXX"])
         if not command or shutil.which(command[0]) is None:
@@ -130,6 +133,8 @@ class Toolchain:
 
     def build(self, binary: Path) -> None:
         """Compiles what changed and links it to `binary`; CompileError where the compiler or the linker fails."""
+        import fcntl  # Windows has none, and is to hear NOT_LINUX
+
         self.objects.mkdir(parents=True, exist_ok=True)
         binary.parent.mkdir(parents=True, exist_ok=True)
         jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []

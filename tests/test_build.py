@@ -115,6 +115,17 @@ def test_no_compiler_is_one_sentence_before_any_download(backend, pretend, monke
     assert "\n" not in str(stop.value)
 
 
+@pytest.mark.parametrize("system", ["win32", "darwin"])
+def test_other_systems_than_linux_are_told_at_once(backend, toolchain, pretend, monkeypatch, system):
+    """Not by flags that their linker does not know, after minutes, nor by a module that Python lacks there."""
+    pretend(None, None)
+    monkeypatch.setitem(sys.modules, "fcntl", None)  # as on Windows
+    importlib.reload(toolchain)
+    monkeypatch.setattr(sys, "platform", system)
+    with pytest.raises(SystemExit, match=f"^fused_preact installs on Linux alone, and this is {system}: .*WSL"):
+        backend.get_requires_for_build_wheel()
+
+
 def test_cxx_that_is_not_there_is_named(toolchain, monkeypatch):
     """A wrong CXX is named, rather than replaced by another compiler in silence."""
     monkeypatch.setenv("CXX", "no-such-compiler -v")
