@@ -62,15 +62,31 @@ inline void expect_tensors(const char* name, const Tensors& tensors, size_t n) {
   expect(tensors.size() == n, name, ": expected ", n, " tensors, got ", tensors.size());
 }
 
+// A device as torch writes it; of those that have no kernels here, that it is another.
+struct Place {
+  bool cpu, cuda;
+  int32_t index;
+
+  explicit Place(const Tensor& x) : cpu(x.is_cpu()), cuda(x.is_cuda()), index(x.get_device_index()) {}
+
+  bool operator==(const Place& other) const {
+    return (cpu || cuda) && cpu == other.cpu && cuda == other.cuda && index == other.index;
+  }
+};
+
+inline std::ostream& operator<<(std::ostream& out, const Place& place) {
+  if (place.cuda) return out << "cuda:" << place.index;
+  return out << (place.cpu ? "cpu" : "another device");
+}
+
 // Every tensor of a call is on the device of x, an argument of the name `of`.
 class SameDevice {
  public:
-  explicit SameDevice(const Tensor& x, const char* of = "x")
-      : of_(of), cuda_(x.is_cuda()), index_(x.get_device_index()) {}
+  explicit SameDevice(const Tensor& x, const char* of = "x") : of_(of), place_(x) {}
 
   const SameDevice& operator()(const char* name, const Tensor& tensor) const {
-    expect(tensor.is_cpu() != cuda_ && tensor.is_cuda() == cuda_ && tensor.get_device_index() == index_, name,
-           ": expected on the device of ", of_, ", got another");
+    const Place place(tensor);
+    expect(place == place_, name, ": expected on ", place_, " as ", of_, ", got ", place);
     return *this;
   }
   const SameDevice& operator()(const char* name, const std::optional<Tensor>& tensor) const {
@@ -83,8 +99,7 @@ class SameDevice {
 
  private:
   const char* of_;
-  bool cuda_;  // else the CPU
-  int32_t index_;
+  Place place_;
 };
 
 // A parameter of any floating-point type, which is converted to that of the stage.

@@ -116,7 +116,12 @@ class StageParser {
     expect_tensor("x", x, wider ? ScalarType::Float : dtype, sizes_);
     expect(sizes_[1] > 0 && sizes_[2] > 0 && sizes_[3] > 0, "x: expected no empty dimension but the first, got ",
            text(sizes_));
-    for (size_t k = 0; k < units.size(); ++k) add_block(units[k], parse_shortcut(shortcut[k]));
+    for (size_t k = 0; k < units.size(); ++k) {
+      const Shortcut across = parse_shortcut(shortcut[k]);
+      expect(units.size() == 1 || across != Shortcut::none,
+             "shortcut: expected 0 (none) in a stage of one block alone, got it in one of ", units.size());
+      add_block(units[k], across);
+    }
     expect(unit_ == weight.size() && projection_ == shortcut_weight.size() && read_ == geometry.size(),
            "geometry: expected weights, shortcut weights and geometry of ", unit_, ", ", projection_, " and ", read_,
            " values, got ", weight.size(), ", ", shortcut_weight.size(), " and ", geometry.size());
@@ -157,7 +162,6 @@ class StageParser {
     }
     expect(shortcut != Shortcut::identity || input == sizes_, "shortcut: identity expects an output of ", text(input),
            ", got ", text(sizes_));
-    expect(shortcut != Shortcut::none || stage_.blocks.empty(), "shortcut: none is for a stage of one block");
     stage_.blocks.push_back(std::move(chain));
   }
 
@@ -189,14 +193,14 @@ std::tuple<Tensor, Tensors, Tensors> run_forward(const Tensor& x, const std::opt
                                                  ScalarType dtype, int64_t memory, bool tf32) {
   SameDevice{x}("residual", residual)("weight", weight)("bias", bias)("bn_weight", bn_weight)("bn_bias", bn_bias)(
       "running_mean", running_mean)("running_var", running_var)("shortcut_weight", shortcut_weight);
+  StageParser parsed(x, weight, bias, shortcut_weight, training, geometry, units, shortcut, dtype, memory);
   const Launch kernels(device_of(x), dtype, tf32 && x.is_cuda());
-  const Stage stage =
-      StageParser(x, weight, bias, shortcut_weight, training, geometry, units, shortcut, dtype, memory).take(kernels);
+  const Stage stage = std::move(parsed).take(kernels);
   const size_t n = stage.units();
   expect(x.size(0) > 0 || !contains(training, true), "x: expected at least one image where a unit is training, got ",
          text(x.sizes()));
   expect(!residual || stage.blocks[0].shortcut == Shortcut::none, "residual: expected none beside a shortcut");
-  if (residual) expect_tensor("residual", *residual, dtype, output_sizes(stage.blocks[0].conv[n - 1]));
+  if (residual) expect_tensor("residual", *residual, dtype, output_sizes(stage.blocks[0].conv.back()));
   expect_norm("bn_weight", bn_weight, stage);
   expect_norm("bn_bias", bn_bias, stage);
   const bool frozen = contains(training, false);
@@ -237,7 +241,11 @@ Needs parse_needs(const std::vector<bool>& needs, const Stage& stage) {
   const size_t size = 1 + 2 * n + biases + projections;
   expect(needs.size() == size, "needs: expected ", size, " values, got ", needs.size());
   auto next = needs.begin();
-  const auto take = [&](size_t count) { return std::vector<bool>(std::exchange(next, next + count), next); };
+  const auto take = [&](size_t count) {
+    const auto first = next;
+    next += count;
+    return std::vector<bool>(first, next);
+  };
   Needs result{*next++, take(n), take(biases), take(n), {}};
   result.bias.resize(n, false);
   for (const Chain& chain : stage.blocks) result.shortcut_weight.push_back(projects(chain) && *next++);
@@ -259,9 +267,9 @@ std::tuple<Tensor, Tensors, Tensors, Tensors, Tensors, Tensors> run_backward(
     const std::vector<bool>& needs) {
   SameDevice{x}("dy", dy)("y", y)("kept", kept)("rows", rows)("weight", weight)("bias", bias)("shortcut_weight",
                                                                                               shortcut_weight);
+  StageParser parsed(x, weight, bias, shortcut_weight, training, geometry, units, shortcut, dtype, memory);
   const Launch kernels(device_of(x), dtype, tf32 && x.is_cuda());
-  const Stage stage =
-      StageParser(x, weight, bias, shortcut_weight, training, geometry, units, shortcut, dtype, memory).take(kernels);
+  const Stage stage = std::move(parsed).take(kernels);
   const size_t n = stage.units();
   const Chain& last = stage.blocks.back();
   const ScalarType stream = x.scalar_type(), row_type = accumulation_type(dtype);

@@ -80,6 +80,7 @@ BAD_FOR_BOTH = {
     "x is integer": (dict(x=F(2, C, H, W, dtype=torch.int32)), "x: expected Float .*got Int"),
     "x is half": (dict(x=F(2, C, H, W).half()), "x: expected Float .*got Half"),
     "x is narrower than dtype": (dict(dtype=torch.float64, memory=1), "x: expected Double .*got Float"),
+    "dtype is integer": (dict(dtype=torch.int64), "dtype: expected float32, bfloat16 or float64, got Long"),
     "dtype is half": (dict(dtype=torch.float16), "dtype: expected float32, bfloat16 or float64, got Half"),
     "weight is missing": (dict(weight=[F(K, C, 3, 3)]), "weight: expected 2 tensors, got 1"),
     "weight has other channels": (dict(weight=[F(K, C + 1, 3, 3), F(4, K, 1, 1)]), r"weight\[0\]: .*got .*\[7, 6,"),
@@ -99,8 +100,9 @@ BAD_FOR_BOTH = {
     "a block has no unit": (dict(units=[0]), "units: expected from 1 to 2 units, got 0"),
     "a block has too many units": (dict(units=[3]), "units: expected from 1 to 2 units, got 3"),
     "units are left over": (dict(units=[1], shortcut=[NONE]), "geometry: expected weights.* of 1, 0 and 7 values"),
-    "two blocks without a shortcut": (
-        dict(units=[1, 1], shortcut=[NONE, NONE]), "shortcut: none is for a stage of one block"
+    "two blocks without a shortcut": (dict(units=[1, 1], shortcut=[NONE, NONE]), "shortcut: expected 0 .*got .* of 2"),
+    "the first of two blocks without a shortcut": (
+        dict(units=[1, 1], shortcut=[NONE, IDENTITY]), r"shortcut: expected 0 \(none\) in a stage of one .*got .* of 2"
     ),
     "shortcut has no weight": (dict(shortcut_weight=[]), r"shortcut_weight\[0\]: expected a tensor"),
     "shortcut needs no weight": (dict(shortcut=[NONE]), "geometry: expected .*of 2, 0 and 14 values, got 2, 1 and 21"),
@@ -143,6 +145,9 @@ BAD_FORWARD = {
     "residual is of another type": (
         dict(residual=F(2, 4, 3, 3).double(), shortcut=[NONE], shortcut_weight=[], geometry=make().geometry[:14]),
         "residual: expected Float.*got Double",
+    ),
+    "residual in front of two blocks": (
+        dict(residual=F(2, 4, 3, 3), units=[1, 1], shortcut=[NONE, IDENTITY]), "shortcut: expected 0 .*got .* of 2"
     ),
     "batch is empty": (dict(x=F(0, C, H, W)), "x: expected at least one image"),
 }  # fmt: skip
