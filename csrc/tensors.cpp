@@ -107,9 +107,8 @@ std::optional<Tensor> empty_alike(const Tensor& x, ScalarType type, Pool* pool) 
 }
 
 Tensor empty_gradient(const Tensor& weight, Pool* pool) {
-  const ScalarType type = weight.scalar_type();
-  if (const std::optional<Tensor> alike = empty_alike(weight, type, pool)) return *alike;
-  return empty_nchw(weight, type, weight.size(0), weight.size(1), weight.size(2), weight.size(3), pool);
+  const std::optional<Tensor> alike = empty_alike(weight, weight.scalar_type(), pool);
+  return alike ? *alike : torch::stable::empty_like(weight);
 }
 
 bool is_nhwc(const Tensor& x) { return is_dense(x, kNhwc); }

@@ -71,6 +71,18 @@ def test_opcheck_of_float64_in_another_order(backend):
     torch.library.opcheck(backward, backward_arguments(sample, backend), test_utils="test_faketensor")
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("order", [(1, 0, 2, 3), (0, 1, 3, 2), (3, 2, 1, 0)])
+@pytest.mark.parametrize("step", [1, 2], ids=["dense", "sliced"])
+def test_opcheck_of_filters_in_another_order(step, order, backend):
+    """Their gradients have their order where they are dense, or code that is compiled for that order breaks."""
+    sample = BY_ID["basic-stride-2"].draw(0)
+    for unit in sample.units:
+        w = unit.weight.permute(order).contiguous().repeat_interleave(step, 3)[..., ::step]
+        unit.weight.set_(w.permute(torch.tensor(order).argsort().tolist()))
+    torch.library.opcheck(ops.OPERATORS[backend][1], backward_arguments(sample, backend), test_utils="test_faketensor")
+
+
 @pytest.mark.parametrize("backend", BACKENDS[1:])
 def test_opcheck_traced(backend):
     """AOT tracing of the operator gives the gradients of the operator itself."""
