@@ -27,6 +27,7 @@ HOST_SOURCES = (
     "running",
     "tensors",
     "cpu/dispatch",
+    "cpu/move",
     "cpu/parallel",
     "cpu/pool",
     "cpu/workspace",

@@ -9,6 +9,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 namespace fused_preact {
 
@@ -109,7 +110,7 @@ struct Kernels {
                   void* y, const Affine& next, void* next_rows, Workspace&);
 
   // dz = (conv_transpose(dy, weight) + add) * [z > 0] with z of x, and the gradients of its batch norm. Where x.norm is
-  // null: plain, no mask, grad unused. add may be null, and may be dz itself.
+  // null: plain, no mask, grad unused. add may be null.
   void (*dgrad)(const Conv&, Dtype, const Gradient& dy, const Weight&, const Activation& x, const void* add, void* dz,
                 const NormGrad& grad, Workspace&);
 
@@ -146,8 +147,12 @@ struct Kernels {
                void* joined, void* narrowed, const Affine& next, void* next_rows, Workspace&);
 
   // What nn.BatchNorm2d does in training: adds one to each count, and moves mean and variance by `momentum` towards the
-  // batch's; where momentum is null, by one over their count, or not at all. Null where the host does it.
+  // batch's; where momentum is null, by one over their count, or not at all.
   void (*move)(const Running* norms, int64_t count, const double* momentum, Workspace&);
 };
+
+// The type of the functions of which a table's field is one: Kernel<decltype(Kernels::dx)> dx; declares one.
+template <class Field>
+using Kernel = std::remove_pointer_t<Field>;
 
 }  // namespace fused_preact

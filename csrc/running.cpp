@@ -1,11 +1,6 @@
 #include "running.h"
 
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
 #include <algorithm>
-#include <cmath>
-#include <type_traits>
 
 #include "launch.h"
 
@@ -56,56 +51,6 @@ std::vector<Running> parse(const Tensors& mean, const Tensors& var, const Tensor
   return norms;
 }
 
-// What Kernels::move does, on the host.
-
-// body(value) with a value of the type.
-template <class Body>
-void with_type(Dtype type, const Body& body) {
-  switch (type) {
-    case Dtype::f64:
-      return body(double{});
-    case Dtype::bf16:
-      return body(c10::BFloat16{});
-    case Dtype::f16:
-      return body(c10::Half{});
-    default:
-      return body(float{});
-  }
-}
-
-// C values in the two forms of torch.lerp, of which each is exact at its own end.
-template <class Buffer, class Row>
-void lerp(Buffer* values, int64_t step, const Row* batch, int64_t C, double momentum) {
-  using T = std::conditional_t<std::is_same_v<Buffer, double>, double, float>;
-  const T weight = static_cast<T>(momentum), rest = 1 - weight;
-  const bool near = std::abs(weight) < T(0.5);
-  for (int64_t c = 0; c < C; ++c) {
-    Buffer& value = values[c * step];
-    const T from = static_cast<T>(value), to = static_cast<T>(batch[c]), way = to - from;
-    value = static_cast<Buffer>(near ? from + weight * way : to - way * rest);
-  }
-}
-
-void move_buffer(void* buffer, int64_t step, Dtype type, const Running& norm, NormRow row, double momentum) {
-  with_type(type, [&](auto value) {
-    const auto move_to = [&](auto* rows) {
-      lerp(static_cast<decltype(value)*>(buffer), step, rows + int64_t{row} * norm.C, norm.C, momentum);
-    };
-    if (norm.rows_type == Dtype::f64)
-      move_to(static_cast<const double*>(norm.rows));
-    else
-      move_to(static_cast<const float*>(norm.rows));
-  });
-}
-
-void move(const Running& norm, std::optional<double> momentum) {
-  if (norm.count != nullptr) ++*norm.count;
-  if (norm.mean == nullptr) return;
-  if (!momentum) momentum = norm.count != nullptr ? 1.0 / static_cast<double>(*norm.count) : 0.0;
-  move_buffer(norm.mean, norm.mean_step, norm.mean_type, norm, kMean, *momentum);
-  move_buffer(norm.variance, norm.variance_step, norm.variance_type, norm, kVariance, *momentum);
-}
-
 }  // namespace
 
 void update_running(const Tensors& mean, const Tensors& var, const Tensors& counts, const Tensors& rows,
@@ -119,10 +64,7 @@ void update_running(const Tensors& mean, const Tensors& var, const Tensors& coun
   // What is refused leaves everything as it was: nothing is written up to here.
   const std::vector<Running> norms = parse(mean, var, counts, rows, units);
   const Device device = device_of(any);
-  if (device.kernels.move != nullptr)
-    device.kernels.move(norms.data(), norms.size(), momentum ? &*momentum : nullptr, Scope(*device.scratch));
-  else
-    for (const Running& norm : norms) move(norm, momentum);
+  device.kernels.move(norms.data(), norms.size(), momentum ? &*momentum : nullptr, Scope(*device.scratch));
 }
 
 }  // namespace fused_preact

@@ -1,26 +1,29 @@
-// The table of this instruction set's kernels.
+// The table of this instruction set's kernels; `move` is the same for all.
 #include "../kernels.h"
 
-namespace fused_preact::cpu::FUSED_PREACT_ISA {
+namespace fused_preact::cpu {
 
-void forward(const Conv&, Dtype, const Activation&, const Weight&, const void*, const void*, void*, const Affine&,
-             void*, Workspace&);
-void dgrad(const Conv&, Dtype, const Gradient&, const Weight&, const Activation&, const void*, void*, const NormGrad&,
-           Workspace&);
-void wgrad(const Conv&, Dtype, const Gradient&, const Activation&, const WeightGrad&, void*, Workspace&);
-void gradients(const Conv&, Dtype, const Gradient&, const Weight&, const Activation&, const void*, void*,
-               const NormGrad&, const WeightGrad&, void*, Workspace&);
-void statistics(Dtype, int64_t, int64_t, const void*, const Affine&, void*, Workspace&);
-void running(Dtype, int64_t, const void*, const void*, const Affine&, void*, Workspace&);
-void dx(Dtype, int64_t, int64_t, const Gradient&, const void*, void*, Workspace&);
-void convert(Dtype, Dtype, const Conversion*, int64_t, Workspace&);
-void permute(int64_t, int64_t, int64_t, int64_t, const void*, void*, Workspace&);
-void join(Dtype, int64_t, int64_t, const void*, const Gradient&, bool, void*, void*, const Affine&, void*, Workspace&);
+Kernel<decltype(Kernels::move)> move;
+
+namespace FUSED_PREACT_ISA {
+
+Kernel<decltype(Kernels::forward)> forward;
+Kernel<decltype(Kernels::dgrad)> dgrad;
+Kernel<decltype(Kernels::wgrad)> wgrad;
+Kernel<decltype(Kernels::statistics)> statistics;
+Kernel<decltype(Kernels::running)> running;
+Kernel<decltype(Kernels::dx)> dx;
+Kernel<decltype(Kernels::gradients)> gradients;
+Kernel<decltype(Kernels::convert)> convert;
+Kernel<decltype(Kernels::permute)> permute;
+Kernel<decltype(Kernels::join)> join;
 
 const Kernels& kernels() {
   static constexpr Kernels table{forward,   dgrad,   wgrad,   statistics, running, dx,
-                                 gradients, convert, permute, join,       nullptr};
+                                 gradients, convert, permute, join,       move};
   return table;
 }
 
-}  // namespace fused_preact::cpu::FUSED_PREACT_ISA
+}  // namespace FUSED_PREACT_ISA
+
+}  // namespace fused_preact::cpu

@@ -48,10 +48,8 @@ inline void walk_alone(const Walk& walk) {
   });
 }
 
-void wgrad(const Conv&, Dtype, const Gradient& dy, const Activation& x, const WeightGrad& dweight, void* dbias,
-           Workspace&);
-void dgrad(const Conv&, Dtype, const Gradient& dy, const Weight&, const Activation& x, const void* add, void* dz,
-           const NormGrad& grad, Workspace&);
+Kernel<decltype(Kernels::wgrad)> wgrad;
+Kernel<decltype(Kernels::dgrad)> dgrad;
 
 // wgrad and dgrad, prepared, handed to `walker` (dgrad: for each class of input pixels), and finished.
 void prepare_wgrad(const Conv&, Dtype, const Gradient& dy, const Activation& x, const WeightGrad& dweight, void* dbias,

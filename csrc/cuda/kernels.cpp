@@ -3,19 +3,16 @@
 
 namespace fused_preact::cuda {
 
-void forward(const Conv&, Dtype, const Activation&, const Weight&, const void*, const void*, void*, const Affine&,
-             void*, Workspace&);
-void dgrad(const Conv&, Dtype, const Gradient&, const Weight&, const Activation&, const void*, void*, const NormGrad&,
-           Workspace&);
-void wgrad(const Conv&, Dtype, const Gradient&, const Activation&, const WeightGrad&, void*, Workspace&);
-void statistics(Dtype, int64_t, int64_t, const void*, const Affine&, void*, Workspace&);
-void running(Dtype, int64_t, const void*, const void*, const Affine&, void*, Workspace&);
-void dx(Dtype, int64_t, int64_t, const Gradient&, const void*, void*, Workspace&);
-void gradients(const Conv&, Dtype, const Gradient&, const Weight&, const Activation&, const void*, void*,
-               const NormGrad&, const WeightGrad&, void*, Workspace&);
-void convert(Dtype, Dtype, const Conversion*, int64_t, Workspace&);
-void move(const Running*, int64_t, const double*, Workspace&);
-void join(Dtype, int64_t, int64_t, const void*, const Gradient&, bool, void*, void*, const Affine&, void*, Workspace&);
+Kernel<decltype(Kernels::forward)> forward;
+Kernel<decltype(Kernels::dgrad)> dgrad;
+Kernel<decltype(Kernels::wgrad)> wgrad;
+Kernel<decltype(Kernels::statistics)> statistics;
+Kernel<decltype(Kernels::running)> running;
+Kernel<decltype(Kernels::dx)> dx;
+Kernel<decltype(Kernels::gradients)> gradients;
+Kernel<decltype(Kernels::convert)> convert;
+Kernel<decltype(Kernels::join)> join;
+Kernel<decltype(Kernels::move)> move;
 
 const Kernels& kernels() {
   static constexpr Kernels table{forward,   dgrad,   wgrad,   statistics, running, dx,
