@@ -1,6 +1,6 @@
 #include "dispatch.h"
 
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(__x86_64__)
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -30,15 +30,11 @@ namespace {
 // The processor's word for matrices of bf16, and the system's, which a process has to ask for leave to use them. From
 // then on a signal stack of one of its threads must have room for them too.
 [[maybe_unused]] bool supports_amx_bf16() {
-#if defined(__linux__)
   constexpr unsigned kTiles = 1u << 24, kBf16 = 1u << 22;
   constexpr long kTileData = 18, kAskForLeave = 0x1023;
   unsigned a, b, c, d;
   if (!supports_avx512_bf16() || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || (~d & (kTiles | kBf16)) != 0) return false;
   return syscall(SYS_arch_prctl, kAskForLeave, kTileData) == 0;
-#else
-  return false;
-#endif
 }
 
 [[maybe_unused]] bool supports_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }

@@ -1,5 +1,7 @@
 #include "pool.h"
 
+#include <pthread.h>
+
 #include <algorithm>
 #include <chrono>
 #include <iterator>
@@ -10,10 +12,6 @@
 #include <vector>
 
 #include "workspace.h"
-
-#if defined(__linux__)
-#include <pthread.h>
-#endif
 
 namespace fused_preact::cpu {
 
@@ -148,11 +146,9 @@ struct TensorPool::State {
 };
 
 TensorPool::TensorPool() : state_(*new State) {
-#if defined(__linux__)
   // A forked child has no other thread than the one that forked: a lock that another held would stay locked in it.
   static std::mutex& mutex = state_.mutex;
   pthread_atfork([] { mutex.lock(); }, [] { mutex.unlock(); }, [] { mutex.unlock(); });
-#endif
 }
 
 TensorPool& TensorPool::instance() {

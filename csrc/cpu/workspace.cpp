@@ -1,15 +1,13 @@
 #include "workspace.h"
 
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <new>
 #include <utility>
 
 #include "parallel.h"
 #include "pool.h"
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 namespace fused_preact::cpu {
 
@@ -49,9 +47,7 @@ Block& thread_block() {
 }  // namespace
 
 Block::Block(size_t bytes) : data_(static_cast<char*>(::operator new(bytes, alignment(bytes)))), bytes_(bytes) {
-#if defined(__linux__)
   if (bytes >= kHugePage) madvise(data_, bytes / kHugePage * kHugePage, MADV_HUGEPAGE);  // advice: may be refused
-#endif
 }
 
 Block::Block(Block&& other) noexcept
