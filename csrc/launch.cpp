@@ -118,8 +118,8 @@ void Launch::convert(const std::vector<Tensor*>& tensors, ScalarType type) const
   for (Tensor* tensor : tensors) {
     const ScalarType from = tensor->scalar_type();
     if (from == type) continue;
-    const auto served = [&](ScalarType any) {
-      return any != ScalarType::Double && (any != ScalarType::Half || !tensor->is_cpu());
+    const auto served = [&](ScalarType t) {
+      return t != ScalarType::Double && (t != ScalarType::Half || !tensor->is_cpu());
     };
     std::optional<Tensor> to;
     if (served(from) && served(type) && tensor->numel() > 0) to = empty_alike(*tensor, type, device_.pool);

@@ -24,8 +24,8 @@ class Scope {
   Scratch& scratch_;
 };
 
-// Activations are dense NHWC, rows and Affine in the accumulation type, all of one device. A kernel is not launched on
-// an empty tensor: its sums are then zero.
+// Activations are dense NHWC, rows and Affine in the accumulation type, all of one device. Of no image sums are zero,
+// but `statistics` expects one at least. `batch`: the batch norm of x used the statistics of the batch.
 class Launch {
  public:
   struct Activation {

@@ -200,33 +200,13 @@ class Backward {
 
     Launch::Gradient g{dy};
     for (size_t i = chain.units; i-- > 0;) {
-      const size_t unit = chain.first + i;
-      const Launch::Activation a{inputs_[i], rows_[unit]};
-      // Whether anything at or before this batch norm wants a gradient.
-      bool wanted = need_x;
-      for (size_t j = chain.first; j <= unit; ++j)
-        wanted = wanted || needs_.norm[j] || (j < unit && (needs_.weight[j] || needs_.bias[j]));
+      const bool wanted = need_x || wanted_within(chain, i);
       std::optional<Tensor> add;
       if (i == 0 && chain.shortcut == Shortcut::activated) {
-        shortcut_wgrad(a.norm);
+        shortcut_wgrad(rows_[chain.first]);
         if (wanted) add = shortcut_dgrad();
       }
-      const Tensor& weight = chain.weight[i];
-      std::optional<Launch::WeightGradient> of_weight;
-      if (!needs_.weight[unit] && !needs_.bias[unit])
-        g = wanted ? kernels_.dgrad(chain.conv[i], g, weight, a, add, stage_.training[unit]) : g;
-      else if (!wanted)
-        of_weight = kernels_.wgrad(chain.conv[i], g, a, weight, needs_.bias[unit]);
-      else
-        std::tie(g, of_weight) =
-            kernels_.gradients(chain.conv[i], g, weight, a, add, stage_.training[unit], needs_.bias[unit]);
-      if (needs_.weight[unit]) dweight_[unit] = of_weight->dweight;
-      if (needs_.bias[unit]) dbias_[unit] = of_weight->dbias;
-      if (!wanted) continue;
-      if (needs_.norm[unit]) {
-        dbn_weight_[unit] = g.dgamma;
-        dbn_bias_[unit] = g.dbeta;
-      }
+      g = unit(chain, i, g, add, wanted);
     }
     if (chain.shortcut == Shortcut::raw) shortcut_wgrad(std::nullopt);
     if (!need_x) return dstream;
@@ -242,6 +222,40 @@ class Backward {
     const Tensor dx = kernels_.dx(g, add);
     if (apart && k > 0) narrowed_ = dx;
     return convert(dx, dstream.scalar_type());
+  }
+
+  // Whether a parameter of the chain at or before the batch norm of unit i wants a gradient.
+  bool wanted_within(const Chain& chain, size_t i) const {
+    const size_t unit = chain.first + i;
+    for (size_t j = chain.first; j < unit; ++j)
+      if (needs_.norm[j] || needs_.weight[j] || needs_.bias[j]) return true;
+    return needs_.norm[unit];
+  }
+
+  // The gradients of a unit's parameters, and, where `wanted`, that of what its ReLU read.
+  Launch::Gradient unit(const Chain& chain, size_t i, const Launch::Gradient& dy, const std::optional<Tensor>& add,
+                        bool wanted) {
+    const size_t unit = chain.first + i;
+    const Conv& conv = chain.conv[i];
+    const Tensor& weight = chain.weight[i];
+    const Launch::Activation a{inputs_[i], rows_[unit]};
+    const bool batch = stage_.training[unit], need_bias = needs_.bias[unit];
+    std::optional<Launch::Gradient> g;
+    std::optional<Launch::WeightGradient> of_weight;
+    if (!needs_.weight[unit] && !need_bias) {
+      if (wanted) g = kernels_.dgrad(conv, dy, weight, a, add, batch);
+    } else if (wanted) {
+      std::tie(g, of_weight) = kernels_.gradients(conv, dy, weight, a, add, batch, need_bias);
+    } else {
+      of_weight = kernels_.wgrad(conv, dy, a, weight, need_bias);
+    }
+    if (needs_.weight[unit]) dweight_[unit] = of_weight->dweight;
+    if (need_bias) dbias_[unit] = of_weight->dbias;
+    if (needs_.norm[unit]) {
+      dbn_weight_[unit] = g->dgamma;
+      dbn_bias_[unit] = g->dbeta;
+    }
+    return g ? *g : dy;
   }
 
   const Launch& kernels_;
@@ -264,7 +278,7 @@ bool Stage::keeps_input(size_t block) const {
 
 bool Stage::keeps_hidden(size_t block, size_t unit) const {
   const size_t units = blocks[block].units;
-  if (memory == Memory::fast) return block % repeating_blocks != repeating_blocks - 1 || unit > 0 || units < 3;
+  if (memory == Memory::fast) return block % kRepeating != kRepeating - 1 || unit > 0 || units < 3;
   return memory == Memory::lean || (memory == Memory::min && unit + 2 == units);
 }
 

@@ -16,7 +16,7 @@ enum class Shortcut { none, identity, activated, raw };
 // of several; the hidden tensors alone where the input can be rebuilt; only the last hidden tensor; or nothing, where
 // there will be no backward.
 enum class Memory { fast, lean, min, none };
-constexpr size_t repeating_blocks = 32;  // REPEATING in fused_preact/schedule.py
+constexpr size_t kRepeating = 32;  // REPEATING in fused_preact/schedule.py
 
 // One block. n = units; of conv and weight there is one more where the shortcut is a convolution, the last.
 struct Chain {

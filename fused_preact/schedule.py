@@ -287,26 +287,12 @@ class _Backward:
 
         g = Gradient(dy)
         for i in reversed(range(chain.units)):
-            unit, add = chain.first + i, None
-            a = Activation(inputs[i], self.rows[unit])
-            before = slice(chain.first, unit)
-            # Whether anything at or before this batch norm wants a gradient.
-            wanted = need_x or needs.bn[unit] or any(any(f[before]) for f in (needs.weight, needs.bias, needs.bn))
+            wanted, add = need_x or self.wanted_within(chain, i), None
             if i == 0 and chain.shortcut == "activated":
-                shortcut_wgrad(a)
+                shortcut_wgrad(Activation(x, self.rows[chain.first]))
                 if wanted:
                     add = shortcut_dgrad()
-            if needs.weight[unit] or needs.bias[unit]:
-                dweight, dbias = kernels.wgrad(chain.conv[i], g, a, chain.weight[i], needs.bias[unit])
-                if needs.weight[unit]:
-                    self.dweight[unit] = dweight
-                if needs.bias[unit]:
-                    self.dbias[unit] = dbias
-            if not wanted:
-                continue
-            g = kernels.dgrad(chain.conv[i], g, chain.weight[i], a, add, self.stage.training[unit])
-            if needs.bn[unit]:
-                self.dbn_weight[unit], self.dbn_bias[unit] = g.grad[DGAMMA], g.grad[DBETA]
+            g = self.unit(chain, i, g, Activation(inputs[i], self.rows[chain.first + i]), add, wanted)
         if chain.shortcut == "raw":
             shortcut_wgrad(Activation(x, None))
         if not need_x:
@@ -318,6 +304,29 @@ class _Backward:
         dx = kernels.dx(g, dy if identity else shortcut_dgrad() if chain.shortcut == "raw" else None)
         self.narrowed = dx if apart and k > 0 else None
         return dx.to(dstream.dtype)
+
+    def wanted_within(self, chain: Chain, i: int) -> bool:
+        """Whether a parameter of the chain at or before the batch norm of unit i wants a gradient."""
+        unit, needs = chain.first + i, self.needs
+        before = slice(chain.first, unit)
+        return needs.bn[unit] or any(any(flags[before]) for flags in (needs.weight, needs.bias, needs.bn))
+
+    def unit(self, chain: Chain, i: int, dy: Gradient, a: Activation, add: Tensor | None, wanted: bool) -> Gradient:
+        """The gradients of a unit's parameters, and, where ``wanted``, that of what its ReLU read."""
+        kernels, needs, unit = self.kernels, self.needs, chain.first + i
+        conv, weight = chain.conv[i], chain.weight[i]
+        if needs.weight[unit] or needs.bias[unit]:
+            dweight, dbias = kernels.wgrad(conv, dy, a, weight, needs.bias[unit])
+            if needs.weight[unit]:
+                self.dweight[unit] = dweight
+            if needs.bias[unit]:
+                self.dbias[unit] = dbias
+        if not wanted:
+            return dy
+        g = kernels.dgrad(conv, dy, weight, a, add, self.stage.training[unit])
+        if needs.bn[unit]:
+            self.dbn_weight[unit], self.dbn_bias[unit] = g.grad[DGAMMA], g.grad[DBETA]
+        return g
 
 
 def backward(

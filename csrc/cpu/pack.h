@@ -83,7 +83,7 @@ const PackedRow* rows_as_stored(const FilterView<Pointer>& f, Workspace& workspa
 }
 
 // Whether n rows are next to each other where they are stored.
-FUSED_PREACT_INLINE bool side_by_side(const PackedRow* rows, int n) {
+FUSED_PREACT_INLINE bool are_adjacent(const PackedRow* rows, int n) {
   bool result = true;
   for (int i = 1; i < n; ++i) result &= rows[i].stored == rows[0].stored + i;
   return result;
@@ -122,7 +122,7 @@ void for_each_weights_of(int64_t panel, FilterView<Pointer> f, Panels<T> panels,
   }
   prefetch_panel(f, f.data + rows[0].stored + first, minimum(channels, kWidth), depth);
   for (int64_t r = 0; r < depth;) {
-    if (channels < kWidth || r + kLanes<T> > depth || !side_by_side(rows + r, kLanes<T>)) {
+    if (channels < kWidth || r + kLanes<T> > depth || !are_adjacent(rows + r, kLanes<T>)) {
       at(rows[r].stored, rows[r].packed);
       ++r;
       continue;

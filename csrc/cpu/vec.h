@@ -185,8 +185,6 @@ FUSED_PREACT_INLINE void stream(T* to, Vec<T> v) {
   _mm512_stream_ps(reinterpret_cast<float*>(to), (__m512)v);
 #elif defined(__AVX2__)
   _mm256_stream_ps(reinterpret_cast<float*>(to), (__m256)v);
-#elif defined(__x86_64__)
-  _mm_stream_ps(reinterpret_cast<float*>(to), (__m128)v);
 #else
   store(to, v);
 #endif
