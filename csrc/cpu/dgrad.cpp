@@ -63,6 +63,8 @@ struct Epilogue {
     with_lanes<T>(lanes(V - 1), [&](auto last) __attribute__((always_inline)) {
       int64_t at[M];
       for (int m = 0; m < M; ++m) at[m] = outputs[p + m] + c0;
+      if (const S* add = out.add; add != nullptr)
+        ((acc[I] += load_lanes(add + at[I / V] + I % V * kLanes<T>, block_lanes<T, V>(I, last))), ...);
       if (out.norm == nullptr)
         plain<M, V>(at, acc, last, each);
       else
@@ -87,8 +89,6 @@ struct Epilogue {
   FUSED_PREACT_INLINE void plain(const int64_t (&at)[M], Vec<T> (&acc)[M * V], Last last,
                                  std::integer_sequence<int, I...>) const {
     constexpr int64_t kStep = kLanes<T>;
-    if (const S* add = out.add; add != nullptr)
-      ((acc[I] += load_lanes(add + at[I / V] + I % V * kStep, block_lanes<T, V>(I, last))), ...);
     S* dz = out.dz;
     (store_lanes(dz + at[I / V] + I % V * kStep, acc[I], block_lanes<T, V>(I, last)), ...);
   }
@@ -97,8 +97,6 @@ struct Epilogue {
   FUSED_PREACT_INLINE void masked(int64_t p, const int64_t (&at)[M], Vec<T> (&acc)[M * V], Last last,
                                   std::integer_sequence<int, I...>) {
     constexpr int64_t kStep = kLanes<T>;
-    if (const S* add = out.add; add != nullptr)
-      ((acc[I] += load_lanes(add + at[I / V] + I % V * kStep, block_lanes<T, V>(I, last))), ...);
     const S* x = out.x;
     S* dz = out.dz;
     Vec<T> sums[V] = {}, centered[V] = {};
