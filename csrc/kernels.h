@@ -32,8 +32,9 @@ using Weight = Filter<const void*>;
 using WeightGrad = Filter<void*>;
 
 // The per-channel rows of one batch norm, consecutive in one [5][C] array that forward keeps for backward:
-//   z = scale*(x - mean) + shift,  scale = gamma*rstd,  shift = beta;  variance is the unbiased one.
-// Subtracting the mean first keeps the digits of channels whose mean is large against their deviation.
+//   z = scale*(x - mean) + shift,  scale = gamma*rstd,  shift = beta + scale*lost;  variance is the unbiased one.
+// Subtracting the mean first keeps the digits of channels whose mean is large against their deviation; lost is the mean
+// in the row minus that before it was rounded, which would move all of such a channel.
 enum NormRow { kMean, kRstd, kVariance, kScale, kShift, kNormRows };
 
 // The rows by which backward forms dx behind one batch norm of batch statistics, consecutive in one [2][C] array:

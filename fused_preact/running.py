@@ -89,20 +89,14 @@ def _serves_cuda(device: torch.device) -> bool:
 
 
 def _update(mean, var, counts, rows, units, momentum) -> None:
-    """The same by torch's functions of lists, for devices and counts that the operator does not serve."""
+    """The same by torch's functions, for devices and counts that the operator does not serve."""
     if counts:
         torch._foreach_add_(counts, 1)
-    buffers = mean + var
-    # Of a type of their own each: checks.py allows a batch norm in float32 among others in 16 bits.
-    batch = [
-        rows[i][row].to(t.dtype) for row, ts in ((MEAN, mean), (VARIANCE, var)) for i, t in zip(units, ts, strict=True)
-    ]
-    if momentum is None and counts:
-        weight = 1.0 / counts[0].double()
-        for buffer, value in zip(buffers, batch, strict=True):
-            buffer.lerp_(value, weight.to(buffer.dtype))
-    elif buffers:
-        torch._foreach_lerp_(buffers, batch, momentum or 0.0)
+    weight = 1.0 / counts[0].double() if momentum is None and counts else momentum or 0.0
+    for row, buffers in (MEAN, mean), (VARIANCE, var):
+        for i, buffer in zip(units, buffers, strict=True):
+            wide = torch.promote_types(buffer.dtype, rows[i].dtype)
+            buffer.copy_((1 - weight) * buffer.to(wide) + weight * rows[i][row].to(wide))
 
 
 _library = torch.library.Library("fused_preact", "FRAGMENT")

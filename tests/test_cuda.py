@@ -59,7 +59,9 @@ from test_running import (  # noqa: F401  (run by pytest)
     test_counts_alone,
     test_it_is_what_batch_norm_does,
     test_many_batch_norms,
+    test_what_is_infinite_stays_so,
 )
+from test_statistics import test_a_mean_is_rounded_without_moving_its_channel  # noqa: F401  (run by pytest)
 from tf32 import eager_tf32
 
 pytestmark = pytest.mark.skipif(cuda_toolkit.home() is None, reason=cuda_toolkit.NO_NVCC)

@@ -1,4 +1,4 @@
-"""running.py: buffers move as nn.BatchNorm2d's do, by an operator or by torch's lists."""
+"""running.py: buffers move as nn.BatchNorm2d's do, by an operator or by torch's functions."""
 
 import copy
 import functools
@@ -19,10 +19,10 @@ CHANNELS = (1, 7, 32)
 
 
 @pytest.fixture(
-    params=[pytest.param(running.update, marks=needs_cpu, id="native"), pytest.param(running._update, id="lists")]
+    params=[pytest.param(running.update, marks=needs_cpu, id="native"), pytest.param(running._update, id="torch")]
 )
 def update(request: pytest.FixtureRequest):
-    """What moves buffers: the operator, and torch's lists."""
+    """What moves buffers: the operator, and torch's functions."""
     return request.param
 
 
@@ -103,7 +103,7 @@ def test_counts_alone(update):
     assert counts == [torch.tensor(1), torch.tensor(8)]
 
 
-@pytest.mark.parametrize("native", [pytest.param(True, marks=needs_cpu, id="native"), pytest.param(False, id="lists")])
+@pytest.mark.parametrize("native", [pytest.param(True, marks=needs_cpu, id="native"), pytest.param(False, id="torch")])
 def test_plain_layers_may_be_differentiated_after_a_fused_call(native, monkeypatch):
     """As after another call of theirs: "auto" may give images of one size to them and of another to a backend."""
     if not native:
@@ -235,9 +235,17 @@ def test_many_batch_norms(update):
     assert [int(count) for count in counts] == list(range(1, 151))
 
 
+def test_what_is_infinite_stays_so(update):
+    """As in nn.BatchNorm2d, whose eval mode then gives beta, where a NaN would give NaN."""
+    mean, var = torch.tensor([torch.inf, -torch.inf, 1.0]), torch.tensor([torch.inf, 1.0, torch.inf])
+    update([mean], [var], [], [torch.ones(5, 3)], [0], 0.1)
+    assert mean.tolist() == [torch.inf, -torch.inf, 1.0]
+    assert var.tolist() == [torch.inf, 1.0, torch.inf]
+
+
 @needs_cpu
 def test_a_momentum_of_one_gives_the_batch():
-    """Exactly, however far the buffer was: torch.lerp has a form of its own for weights of a half and more."""
+    """Exactly, however far the buffer was."""
     mean, var = torch.full((3,), 1e8), torch.full((3,), 1e8)
     rows = torch.rand(5, 3)
     running.update([mean], [var], [], [rows], [0], 1.0)

@@ -8,12 +8,13 @@ namespace fused_preact::cpu::FUSED_PREACT_ISA {
 // The rows of channel c of a batch norm with these statistics.
 template <class T>
 void norm_rows(T* rows, int64_t C, int64_t c, double mean, double variance, double unbiased, const Affine& next) {
-  const double rstd = 1 / __builtin_sqrt(variance + next.eps);
+  const double rstd = 1 / __builtin_sqrt(variance + next.eps), scale = static_cast<const T*>(next.gamma)[c] * rstd;
+  const double lost = T(mean) - mean, beta = static_cast<const T*>(next.beta)[c];
   rows[kMean * C + c] = T(mean);
   rows[kRstd * C + c] = T(rstd);
   rows[kVariance * C + c] = T(unbiased);
-  rows[kScale * C + c] = T(static_cast<const T*>(next.gamma)[c] * rstd);
-  rows[kShift * C + c] = static_cast<const T*>(next.beta)[c];
+  rows[kScale * C + c] = T(scale);
+  rows[kShift * C + c] = T(lost == 0 ? beta : beta + scale * lost);  // an infinite scale makes no NaN of nothing lost
 }
 
 // The statistics of one group of tiles, for channels padded to whole vectors.

@@ -6,9 +6,6 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
-#include <cmath>
-#include <type_traits>
-
 #include "../kernels.h"
 
 namespace fused_preact::cpu {
@@ -30,23 +27,19 @@ void with_type(Dtype type, const Body& body) {
   }
 }
 
-// C values in the two forms of torch.lerp, of which each is exact at its own end.
+// As torch does it, in double: what is infinite stays so, which by way of a difference it would not.
 template <class Buffer, class Row>
-void lerp(Buffer* values, int64_t step, const Row* batch, int64_t C, double momentum) {
-  using T = std::conditional_t<std::is_same_v<Buffer, double>, double, float>;
-  const T weight = static_cast<T>(momentum), rest = 1 - weight;
-  const bool near = std::abs(weight) < T(0.5);
+void move_values(Buffer* values, int64_t step, const Row* batch, int64_t C, double momentum) {
   for (int64_t c = 0; c < C; ++c) {
     Buffer& value = values[c * step];
-    const T from = static_cast<T>(value), to = static_cast<T>(batch[c]), way = to - from;
-    value = static_cast<Buffer>(near ? from + weight * way : to - way * rest);
+    value = static_cast<Buffer>((1 - momentum) * static_cast<double>(value) + momentum * static_cast<double>(batch[c]));
   }
 }
 
 void move_buffer(void* buffer, int64_t step, Dtype type, const Running& norm, NormRow row, double momentum) {
   with_type(type, [&](auto value) {
     const auto move_to = [&](auto* rows) {
-      lerp(static_cast<decltype(value)*>(buffer), step, rows + int64_t{row} * norm.C, norm.C, momentum);
+      move_values(static_cast<decltype(value)*>(buffer), step, rows + int64_t{row} * norm.C, norm.C, momentum);
     };
     if (norm.rows_type == Dtype::f64)
       move_to(static_cast<const double*>(norm.rows));

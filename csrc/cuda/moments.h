@@ -71,12 +71,13 @@ struct MomentSums {
 // The rows of channel c of a batch norm with these statistics.
 __device__ __forceinline__ void write_norm_rows(float* rows, int64_t C, int64_t c, double mean, double variance,
                                                 double unbiased, double eps, float gamma, float beta) {
-  const double rstd = 1 / sqrt(variance + eps);
+  const double rstd = 1 / sqrt(variance + eps), scale = gamma * rstd, lost = static_cast<float>(mean) - mean;
   rows[kMean * C + c] = static_cast<float>(mean);
   rows[kRstd * C + c] = static_cast<float>(rstd);
   rows[kVariance * C + c] = static_cast<float>(unbiased);
-  rows[kScale * C + c] = static_cast<float>(gamma * rstd);
-  rows[kShift * C + c] = beta;
+  rows[kScale * C + c] = static_cast<float>(scale);
+  // An infinite scale makes no NaN of nothing lost.
+  rows[kShift * C + c] = lost == 0 ? beta : static_cast<float>(beta + scale * lost);
 }
 
 // Moments of every group and channel in global memory, and the rows that come of them.

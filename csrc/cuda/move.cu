@@ -16,18 +16,17 @@ struct MoveParams {
   bool average;  // then momentum is one over the count
 };
 
-// The values of one buffer, in the two forms of torch.lerp, of which each is exact at its own end.
+// The values of one buffer, as torch moves them: what is infinite stays so, which by way of a difference it would not.
 template <class T, class Buffer, class Row>
 __device__ void move_values(Buffer* values, int64_t step, const Row* row, int C, double momentum) {
   const T weight = static_cast<T>(momentum), rest = 1 - weight;
-  const bool near = weight > T(-0.5) && weight < T(0.5);
   for (int c = threadIdx.x; c < C; c += kThreads) {
     T from;
     if constexpr (std::is_same_v<T, Buffer>)
       from = values[c * step];
     else
       from = widen(values[c * step]);
-    const T to = static_cast<T>(row[c]), way = to - from, moved = near ? from + weight * way : to - way * rest;
+    const T moved = rest * from + weight * static_cast<T>(row[c]);
     if constexpr (std::is_same_v<T, Buffer>)
       values[c * step] = moved;
     else

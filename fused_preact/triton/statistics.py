@@ -65,7 +65,9 @@ def merge(
         tl.store(rows + RSTD * C + c, rstd.to(ACC), mask=known)
         tl.store(rows + VARIANCE * C + c, (total / (count - 1.0)).to(ACC), mask=known)
         tl.store(rows + SCALE * C + c, scale.to(ACC), mask=known)
-        tl.store(rows + SHIFT * C + c, tl.load(beta + c, mask=known, other=0.0), mask=known)
+        lost = mean.to(ACC).to(tl.float64) - mean
+        shift = tl.load(beta + c, mask=known, other=0.0).to(tl.float64) + scale * lost
+        tl.store(rows + SHIFT * C + c, shift.to(ACC), mask=known)
 
 
 def rows_of(partial: Tensor, span: int, pixels: int, affine: Affine) -> Tensor:

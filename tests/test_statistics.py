@@ -1,0 +1,24 @@
+"""statistics and the epilogues that supply the rows of a batch norm: what is theirs beyond the shared suite."""
+
+import pytest
+import torch
+
+from cases import BACKENDS
+from fused_preact import bn_relu_conv2d
+
+
+@pytest.fixture(params=[name for name in BACKENDS if name in ("cpu", "triton")])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Those that add up in more digits than the rows have."""
+    return request.param
+
+
+def test_a_mean_is_rounded_without_moving_its_channel(backend):
+    """Of thousands of deviations, it is rounded by a part of one, by which all of the channel would be off."""
+    torch.manual_seed(0)
+    x = 3000 + torch.rand(4, 8, 5, 6)
+    x = x.to(memory_format=torch.channels_last)
+    gamma, beta = torch.rand(8) + 0.5, torch.full((8,), 8.0)  # ReLU cuts nothing off
+    y = bn_relu_conv2d(x, torch.eye(8)[..., None, None], gamma, beta, training=True, backend=backend)
+    z = torch.nn.functional.batch_norm(x.double(), None, None, gamma.double(), beta.double(), True)
+    assert (y - z).abs().max() <= 4 * torch.finfo(torch.float32).eps * z.abs().max()
