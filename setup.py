@@ -13,7 +13,13 @@ sys.path.insert(0, str(ROOT / "build_backend"))
 
 import nvcc  # noqa: E402  (found by the path above)
 import torch_location  # noqa: E402  (found by the path above)
-from toolchain import Toolchain, find_compiler, instruction_sets, known_to  # noqa: E402  (found by the path above)
+from toolchain import (  # noqa: E402  (found by the path above)
+    Toolchain,
+    check_system,
+    find_compiler,
+    instruction_sets,
+    known_to,
+)
 
 
 class BuildExtension(build_ext):
@@ -46,6 +52,7 @@ class BuildExtension(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         """Prints the resolved configuration and builds `ext`; objects stay in build/objects for the next time."""
+        check_system()
         torch = torch_location.find()
         if torch is None or not torch.is_new_enough():
             raise CompileError(f"building without isolation needs {torch_location.REQUIREMENT} installed first")

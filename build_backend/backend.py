@@ -21,8 +21,9 @@ import torch_location
 
 
 def _requirements() -> list[str]:
-    """What building needs beyond pyproject.toml; stops here, before any download, where there is no compiler."""
+    """What building needs beyond pyproject.toml; stops before any download where it cannot succeed."""
     try:
+        toolchain.check_system()
         toolchain.find_compiler()
     except CompileError as error:
         raise SystemExit(str(error)) from None

@@ -32,9 +32,10 @@ HOST_SOURCES = (
     "cpu/pool",
     "cpu/workspace",
 )
-KERNEL_SOURCES = ("forward", "dgrad", "wgrad", "statistics", "dx")  # of cpu/ and of cuda/
-CUDA_SOURCES = (*KERNEL_SOURCES, "gradients", "convert", "join", "move")
-CPU_SOURCES = (*KERNEL_SOURCES, "convert", "gradients", "permute", "join", "kernels")
+# Of cpu/ and of cuda/.
+KERNEL_SOURCES = ("forward", "dgrad", "wgrad", "gradients", "statistics", "dx", "join", "convert")
+CUDA_SOURCES = (*KERNEL_SOURCES, "move")
+CPU_SOURCES = (*KERNEL_SOURCES, "permute", "kernels")
 
 # No -ffast-math: NaN and infinity must come out as torch gives them. Kernels read neither errno nor exception flags.
 COMMON_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror=vla")
@@ -74,10 +75,14 @@ def instruction_sets() -> list[str]:
     return list(X86_FLAGS) if platform.machine() in ("x86_64", "AMD64") else ["baseline"]
 
 
-def find_compiler() -> str:
-    """Full path (and arguments, where CXX has any) of the C++ compiler; CompileError in one sentence without one."""
+def check_system() -> None:
+    """CompileError in one sentence where this is not Linux."""
     if sys.platform != "linux":
         raise CompileError(NOT_LINUX.format(sys.platform))
+
+
+def find_compiler() -> str:
+    """Full path (and arguments, where CXX has any) of the C++ compiler; CompileError in one sentence without one."""
     if "CXX" in os.environ:
         command = shlex.split(os.environ["CXX"])
         if not command or shutil.which(command[0]) is None:

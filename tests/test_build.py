@@ -1,6 +1,8 @@
 """The build: decisions of the in-tree backend, and what the compiled objects and the binary promise."""
 
+import fcntl
 import importlib
+import os
 import platform
 import re
 import shlex
@@ -126,6 +128,20 @@ def test_other_systems_than_linux_are_told_at_once(backend, toolchain, pretend, 
         backend.get_requires_for_build_wheel()
 
 
+def test_a_build_without_isolation_is_on_linux_too():
+    """`python setup.py` asks no backend: the command itself says so, before it compiles anything."""
+    script = (
+        "import runpy, sys, sysconfig, setuptools\n"
+        "sysconfig.get_config_vars()\n"  # those of Linux; they are read once
+        "sys.platform, sys.argv = 'darwin', ['setup.py', '-q', 'build_ext', '--inplace']\n"
+        "runpy.run_path('setup.py', run_name='__main__')"
+    )
+    environment = os.environ | {"CXX": "none"}  # nor does this test, whatever the command does
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert "error: fused_preact installs on Linux alone, and this is darwin" in result.stderr
+    assert result.returncode != 0
+
+
 def test_cxx_that_is_not_there_is_named(toolchain, monkeypatch):
     """A wrong CXX is named, rather than replaced by another compiler in silence."""
     monkeypatch.setenv("CXX", "no-such-compiler -v")
@@ -182,13 +198,13 @@ def test_a_build_waits_for_another_and_says_when_it_failed(toolchain, monkeypatc
         return subprocess.CompletedProcess(command, next(codes))
 
     monkeypatch.setattr(toolchain, "_find_ninja", lambda: "ninja")
-    monkeypatch.setattr(toolchain.fcntl, "flock", lambda file, how: log.append(how))
+    monkeypatch.setattr(fcntl, "flock", lambda file, how: log.append(how))
     monkeypatch.setattr(toolchain.subprocess, "run", run)
     objects = tmp_path / "objects"
     tools = toolchain.Toolchain(toolchain.Torch(tmp_path, "2.13.0"), "g++", ROOT / "csrc", objects, ["baseline"])
     monkeypatch.delenv("MAX_JOBS", raising=False)
     tools.build(tmp_path / "new" / "C.so")
-    assert log == [toolchain.fcntl.LOCK_EX, ["-C", str(objects)]]
+    assert log == [fcntl.LOCK_EX, ["-C", str(objects)]]
     assert (objects / "build.ninja").read_text() == tools.ninja_file(tmp_path / "new" / "C.so")
     monkeypatch.setenv("MAX_JOBS", "3")
     with pytest.raises(CompileError, match="fused_preact did not compile: the compiler's own message stands above"):
