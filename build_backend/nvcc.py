@@ -52,7 +52,7 @@ def find(architectures: tuple[str, ...] = ARCHITECTURES) -> Cuda | None:
     """The toolkit of CUDA_HOME, of PATH, or in /usr/local/cuda; None without one, or with FUSED_PREACT_CUDA=0.
 
     Raises:
-        CompileError: FUSED_PREACT_CUDA=1 and there is none, or its value is another.
+        CompileError: FUSED_PREACT_CUDA=1 and there is none, or its value is another; CUDA_HOME is no toolkit.
     """
     wanted = os.environ.get("FUSED_PREACT_CUDA", "")
     if wanted not in ("", "0", "1"):
@@ -60,6 +60,11 @@ def find(architectures: tuple[str, ...] = ARCHITECTURES) -> Cuda | None:
     if wanted == "0":
         return None
     home = os.environ.get("CUDA_HOME")
+    if home and not Path(home, "bin/nvcc").exists():
+        raise CompileError(
+            f"CUDA_HOME: expected the folder of a CUDA toolkit, with bin/nvcc in it, got {home!r}, which has none: "
+            "name one that has, or set FUSED_PREACT_CUDA=0 to leave the CUDA kernels out"
+        )
     for nvcc in (home and f"{home}/bin/nvcc", shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"):
         if nvcc and Path(nvcc).exists():
             return _toolkit(nvcc, architectures)

@@ -67,6 +67,19 @@ def test_cuda_home_comes_before_path(nvcc, monkeypatch, tmp_path):
     assert nvcc.find().home == tmp_path / "asked"
 
 
+def test_cuda_home_without_nvcc_is_an_error_that_names_both_ways_out(nvcc, monkeypatch, tmp_path):
+    """Another toolkit is not taken in its place; who has a folder of libraries there can leave the kernels out."""
+    monkeypatch.setenv("PATH", f"{fake_nvcc(tmp_path / 'other', tmp_path / 'other').parent}:/usr/bin:/bin")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "runtime"))
+    with pytest.raises(CompileError, match=r"^CUDA_HOME: expected .*bin/nvcc.* got '.*/runtime'.*FUSED_PREACT_CUDA=0"):
+        nvcc.find()
+    monkeypatch.setenv("FUSED_PREACT_CUDA", "0")
+    assert nvcc.find() is None
+    monkeypatch.delenv("FUSED_PREACT_CUDA")
+    monkeypatch.setenv("CUDA_HOME", "")
+    assert nvcc.find().home == tmp_path / "other"
+
+
 def test_cuda_can_be_left_out(nvcc, monkeypatch, tmp_path):
     """FUSED_PREACT_CUDA=0 leaves the CUDA kernels out although nvcc is there."""
     monkeypatch.setenv("PATH", str(fake_nvcc(tmp_path, tmp_path).parent))
