@@ -20,6 +20,13 @@ def home() -> Path | None:
     return None if toolkit is None else toolkit.home
 
 
+def required_home() -> Path:
+    """The same, for who cannot go on without; SystemExit says so in one sentence."""
+    if (folder := home()) is None:
+        raise SystemExit(NO_NVCC)
+    return folder
+
+
 def tool(name: str) -> Path:
     """Program of the package nvidia-cuda-<name>, which brings it alone."""
     files = importlib.metadata.files(f"nvidia-cuda-{name}")

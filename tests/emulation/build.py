@@ -45,7 +45,7 @@ def ninja_file(folder: Path, sanitizer: str) -> str:
     text = io.StringIO()
     out = Writer(text, width=1000)
     includes = [f"-I{HERE}", f"-I{ROOT / 'csrc' / 'cuda'}"]
-    system = [cuda_toolkit.home() / "include", pybind11.get_include(), sysconfig.get_path("include")]
+    system = [cuda_toolkit.required_home() / "include", pybind11.get_include(), sysconfig.get_path("include")]
     flags = [*FLAGS, *includes, *(f"-isystem {path}" for path in system)]
     compiler = _compiler()
     out.rule("compile", f"{compiler} $flags -MMD -MF $out.d -x c++ -c $in -o $out", depfile="$out.d", deps="gcc")
