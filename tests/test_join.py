@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import statistics
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,7 +121,21 @@ def backward(
 @pytest.mark.parametrize("memory", [schedule.MEMORY.index("lean"), schedule.MEMORY.index("min")])
 @pytest.mark.parametrize("training", [True, False])
 def test_a_stage_is_its_blocks_one_by_one(memory: int, training: bool, backend: str) -> None:
-    """Forward to the bit; gradients but for how dx and streams that are built again are rounded, whatever is wanted."""
+    """Forward to the bit; gradients but for how dx and streams that are built again are rounded, whatever is wanted.
+
+    Of each tensor the median of some draws counts: in a single one rounding may turn a ReLU on or off, and a value that
+    is halfway between two of 16 bits may go to the other one.
+    """
+    draws = [differences_from_blocks_one_by_one(memory, training, backend) for _ in range(5)]
+    y, *others = (statistics.median(of_tensor) for of_tensor in zip(*draws, strict=True))
+    assert y == 0
+    # The convolution of a projection sums up the statistics of what it gives in another order than a pass of their own.
+    assert max(others[:18]) <= 1e-6
+    assert max(others[18:]) <= 0.03
+
+
+def differences_from_blocks_one_by_one(memory: int, training: bool, backend: str) -> list[float]:
+    """Relative differences of y, of the rows of all units and of the gradients, in a draw."""
     kinds = [IDENTITY, IDENTITY, RAW, IDENTITY, ACTIVATED, IDENTITY]
     blocks = [block(kind, 20, training) for kind in kinds]
     x = torch.randn(3, 20, 6, 7).to(memory_format=torch.channels_last)
@@ -131,9 +146,6 @@ def test_a_stage_is_its_blocks_one_by_one(memory: int, training: bool, backend: 
         branch, *saved = forward(backend, streams[-1].to(BF16), [one], [NONE if apart else one.shortcut], 0)
         streams.append(streams[-1] + branch if apart else branch.float())
         alone.append(saved)
-    assert torch.equal(y, streams[-1])
-    # The convolution of a projection sums up the statistics of what it gives in another order than a pass of their own.
-    assert_close(rows, [row for _, of_block in alone for row in of_block], rtol=1e-5, atol=1e-6)
 
     dy = torch.randn_like(y)
     dstream, expected = dy, []
@@ -149,12 +161,14 @@ def test_a_stage_is_its_blocks_one_by_one(memory: int, training: bool, backend: 
         [g for of_block in expected for g in of_block[kind]] for kind in map(slice, (0, 3, 6, 9), (3, 6, 9, None))
     ]
     expected = [dstream, *itertools.chain(*by_kind)]
+    found = backward(backend, dy, x, y, kept, rows, blocks, kinds, memory, [True] * (1 + 18 + 18 + 2))
     generator = random.Random(0)
-    for chance in (1, 0.5, 0.1, 0.1):
+    for chance in (0.5, 0.1, 0.1):
         needs = [generator.random() < chance for _ in range(1 + 18 + 18 + 2)]
         wanted = [*needs[:37], *needs[19:37], *needs[37:]]
-        found = backward(backend, dy, x, y, kept, rows, blocks, kinds, memory, needs)
-        assert [g.numel() > 0 for g in found] == wanted
-        for one, other in zip(found, expected, strict=True):
-            if one.numel():
-                assert (one - other).norm() <= 0.05 * other.norm() + 1e-3 * other.numel() ** 0.5
+        some = backward(backend, dy, x, y, kept, rows, blocks, kinds, memory, needs)
+        for gradient, is_wanted, one in zip(some, wanted, found, strict=True):
+            assert torch.equal(gradient, one) if is_wanted else gradient.numel() == 0
+    ours = y, *rows, *found
+    theirs = streams[-1], *(row for _, of_block in alone for row in of_block), *expected
+    return [((one - other).norm() / other.norm()).item() for one, other in zip(ours, theirs, strict=True)]
