@@ -61,24 +61,17 @@ struct MmaHalf {
   __device__ static void multiply_long(Block& d, const A& a, const B& b) { multiply(d, a, b); }
 };
 
-// Tensor cores, float32 values rounded to ten bits of mantissa.
-struct MmaTf32 {
+// Tensor cores, float32 values rounded to ten bits of mantissa. In bytes along a row, the fragments of four-byte values
+// are those of two-byte values.
+struct MmaTf32 : private MmaHalf<__half> {
   using Storage = float;
-  static constexpr int kStepBytes = 32, kStepRows = 8, kAddresses = 1;
+  static constexpr int kStepRows = 8;
   static constexpr bool kRounds = true;
-  using A = MmaHalf<__half>::A;
-  using B = A;
+  using MmaHalf::A, MmaHalf::B, MmaHalf::kStepBytes, MmaHalf::kAddresses;
+  using MmaHalf::row, MmaHalf::byte, MmaHalf::load_a, MmaHalf::load_b;
 
   __device__ static uint4 operand(const float (&v)[4]) {
     return {to_tf32(v[0]), to_tf32(v[1]), to_tf32(v[2]), to_tf32(v[3])};
-  }
-
-  // In bytes, the fragments of four-byte values are those of two-byte values.
-  __device__ static int row(int lane, int) { return lane % 16; }
-  __device__ static int byte(int lane) { return lane / 16 * 16; }
-  __device__ static void load_a(A& a, const std::byte* const (&rows)[1]) { ldmatrix_x4(a.r, rows[0]); }
-  __device__ static void load_b(B& b, const std::byte* shared, int ld, int lane) {
-    MmaHalf<__half>::load_b(b, shared, ld, lane);
   }
 
   template <class At>
