@@ -25,7 +25,7 @@ struct DxPiece {
 };
 
 template <class S>
-__global__ __launch_bounds__(kThreads, kBlocks) void dx_kernel(const __grid_constant__ DxParams<S> p) {
+__global__ __launch_bounds__(kPieceThreads, kBlocks) void dx_kernel(const __grid_constant__ DxParams<S> p) {
   take_turn();
   constexpr int L = kLanes<S>, kAhead = 2;
   const int C = p.source.C, c = p.grid.piece() * L;
@@ -65,7 +65,7 @@ void dx(Dtype dtype, int64_t pixels, int64_t C, const Gradient& dy, const void* 
     const DxParams<S> p{source, static_cast<const S*>(add), static_cast<S*>(to),
                         PieceGrid::of(s, pixels, C, kPixelsAThread),
                         source.aligned && is_aligned(add) && is_aligned(to)};
-    launch(dx_kernel<S>, p.grid.blocks(), kThreads, 0, static_cast<cudaStream_t>(workspace.stream), p);
+    launch(dx_kernel<S>, p.grid.blocks(), kPieceThreads, 0, static_cast<cudaStream_t>(workspace.stream), p);
   });
 }
 

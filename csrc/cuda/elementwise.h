@@ -5,7 +5,7 @@
 
 namespace fused_preact::cuda {
 
-constexpr int kThreads = 256, kBlocks = 3;  // of a block; blocks on a multiprocessor
+constexpr int kPieceThreads = 256, kBlocks = 3;  // of a block of a PieceGrid; blocks on a multiprocessor
 
 // In place of a product, of which the sources ask the storage type.
 template <class S>
@@ -27,7 +27,7 @@ struct PieceGrid {
     const int log = log2_ceil(ceil_div<int64_t>(C, L), 5);
     const int64_t columns = ceil_div<int64_t>(C, L << log);
     const int64_t most = maximum<int64_t>(multiprocessors() * blocks / columns, 1);
-    const int64_t groups = minimum(ceil_div<int64_t>(pixels, (kThreads >> log) * pixels_a_thread), most);
+    const int64_t groups = minimum(ceil_div<int64_t>(pixels, (kPieceThreads >> log) * pixels_a_thread), most);
     const int64_t run = ceil_div(pixels, groups);
     return {log, static_cast<int>(columns), static_cast<int>(ceil_div(pixels, run)), pixels, run};
   }
@@ -47,7 +47,7 @@ struct PieceGrid {
 // number i. All threads of a block make as many calls: those of no valid pixel get what is not initialised.
 template <int Ahead, class Load, class Use>
 __device__ __forceinline__ void for_each_pixel(const PieceGrid& grid, const Load& load, const Use& use) {
-  const int step = kThreads >> grid.log_pieces;
+  const int step = kPieceThreads >> grid.log_pieces;
   const int64_t begin = grid.group() * grid.run, end = minimum(begin + grid.run, grid.pixels);
   for (int64_t base = begin; base < end; base += Ahead * step) {
     decltype(load(base)) loaded[Ahead];

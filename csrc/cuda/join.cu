@@ -74,8 +74,8 @@ struct Joiner {
 };
 
 template <class S>
-__global__ __launch_bounds__(kThreads, kJoinBlocks) void join_kernel(const __grid_constant__ JoinParams<S> p,
-                                                                     const __grid_constant__ PieceGrid grid) {
+__global__ __launch_bounds__(kPieceThreads, kJoinBlocks) void join_kernel(const __grid_constant__ JoinParams<S> p,
+                                                                          const __grid_constant__ PieceGrid grid) {
   take_turn();
   const Joiner<true, S> joiner{p, grid.piece() * kLanes<S>};
   for_each_pixel<kAhead>(
@@ -87,8 +87,9 @@ __global__ __launch_bounds__(kThreads, kJoinBlocks) void join_kernel(const __gri
 }
 
 template <class S>
-__global__ __launch_bounds__(kThreads, kJoinBlocks) void join_statistics_kernel(const __grid_constant__ JoinParams<S> p,
-                                                                                const __grid_constant__ Summed summed) {
+__global__ __launch_bounds__(kPieceThreads,
+                             kJoinBlocks) void join_statistics_kernel(const __grid_constant__ JoinParams<S> p,
+                                                                      const __grid_constant__ Summed summed) {
   take_turn();
   const Joiner<false, S> joiner{p, summed.grid.piece() * kLanes<S>};
   sum_up<S, kAhead>(
@@ -111,9 +112,9 @@ void launch_join(S s, int64_t pixels, int64_t C, const float* stream, const Grad
                         source.aligned && is_aligned(stream) && is_aligned(joined) && is_aligned(narrowed)};
   const PieceGrid grid = PieceGrid::of(s, pixels, C, kPixelsAThread, kJoinBlocks);
   const auto queue = static_cast<cudaStream_t>(workspace.stream);
-  if (next_rows == nullptr) return launch(join_kernel<S>, grid.blocks(), kThreads, 0, queue, p, grid);
+  if (next_rows == nullptr) return launch(join_kernel<S>, grid.blocks(), kPieceThreads, 0, queue, p, grid);
   const Summed summed(s, grid, C, next, next_rows, workspace);
-  launch(join_statistics_kernel<S>, grid.blocks(), kThreads, summed.shared_bytes(s), queue, p, summed);
+  launch(join_statistics_kernel<S>, grid.blocks(), kPieceThreads, summed.shared_bytes(s), queue, p, summed);
 }
 
 }  // namespace

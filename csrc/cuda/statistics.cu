@@ -18,7 +18,8 @@ struct StatisticsParams {
 };
 
 template <class S>
-__global__ __launch_bounds__(kThreads, kBlocks) void statistics_kernel(const __grid_constant__ StatisticsParams<S> p) {
+__global__ __launch_bounds__(kPieceThreads,
+                             kBlocks) void statistics_kernel(const __grid_constant__ StatisticsParams<S> p) {
   take_turn();
   constexpr int L = kLanes<S>, kAhead = 4;
   const int C = static_cast<int>(p.summed.slots.C), c = p.summed.grid.piece() * L;
@@ -35,9 +36,9 @@ struct RunningParams {
   int64_t C;
 };
 
-__global__ __launch_bounds__(kThreads) void running_kernel(const __grid_constant__ RunningParams p) {
+__global__ __launch_bounds__(kPieceThreads) void running_kernel(const __grid_constant__ RunningParams p) {
   take_turn();
-  const int64_t c = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t c = static_cast<int64_t>(blockIdx.x) * kPieceThreads + threadIdx.x;
   if (c >= p.C) return;
   write_norm_rows(p.rows, p.C, c, p.mean[c], p.variance[c], p.variance[c], p.next.eps,
                   static_cast<const float*>(p.next.gamma)[c], static_cast<const float*>(p.next.beta)[c]);
@@ -53,7 +54,7 @@ void statistics(Dtype dtype, int64_t pixels, int64_t C, const void* x, const Aff
     const PieceGrid grid = PieceGrid::of(s, pixels, C, kPixelsAThread);
     const StatisticsParams<S> p{static_cast<const S*>(x), C % kLanes<S> == 0 && is_aligned(x),
                                 Summed(s, grid, C, next, rows, workspace)};
-    launch(statistics_kernel<S>, grid.blocks(), kThreads, p.summed.shared_bytes(s),
+    launch(statistics_kernel<S>, grid.blocks(), kPieceThreads, p.summed.shared_bytes(s),
            static_cast<cudaStream_t>(workspace.stream), p);
   });
 }
@@ -62,7 +63,7 @@ void running(Dtype, int64_t C, const void* mean, const void* variance, const Aff
              Workspace& workspace) {
   const RunningParams p{static_cast<const float*>(mean), static_cast<const float*>(variance), next,
                         static_cast<float*>(rows), C};
-  launch(running_kernel, static_cast<unsigned>(ceil_div<int64_t>(C, kThreads)), kThreads, 0,
+  launch(running_kernel, static_cast<unsigned>(ceil_div<int64_t>(C, kPieceThreads)), kPieceThreads, 0,
          static_cast<cudaStream_t>(workspace.stream), p);
 }
 

@@ -23,14 +23,15 @@ struct Summed {
   // For the sums of each warp, then for those that are merged.
   template <class S>
   size_t shared_bytes(S) const {
-    return maximum((kThreads / 32 << grid.log_pieces) * kLanes<S> * sizeof(float4), 3 * kThreads * sizeof(double));
+    return maximum((kPieceThreads / 32 << grid.log_pieces) * kLanes<S> * sizeof(float4),
+                   3 * kPieceThreads * sizeof(double));
   }
 };
 
 // for_each_pixel, in which use(v, pixel, loaded) makes of a valid pixel the values of S whose statistics are to be.
 template <class S, int Ahead, class Load, class Use>
 __device__ __forceinline__ void sum_up(const Summed& p, const Load& load, const Use& use) {
-  constexpr int L = kLanes<S>, kWarps = kThreads / 32;
+  constexpr int L = kLanes<S>, kWarps = kPieceThreads / 32;
   float4* const shared = reinterpret_cast<float4*>(shared_memory());
   const int group = p.grid.group(), pieces = p.grid.pieces(), warp = threadIdx.x / 32;
   const int first = p.grid.column() * pieces * L, C = static_cast<int>(p.slots.C);
@@ -44,7 +45,7 @@ __device__ __forceinline__ void sum_up(const Summed& p, const Load& load, const 
   });
   sums.store(shared + warp * pieces * L, threadIdx.x % 32, pieces);
   __syncthreads();
-  for (int i = threadIdx.x; i < pieces * L && first + i < C; i += kThreads) {
+  for (int i = threadIdx.x; i < pieces * L && first + i < C; i += kPieceThreads) {
     Moments moments;
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) moments.add(shared[w * pieces * L + i]);
@@ -52,8 +53,8 @@ __device__ __forceinline__ void sum_up(const Summed& p, const Load& load, const 
   }
   merge_groups(p.counters + p.grid.column() * p.teams.counters(), p.teams, group,
                [&](int from, int count, int stride, bool finish) {
-                 p.slots.template merge<kThreads>(reinterpret_cast<double*>(shared), first,
-                                                  minimum(first + pieces * L, C), from, count, stride, finish);
+                 p.slots.template merge<kPieceThreads>(reinterpret_cast<double*>(shared), first,
+                                                       minimum(first + pieces * L, C), from, count, stride, finish);
                });
 }
 
