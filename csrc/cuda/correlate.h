@@ -131,6 +131,23 @@ __device__ __forceinline__ void multiply_chunk(Block (&acc)[2][Columns / 16], co
                               depth, p.slab.tap_bytes, p.slab.columns);
 }
 
+// Ends a tile: hands it to the epilogue and, behind every kTiles-th of a block and its last, stores the warps' sums, if
+// there are any. Whether it has: others read them behind the next barrier. `unstored`: tiles since the last store.
+template <int Columns, class Op, class Source, class Epilogue>
+__device__ __forceinline__ bool end_tile(const Block (&acc)[2][Columns / 16], const Window& w, int t, bool last, int n0,
+                                         const CorrelationMemory<Columns, Op, Source, typename Epilogue::Total>& m,
+                                         const typename Epilogue::Output& output, Epilogue& epilogue, int& unstored) {
+  using Rows = Staging<typename Op::Storage, Columns>;
+  if constexpr (Rows::kTiles == 1) epilogue.restart();
+  finish_tile<Columns, typename Op::Storage>(acc, w.target_corner(w.tile(t)), m.targets, n0, m.staging, epilogue);
+  const bool stores = output.has_sums() && (++unstored == Rows::kTiles || last);
+  if (stores) {
+    epilogue.store_sums(m.sums + threadIdx.x / 32 * Columns, threadIdx.x % 32, Rows::kPieces);
+    unstored = 0;
+  }
+  return stores;
+}
+
 // Adds the sums of the warps to the totals.
 template <int Columns, class Total>
 __device__ __forceinline__ void add_sums(const float4* sums, Total* totals) {
@@ -161,8 +178,6 @@ __device__ __forceinline__ void merge_totals(const Correlation<Op, Source>& p, c
 template <int Columns, class Op, class Source, class Epilogue>
 __device__ __forceinline__ void correlate_block(const Correlation<Op, Source>& p,
                                                 const typename Epilogue::Output& output, int block) {
-  using S = typename Op::Storage;
-  using Rows = Staging<S, Columns>;
   using Total = typename Epilogue::Total;
   const CorrelationMemory<Columns, Op, Source, Total> m(p);
   const int group = block / p.columns, n0 = block % p.columns * Columns;
@@ -211,14 +226,7 @@ __device__ __forceinline__ void correlate_block(const Correlation<Op, Source>& p
       }
       multiply_chunk<Columns>(acc, p, w, chunk, strip, m.slabs);
       __syncthreads();
-      if (last) {
-        if constexpr (Rows::kTiles == 1) epilogue.restart();
-        finish_tile<Columns, S>(acc, w.target_corner(w.tile(t)), m.targets, n0, m.staging, epilogue);
-        if (output.has_sums() && (++unstored == Rows::kTiles || t + 1 == end)) {
-          epilogue.store_sums(m.sums + threadIdx.x / 32 * Columns, threadIdx.x % 32, Rows::kPieces);
-          stored = true, unstored = 0;  // others read them behind the next barrier
-        }
-      }
+      if (last) stored = end_tile(acc, w, t, t + 1 == end, n0, m, output, epilogue, unstored);
     }
     t = next_t, chunk = next_chunk;
   }
