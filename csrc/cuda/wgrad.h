@@ -142,10 +142,10 @@ __device__ __forceinline__ void write_vector(const WgradParams<Op>& p, int k0, i
       to[(k + j / 2 * 8) * p.stride_k + (c + j % 2) * p.stride_c] = narrow<S>(values[j]);
 }
 
-// Merges the slots of this block's channels, as merge_groups asks.
+// Merges the slots of dweight of this block's channels, as merge_groups asks.
 template <int Taps, class Op>
-__device__ __forceinline__ void merge_slots(const WgradParams<Op>& p, int column, int k0, int c0, bool with_bias,
-                                            int first, int count, int step, bool finish) {
+__device__ __forceinline__ void merge_units(const WgradParams<Op>& p, int column, int k0, int c0, int first, int count,
+                                            int step, bool finish) {
   const int vectors = slot_vectors<Op, Taps>(p);
   const int64_t group_vectors = static_cast<int64_t>(p.k_tiles) * p.c_tiles * vectors;
   float4* const slots = p.slots + first * group_vectors + static_cast<int64_t>(column) * vectors;
@@ -181,6 +181,12 @@ __device__ __forceinline__ void merge_slots(const WgradParams<Op>& p, int column
         slots[i + v * kThreads] = sum[v];
     }
   }
+}
+
+// The same of dbias, of which each thread has one channel; with_bias: whether this block sums it.
+template <int Taps, class Op>
+__device__ __forceinline__ void merge_bias(const WgradParams<Op>& p, int k0, bool with_bias, int first, int count,
+                                           int step, bool finish) {
   const int k = k0 + static_cast<int>(threadIdx.x), K = p.dy.C;
   if (!with_bias || threadIdx.x >= p.k_groups * Units<Taps>::kK * 16 || k >= K) return;
   double* const bias = p.bias_slots + static_cast<int64_t>(first) * K + k;
@@ -192,10 +198,57 @@ __device__ __forceinline__ void merge_slots(const WgradParams<Op>& p, int column
     *bias = sum;
 }
 
+// The shared memory of a block, and how tiles get there.
+template <class Op>
+struct WgradMemory {
+  const WgradParams<Op>& p;
+  const Window& w;
+  int k0, c0, end;    // first channels; behind the last tile
+  std::byte* stages;  // two, of a tile and the next: the strip of dy, and behind it that of x
+  int* tables;        // two, of a tile and the next: where the pixels of those lie
+
+  __device__ WgradMemory(const WgradParams<Op>& of, int k, int c, int tiles_end)
+      : p(of),
+        w(p.window),
+        k0(k),
+        c0(c),
+        end(tiles_end),
+        stages(shared_memory()),
+        tables(reinterpret_cast<int*>(stages + 2 * p.stage_bytes())) {}
+
+  __device__ std::byte* stage(int which) const { return stages + which * p.stage_bytes(); }
+  __device__ int* dy_table(int t) const { return tables + (t & 1) * p.table(); }
+  __device__ int* x_table(int t) const { return dy_table(t) + p.slot_pixels; }
+
+  // Fills the tables of tile t.
+  __device__ void index(int t) const {
+    if (t >= end) return;
+    w.index_target<kThreads>(w.tile(t), p.slot_pixels, dy_table(t));
+    w.index_source<kThreads>(w.tile(t), x_table(t));
+  }
+  // Queues the copies of tile t to a stage, as one group.
+  __device__ void copy(int t, std::byte* to) const {
+    if (t < end) {
+      const Tile tile = w.tile(t);
+      copy_strip<kThreads>(p.dy, k0, p.dy_strip, to, p.slot_pixels, w.target_corner(tile), dy_table(t));
+      copy_strip<kThreads>(p.x, c0, p.x_strip, to + p.dy_strip.bytes, w.strip_pixels(), w.source_corner(tile),
+                           x_table(t));
+    }
+    cp_async_commit();
+  }
+  // Waits for all but the latest copies and forms tile t in its stage.
+  __device__ void form(int t, std::byte* at) const {
+    const auto dy_rows = p.dy.rows(own_channel<GradientSource<Op>>(p.dy_strip, k0));
+    cp_async_wait<1>();
+    form_strip<kThreads>(p.dy, dy_rows, p.dy_strip, at, p.slot_pixels, dy_table(t));
+    const auto x_rows = p.x.rows(own_channel<ActivationSource<Op>>(p.x_strip, c0));
+    form_strip<kThreads>(p.x, x_rows, p.x_strip, at + p.dy_strip.bytes, w.strip_pixels(), x_table(t));
+  }
+};
+
 template <class Op, int Taps>
 __device__ __forceinline__ void wgrad_block(const WgradParams<Op>& p, int block) {
   using U = Units<Taps>;
-  std::byte* const stages = shared_memory();
   const int columns = p.k_tiles * p.c_tiles;
   const int group = block / columns, column = block % columns;
   const int k_tile = p.k_groups * U::kK * 16, c_tile = p.c_groups * U::kC * 16;
@@ -203,59 +256,37 @@ __device__ __forceinline__ void wgrad_block(const WgradParams<Op>& p, int block)
   const int warp = threadIdx.x / 32, unit_warps = p.k_groups * p.c_groups;
   const int unit_warp = warp % unit_warps, split = warp / unit_warps;
   const int begin = p.runs.begin(group), end = p.runs.end(group);
-  const Window& w = p.window;
-
-  // Where the pixels of dy and of the strip of x lie: two tables, of a tile and the next.
-  int* const tables = reinterpret_cast<int*>(stages + 2 * p.stage_bytes());
-  const auto table_of = [&](int t) { return tables + (t & 1) * p.table(); };
-  const auto index = [&](int t) {
-    if (t >= end) return;
-    w.index_target<kThreads>(w.tile(t), p.slot_pixels, table_of(t));
-    w.index_source<kThreads>(w.tile(t), table_of(t) + p.slot_pixels);
-  };
-  const auto copy = [&](int t, std::byte* stage) {
-    if (t < end) {
-      const Tile tile = w.tile(t);
-      copy_strip<kThreads>(p.dy, k0, p.dy_strip, stage, p.slot_pixels, w.target_corner(tile), table_of(t));
-      copy_strip<kThreads>(p.x, c0, p.x_strip, stage + p.dy_strip.bytes, w.strip_pixels(), w.source_corner(tile),
-                           table_of(t) + p.slot_pixels);
-    }
-    cp_async_commit();
-  };
+  const WgradMemory<Op> m(p, k0, c0, end);
 
   Block acc[U::kCount];
   clear(acc);
   const bool with_bias = p.bias_slots != nullptr && c0 == 0;
 #pragma unroll 1
-  for (int t = begin; t < begin + 2; ++t) index(t);
+  for (int t = begin; t < begin + 2; ++t) m.index(t);
   __syncthreads();
   // Each step queues the copies of the next tile, and multiplies the one that the step before it queued.
   for (int t = begin - 1, which = 1; t < end; ++t, which ^= 1) {
-    copy(t + 1, stages + (which ^ 1) * p.stage_bytes());
+    m.copy(t + 1, m.stage(which ^ 1));
     if (t < begin) continue;
-    std::byte* const stage = stages + which * p.stage_bytes();
-    const auto dy_rows = p.dy.rows(own_channel<GradientSource<Op>>(p.dy_strip, k0));
-    cp_async_wait<1>();
-    form_strip<kThreads>(p.dy, dy_rows, p.dy_strip, stage, p.slot_pixels, table_of(t));
-    const auto x_rows = p.x.rows(own_channel<ActivationSource<Op>>(p.x_strip, c0));
-    form_strip<kThreads>(p.x, x_rows, p.x_strip, stage + p.dy_strip.bytes, w.strip_pixels(),
-                         table_of(t) + p.slot_pixels);
-    if (with_bias) add_bias(p, group, k0, k_tile, t == begin, w.target_corner(w.tile(t)), table_of(t));
+    std::byte* const stage = m.stage(which);
+    m.form(t, stage);
+    if (with_bias) add_bias(p, group, k0, k_tile, t == begin, m.w.target_corner(m.w.tile(t)), m.dy_table(t));
     __syncthreads();
-    index(t + 2);  // in place of the table of this tile
+    m.index(t + 2);  // in place of the tables of this tile
     multiply_tile<Op, Taps>(acc, p, stage, stage + p.dy_strip.bytes, unit_warp / p.c_groups, unit_warp % p.c_groups,
                             split);
     __syncthreads();
   }
 
-  add_splits(acc, reinterpret_cast<float4*>(stages), p.splits, split, unit_warp);
+  add_splits(acc, reinterpret_cast<float4*>(m.stages), p.splits, split, unit_warp);
   if (split == 0) {
     const int64_t slot = static_cast<int64_t>(group) * columns + column;
     store_units(acc, p.slots + slot * slot_vectors<Op, Taps>(p) + unit_warp * U::kCount * 2 * 32 + threadIdx.x % 32);
   }
   merge_groups(p.counters + column * p.teams.counters(), p.teams, group,
                [&](int first, int count, int step, bool finish) {
-                 merge_slots<Taps>(p, column, k0, c0, with_bias, first, count, step, finish);
+                 merge_units<Taps>(p, column, k0, c0, first, count, step, finish);
+                 merge_bias<Taps>(p, k0, with_bias, first, count, step, finish);
                });
 }
 
