@@ -33,8 +33,6 @@ def draw(document: dict[str, Any], path: Path) -> None:
     goals far beyond what was reached: they are numbers there.
     """
     from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
 
     entries = [entry for case in document["cases"] for entry in _entries(case)]
     figure = Figure(figsize=(9.5, 1.5 + 0.36 * len(entries) + 0.2 * len({e["group"] for e in entries})), dpi=150)
@@ -43,6 +41,20 @@ def draw(document: dict[str, Any], path: Path) -> None:
     time.set_xlim(0, 1.05 * max([2.5, *(_extent(entry) for entry in entries if entry["dtype"] in fast)]))
     widest = max(entry["saved_bytes"]["ratio"]["median"] for entry in entries)
     memory.set_xlim(0, 1.5 * widest)  # room for the amounts behind the bars
+    _bars(time, memory, entries)
+    for axes, title in ((time, "Speed relative to the fastest eager"), (memory, "Bytes kept, eager / fused")):
+        _dress(axes, title)
+    has_goals = any(entry[quantity]["goal"] is not None for entry in entries for quantity in QUANTITIES)
+    _legend(figure, has_goals)
+    figure.suptitle(_title(document), color=TEXT, fontsize=9)
+    figure.tight_layout(rect=(0, 0.35 / figure.get_figheight(), 1, 1))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as file:
+        figure.savefig(file, format="png", transparent=True)
+
+
+def _bars(time: Any, memory: Any, entries: list[dict[str, Any]]) -> None:
+    """Draws the bars of each entry on both axes, below each other, under the names of their groups."""
     ticks = []
     height, group = 0.0, None
     for entry in entries:
@@ -60,22 +72,21 @@ def draw(document: dict[str, Any], path: Path) -> None:
         height += 1.0
     time.set_yticks([h for h, _ in ticks], [label for _, label in ticks])
     time.set_ylim(height - 0.4, -0.5)
-    for axes, title in ((time, "Speed relative to the fastest eager"), (memory, "Bytes kept, eager / fused")):
-        _dress(axes, title)
+
+
+def _legend(figure: Any, has_goals: bool) -> None:
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
     legend = [
         Patch(color=FORWARD, label="forward"),
         Patch(color=TOTAL, label="forward + backward (of a net: and update)"),
         Patch(color=SAVED, label="bytes kept for backward"),
         Line2D([], [], color=TEXT, linewidth=1, label="quantiles 0.2 to 0.8"),
     ]
-    if any(entry[quantity]["goal"] is not None for entry in entries for quantity in QUANTITIES):
+    if has_goals:
         legend.append(Line2D([], [], color=GOAL, linewidth=2, label="goal"))
     figure.legend(handles=legend, loc="lower center", ncols=5, frameon=False, labelcolor=TEXT, fontsize=8.5)
-    figure.suptitle(_title(document), color=TEXT, fontsize=9)
-    figure.tight_layout(rect=(0, 0.35 / figure.get_figheight(), 1, 1))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as file:
-        figure.savefig(file, format="png", transparent=True)
 
 
 def _entries(case: dict[str, Any]) -> Iterator[dict[str, Any]]:
