@@ -18,7 +18,7 @@ struct Correlation {
   Source source;
   FilterView<S> filter;
   Window windows[kMostWindows];
-  int window_count, columns;  // Columns of blocks
+  int window_count, columns;  // columns of blocks beside each other
   Runs runs;
   StripLayout strip;
   int strip_pixels;   // of the largest strip

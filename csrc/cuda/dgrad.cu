@@ -1,5 +1,7 @@
 // dgrad: dz = (conv_transpose(dy, weight) + add) * [z > 0], and the sums over dz that the batch norm's gradient needs.
 //
+// Layout: dy, x, add, dz NHWC; the filter by its strides. One block is a run of tiles of at most 128 pixels of x and 16
+// or 64 of its channels (correlate.h).
 // The transpose of a convolution of stride (a, b) is a*b correlations of stride 1, one for each class of input pixels
 // (h mod a, w mod b), with the filter taps that reach the class, in reverse: the windows of one launch (correlate.h).
 // dy is formed from dz' and x' of the unit behind while it is read. The epilogue applies the mask, writes dz, and adds

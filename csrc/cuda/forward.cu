@@ -1,8 +1,8 @@
 // forward: y = conv(a, weight) + bias + residual, and the batch norm rows that the next unit needs of y.
 //
-// Layout: x, residual, y NHWC; the filter by its strides. One block is a run of tiles of at most 128 output
-// pixels and 16 or 64 output channels (correlate.h). Statistics are of y as stored, a tile at a time, merged by
-// the last block (merge.h).
+// Layout: x, residual, y NHWC; the filter by its strides. One block is a run of tiles of at most 128 output pixels and
+// 16 or 64 output channels (correlate.h). Statistics are of y as stored, in float over one tile or several (moments.h),
+// merged by the last block (merge.h).
 // Bytes: x read once a column of blocks, residual read once, y written once.
 #include "correlate.h"
 #include "moments.h"

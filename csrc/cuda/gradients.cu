@@ -3,7 +3,7 @@
 // Neither waits for the other: they read the same tensors, from the cache where they are small, and one may work while
 // the other merges its sums. Each has half of the blocks that have room at once, so that none waits for a place, and
 // the launch has one beginning and one end. Two launches where dgrad has 64 columns, whose accumulators leave wgrad too
-// few registers, and in float32, which has more arithmetic to fill its time with. Bytes: those of both.
+// few registers, and in float32, which has more arithmetic to fill its time with. Layout and bytes: those of both.
 #include "dgrad.h"
 #include "kernels.h"
 #include "wgrad.h"

@@ -1,8 +1,8 @@
 // statistics: the batch norm rows of a tensor whose producer could not supply them. running: those of given statistics.
 //
 // Layout: x [pixels][C]. One block is a run of pixels of up to 32 pieces of channels: a thread has one piece of every
-// n-th pixel, and reads four of them ahead. The last block merges (merge.h).
-// Bytes: x read once.
+// n-th pixel, and reads four of them ahead. The last block merges (merge.h). Of running one thread is one channel.
+// Bytes: x read once; of running, four rows read and five written once.
 #include "product.h"
 #include "statistics.h"
 

@@ -1,5 +1,6 @@
 // wgrad: dweight[k,c,r,s] = sum over pixels of a * dy, dbias[k] = sum of dy.
 //
+// Layout: dy, x NHWC; dweight by its strides.
 // The product of dy, transposed, with the activation at each tap, over pixels. One block is a run of tiles of output
 // pixels, with `k_tile` output and `c_tile` input channels: for each tile it has dy and the strip of x in shared memory
 // (copied while the tile before is multiplied; formed in place; by tables of where their pixels lie), where the strip
@@ -7,8 +8,8 @@
 // or one tap of 2 x 4. Where there are fewer units than warps, warps share them and split the pixels of a tile; their
 // sums are added in order at the end. The last block adds up the blocks (merge.h). A value of x that is not finite
 // reaches all taps of its channel.
-// Bytes: dy (or dz' and x') read once for each c_tile, x once for each k_tile, both once where
-// the channels fit a block.
+// Bytes: dy (or dz' and x') read once for each c_tile, x once for each k_tile, both once where the channels fit a
+// block; dweight written once.
 #include "wgrad.h"
 
 namespace fused_preact::cuda {
