@@ -2,10 +2,10 @@
 
 from . import models
 from ._extension import empty_cache
-from .backends import explain
 from .blocks import PreActBlock, PreActBottleneck
 from .dense import DenseLayer, Transition
 from .exchange import fuse
+from .explaining import explain
 from .functional import bn_relu_conv2d
 from .modules import BNReLUConv2d
 from .stage import PreActStage

@@ -1,21 +1,17 @@
-"""Which backend serves a call, and why: names, limits, the choice of ``backend="auto"``, and its explanation."""
+"""Which backend serves a call, and why: names, limits, the choice of ``backend="auto"``, and records of choices."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib.util
 import math
 import os
-import threading
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
 from torch.autograd import forward_ad
-from torch.func import functional_call
-from torch.utils._pytree import tree_map_only
 
 from . import _extension, tables, tracing
 from .checks import one_of
@@ -245,24 +241,6 @@ class Choice(NamedTuple):
         return "\n".join(lines)
 
 
-class Explanation(tuple[Choice, ...]):
-    """The choices of one call, in the order in which it makes them; ``str`` of it is meant to be read."""
-
-    def __str__(self) -> str:
-        if not self:
-            return "no fused call is made here"
-        merged: dict[tuple[str, str | None, tuple[tuple[str, str], ...]], list[str]] = {}
-        for choice in self:
-            merged.setdefault((choice.backend, choice.apart, tuple(choice.others.items())), []).append(choice.where)
-        texts = []
-        for (backend, apart, others), places in merged.items():
-            if len(places) > 4:
-                places = [f"{places[0]}, {places[1]}, ... {places[-1]} ({len(places)} calls)"]
-            where = ", ".join(places)
-            texts.append(str(Choice(where, backend, dict(others), apart=apart)))
-        return "\n".join(texts)
-
-
 def describe(where: Any, backend: str, problem: Problem) -> Choice:
     """The choice for a problem, with its reasons."""
     chosen, by_rule, preferred = choose(backend, problem), False, f"backend={backend!r} was asked for"
@@ -307,62 +285,3 @@ def apart(reason: str) -> Iterator[None]:
     yield
     for choices, count in before:
         choices[count:] = [choice._replace(apart=choice.apart or reason) for choice in choices[count:]]
-
-
-def _place(where: Any, names: dict[Any, str]) -> str:
-    return where if isinstance(where, str) else names.get(where) or type(where).__name__
-
-
-def _fakes(names: dict[torch.nn.Module, str], mode: Any) -> dict[str, torch.Tensor]:
-    """Fake tensors for the parameters and buffers of modules, those of each module once, wherever else it is."""
-    fakes = {}
-    for module, prefix in names.items():
-        for members in module.named_parameters, module.named_buffers:
-            for name, t in members(prefix, recurse=False, remove_duplicate=False):
-                fakes[name] = mode.from_tensor(t)
-                if t.dim() == 0 and not t.requires_grad:  # a count, which nn.BatchNorm2d reads for averages
-                    fakes[name].constant = t.clone()
-    return fakes
-
-
-_explaining = threading.RLock()
-
-
-def explain(target: torch.nn.Module | Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> Explanation:
-    """Say which backend serves a call, and why the others do not.
-
-    The call ``target(*args, **kwargs)`` is made on fake tensors: nothing is computed, and no running statistics change.
-    Within ``torch.no_grad()`` a net in eval mode is explained as it runs for inference, which may be served otherwise.
-    ``target`` is any module, a whole net too, or `bn_relu_conv2d`: ``print(fused_preact.explain(net, images))``. Of
-    another function, a method of a module too, it is not known whose statistics the call would change.
-    Meanwhile what was compiled runs as it was written, in all threads, and no other thread may call ``target``, whose
-    tensors are the fake ones.
-
-    Raises:
-        TypeError, ValueError: ``target`` is something else, or what the call itself would raise for its arguments.
-    """
-    return torch.compiler.disable(_explain)(target, *args, **kwargs)
-
-
-def _explain(target: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    from .functional import bn_relu_conv2d  # which imports this
-
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    args, kwargs = tree_map_only(torch.Tensor, mode.from_tensor, (args, kwargs))
-    names: dict[Any, str] = {}
-    if isinstance(target, torch.nn.Module):
-        names = {module: name for name, module in target.named_modules()}
-        state = _fakes(names, mode)
-        # Tied, what is in two places would be exchanged twice, and the second time given back as a fake tensor.
-        target = functools.partial(functional_call, target, state, tie_weights=False)
-        args, kwargs = (args, kwargs), {}
-    elif target is not bn_relu_conv2d:
-        raise TypeError(
-            f"target must be a module, or bn_relu_conv2d; got a {type(target).__name__}: pass the module that it calls"
-        )
-    # Code that was compiled takes no fake tensors. The stance is the process's: one call at a time changes it.
-    with _explaining, recording() as choices, mode, torch.compiler.set_stance("force_eager"):
-        target(*args, **kwargs)
-    return Explanation(choice._replace(where=_place(choice.where, names)) for choice in choices)

@@ -22,6 +22,7 @@ from .bench.plain import plain
 from .bench.report import HOST_THREADS, progress_bar, warn_if_busy
 from .cli import positive, thread_count
 from .errors import UserError
+from .explaining import explain
 from .files import check_writable
 from .modules import Fused
 from .stage import PreActStage
@@ -141,7 +142,7 @@ def _calls(
             try:
                 with autocast(device, dtype):
                     # By a backend that serves every call: plain layers would not be one.
-                    choices = backends.explain(_served_by("reference", form), images)
+                    choices = explain(_served_by("reference", form), images)
             except ValueError as error:
                 raise UserError(f"--models {name} --batch {batch} --size {size}: {error}") from error
             for choice in choices:

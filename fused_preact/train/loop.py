@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from .. import backends, models
+from .. import models
 from ..errors import UserError
+from ..explaining import explain
 from ..stage import PreActStage
 from . import checkpoint
 from .data import Batches, Dataset
@@ -143,7 +144,7 @@ class Trainer:
         images = torch.empty(settings.batch_size, *self.dataset.train.images.shape[1:], device=self.device)
         try:
             with self._precision():
-                backends.explain(short, images)
+                explain(short, images)
         except ValueError as error:
             asked = f"--model {settings.model} --backend {settings.backend} --batch-size {settings.batch_size}"
             raise UserError(f"{asked} --device {settings.device}: {error}") from error
