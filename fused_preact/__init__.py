@@ -2,6 +2,7 @@
 
 from . import models
 from ._extension import empty_cache
+from ._version import __version__ as __version__
 from .blocks import PreActBlock, PreActBottleneck
 from .dense import DenseLayer, Transition
 from .exchange import fuse
@@ -9,8 +10,6 @@ from .explaining import explain
 from .functional import bn_relu_conv2d
 from .modules import BNReLUConv2d
 from .stage import PreActStage
-
-__version__ = "0.1.0"
 
 __all__ = [
     "BNReLUConv2d",

@@ -24,9 +24,8 @@ from typing import Any
 
 import torch
 
-import fused_preact
-
 from . import tracing
+from ._version import __version__
 from .errors import UserError
 from .files import write_json
 
@@ -149,7 +148,7 @@ def _own(path: Path) -> dict[str, Any]:
     if _is_current(document):
         return document
     warnings.warn(
-        f"fused_preact {fused_preact.__version__} leaves out the measurements in {path}, which are of version "
+        f"fused_preact {__version__} leaves out the measurements in {path}, which are of version "
         f"{document['versions'].get('fused_preact', 'unknown')}; `fused-preact tune` measures again",
         stacklevel=2,
     )
@@ -159,7 +158,7 @@ def _own(path: Path) -> dict[str, Any]:
 def _is_current(document: dict[str, Any]) -> bool:
     """Whether this version of the package measured what is in a document."""
     nothing = not document["calls"] and not document["tiles"]
-    return nothing or document["versions"].get("fused_preact") == fused_preact.__version__
+    return nothing or document["versions"].get("fused_preact") == __version__
 
 
 def _over(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
@@ -205,7 +204,7 @@ def save(document: dict[str, Any], path: Path | None = None) -> Path:
     global _version
     path = path or place(document["device"])
     whole = _over(existing(path), document)
-    whole["versions"] = whole["versions"] | {"fused_preact": fused_preact.__version__}
+    whole["versions"] = whole["versions"] | {"fused_preact": __version__}
     write_json(whole, path)
     load.cache_clear()
     _version += 1

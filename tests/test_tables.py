@@ -204,12 +204,12 @@ def test_what_another_version_measured_does_not_count(folder, tmp_path_factory, 
     def document(key: str, best: str) -> dict:
         return {"device": "d", "calls": {key: {"16": {"best": best}}}, "tiles": {}}
 
-    monkeypatch.setattr(fused_preact, "__version__", "1.0")
+    monkeypatch.setattr(tables, "__version__", "1.0")
     tables.save(document("a", "cpu"), shipped / tables.file_name("d"))
     path = tables.save(document("a", "eager"))
     tables.save(document("b", "eager"))
     assert tables.load("d")["calls"]["a"]["16"]["best"] == "eager"
-    monkeypatch.setattr(fused_preact, "__version__", "2.0")
+    monkeypatch.setattr(tables, "__version__", "2.0")
     tables.load.cache_clear()
     with pytest.warns(
         UserWarning, match=rf"2\.0 leaves out .* in {path}, which are of version 1\.0; `fused-preact tune`"
