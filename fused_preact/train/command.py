@@ -22,8 +22,8 @@ from .. import backends, models
 from ..cli import handled, thread_count
 from ..errors import UserError
 from ..stage import MEMORY
-from . import checkpoint, settings
-from .data import load
+from . import checkpoint, cifar, settings
+from .data import Dataset, digits
 from .lock import alone
 from .loop import Run, Summary, Trainer
 from .record import Recorder, check_tensorboard, draw
@@ -115,7 +115,7 @@ def _new(args: argparse.Namespace, given: dict[str, Any], held: contextlib.ExitS
     given = {"data": "digits", **given}
     folder = args.out or _default_folder(args.model, given["data"])
     _check_empty(folder, args.overwrite)
-    dataset = load(given["data"])
+    dataset = _load(given["data"])
     trainer = Trainer(settings.resolve(given, len(dataset.train), dataset.flip), dataset)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -139,11 +139,24 @@ def _resumed(args: argparse.Namespace, given: dict[str, Any], held: contextlib.E
     path = folder / "checkpoint.pt"
     state = checkpoint.load(path)
     resumed = settings.resume(state["settings"], given, str(path))
-    trainer = Trainer(resumed, load(resumed.data))
+    trainer = Trainer(resumed, _load(resumed.data))
     trainer.load_state_dict(state, path)
     if trainer.iteration > resumed.iterations:
         raise UserError(f"--iterations: expected {trainer.iteration} or more, which are done, got {resumed.iterations}")
     return trainer, folder
+
+
+def _load(data: str) -> Dataset:
+    """The data set that --data names: `digits`, or the path of a CIFAR archive or folder.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    if data == "digits":
+        return digits()
+    if not data:
+        raise UserError("--data: expected digits, or the path of a CIFAR archive or folder, got nothing")
+    return cifar.read(data)
 
 
 def _default_folder(model: str, data: str) -> Path:

@@ -52,17 +52,6 @@ class Dataset:
         return mean.float().view(3, 1, 1), variance.sqrt().float().view(3, 1, 1)
 
 
-def load(data: str) -> Dataset:
-    """The data set that `data` names: `digits`, or the path of a CIFAR archive or folder. Raises UserError."""
-    if data == "digits":
-        return digits()
-    if not data:
-        raise UserError("--data: expected digits, or the path of a CIFAR archive or folder, got nothing")
-    from . import cifar
-
-    return cifar.read(data)
-
-
 def digits() -> Dataset:
     """The 1,797 handwritten digits of 8x8 that scikit-learn ships: 1,437 to train on, 360 held out.
 

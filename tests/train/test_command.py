@@ -148,14 +148,14 @@ def test_events_that_cannot_be_removed(tmp_path, monkeypatch, capsys):
 
 def test_a_run_that_ended_meanwhile_is_not_removed(tmp_path, monkeypatch, capsys):
     """Two begin in one folder; while the second reads its data, the first trains to its end."""
-    load, (folder, product) = command.load, (tmp_path / "run", tmp_path / "run" / "checkpoint.pt")
+    load, (folder, product) = command._load, (tmp_path / "run", tmp_path / "run" / "checkpoint.pt")
 
     def slow(data):
         folder.mkdir()
         product.write_text("of the first")
         return load(data)
 
-    monkeypatch.setattr(command, "load", slow)
+    monkeypatch.setattr(command, "_load", slow)
     assert train(*QUICK, "--out", folder) == 2
     assert f"{folder}: not empty; --resume goes on" in capsys.readouterr().err
     assert product.read_text() == "of the first"
@@ -163,8 +163,8 @@ def test_a_run_that_ended_meanwhile_is_not_removed(tmp_path, monkeypatch, capsys
 
 def test_a_run_that_is_stopped_says_how_it_goes_on(tmp_path, monkeypatch, capsys):
     """The folder is quoted for a shell, and the exit code is that of the signal; --data may be elsewhere then."""
-    loaded, load = [], command.load
-    monkeypatch.setattr(command, "load", lambda data: loaded.append(data) or load("digits"))
+    loaded, load = [], command._load
+    monkeypatch.setattr(command, "_load", lambda data: loaded.append(data) or load("digits"))
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "my run"
     with monkeypatch.context() as patch:
@@ -179,8 +179,8 @@ def test_a_run_that_is_stopped_says_how_it_goes_on(tmp_path, monkeypatch, capsys
 
 def test_data_are_found_from_another_folder(tmp_path, monkeypatch):
     """A run that was given a relative path goes on wherever --resume is given."""
-    loaded, load = [], command.load
-    monkeypatch.setattr(command, "load", lambda data: loaded.append(data) or load("digits"))
+    loaded, load = [], command._load
+    monkeypatch.setattr(command, "_load", lambda data: loaded.append(data) or load("digits"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "sub").mkdir()
     assert train(*QUICK, "--iterations", 1, "--data", "cifar", "--recipe", "digits", "--out", "run") == 0

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fused_preact.errors import UserError
-from fused_preact.train.data import Batches, augment, digits, load
+from fused_preact.train.data import Batches, augment, digits
 
 CPU = torch.device("cpu")
 
@@ -50,7 +50,7 @@ def test_missing_scikit_learn(monkeypatch):
     """Without the extra, the message is the command that installs it."""
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(UserError, match=r"needs scikit-learn: pip install scikit-learn"):
-        load("digits")
+        digits()
 
 
 def test_moments(dataset):
