@@ -8,11 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checks import one_of, positive
-from .layers import Layers, Pair, add, normalize
+from .layers import Layers, Pair
 from .modules import Fused
 
 SHORTCUT_NAMES = ("shortcut", "downsample", "convShortcut")
@@ -56,16 +55,6 @@ class Branch(Fused):
         for name in path.split("."):
             module = module._modules[name]
         return module
-
-    def _plain(self, layers: Layers, x: Tensor, residual: Tensor | None, inplace: bool) -> Tensor:
-        """The units by their layers, and the shortcut."""
-        across = out = x
-        for i, (_, bn, _, conv) in enumerate(layers.pairs):
-            out = F.relu(normalize(bn, out), inplace)
-            if i == 0 and layers.container is not None:
-                across = layers.container(out if layers.shortcut == "activated" else x)
-            out = conv(out)
-        return out if layers.shortcut == "none" else add(out, across, inplace)
 
 
 class Block(Branch):

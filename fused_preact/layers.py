@@ -7,6 +7,7 @@ from itertools import chain, repeat
 from operator import attrgetter, contains, eq, is_, itemgetter
 from typing import Any, NamedTuple
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 from torch.nn.parameter import is_lazy
@@ -83,6 +84,19 @@ class Layers(NamedTuple):
     def overwritable(self) -> bool:
         """Whether ReLU and addition may overwrite what each of the layers returns."""
         return all(overwritable(pair.bn) and overwritable(pair.conv) for pair in self.pairs)
+
+    def plain(self, x: Tensor, residual: Tensor | None, inplace: bool) -> Tensor:
+        """What the layers make of x one after the other, plus the shortcut, or where there is none, the residual.
+
+        ``inplace``: ReLU and addition may overwrite what a layer returned.
+        """
+        across, y = residual if self.shortcut == "none" else x, x
+        for i, (_, bn, _, conv) in enumerate(self.pairs):
+            y = F.relu(normalize(bn, y), inplace)
+            if i == 0 and self.container is not None:
+                across = self.container(y if self.shortcut == "activated" else x)
+            y = conv(y)
+        return y if across is None else add(y, across, inplace)
 
 
 _MEMBERS = ("_modules", "_parameters", "_buffers")

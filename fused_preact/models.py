@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .blocks import PreActBlock, PreActBottleneck
 from .checks import one_of
-from .layers import Layers, add, normalize, overwritable
+from .layers import Layers, normalize, overwritable
 from .stage import PreActStage
 
 
@@ -50,11 +50,6 @@ class FirstPreActBlock(PreActBlock):
         """The second unit."""
         layers = super()._layers()
         return Layers(layers.pairs[1:], boxes=layers.boxes)
-
-    def _plain(self, layers: Layers, x: Tensor, residual: Tensor | None, inplace: bool) -> Tensor:
-        """The second unit by its layers, and the addition."""
-        [(_, bn, _, conv)] = layers.pairs
-        return add(conv(F.relu(normalize(bn, x), inplace)), residual, inplace)
 
 
 class PreActResNet(nn.Module):

@@ -7,13 +7,12 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.fx
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from . import backends, running
 from .checks import one_of
-from .layers import Layers, Pair, add, normalize
+from .layers import Layers, Pair
 from .runs import Run, lasting_state, remembered
 
 
@@ -44,10 +43,6 @@ class Fused(nn.Module):
         """The children that are fused, in order."""
         raise NotImplementedError
 
-    def _plain(self, layers: Layers, x: Tensor, residual: Tensor | None, inplace: bool) -> Tensor:
-        """The same by the layers themselves; ``inplace``: ReLU and addition may overwrite what a layer returned."""
-        raise NotImplementedError
-
     def _obstacle(self, layers: Layers) -> str | None:
         """Why the children run as plain layers, or None where they are fused."""
         if self.backend == "eager":
@@ -62,14 +57,12 @@ class Fused(nn.Module):
         Backward keeps ``parts``, if any, in the place of x, which they make when they are joined along the channels.
         """
         layers, reason, run = remembered(self, self._parts)
-        if isinstance(x, torch.fx.Proxy):  # symbolic tracing, which calls with no tensors
-            return self._plain(layers, x, residual, layers.overwritable())
-        if run is None:
-            if backends.is_recording():
-                backends.record(backends.Choice(self, "eager", dict.fromkeys(backends.FUSED, reason)))
-            return self._plain(layers, x, residual, layers.overwritable())
-        y = run(self, x, residual, parts=parts)
-        return self._plain(layers, x, residual, not running.watched()) if y is None else y
+        if run is not None and not isinstance(x, torch.fx.Proxy):  # of symbolic tracing, which calls with no tensors
+            y = run(self, x, residual, parts=parts)
+            return layers.plain(x, residual, not running.watched()) if y is None else y
+        if reason is not None and backends.is_recording():
+            backends.record(backends.Choice(self, "eager", dict.fromkeys(backends.FUSED, reason)))
+        return layers.plain(x, residual, layers.overwritable())
 
     def _parts(self) -> _Parts:
         layers = self._layers()
@@ -150,9 +143,3 @@ class BNReLUConv2d(Fused):
         """The two children."""
         children = self._modules
         return Layers([Pair("bn", children["bn"], "conv", children["conv"])])
-
-    def _plain(self, layers: Layers, x: Tensor, residual: Tensor | None, inplace: bool) -> Tensor:
-        """The unit by its layers."""
-        [(_, bn, _, conv)] = layers.pairs
-        y = conv(F.relu(normalize(bn, x), inplace))
-        return y if residual is None else add(y, residual, inplace)
