@@ -10,7 +10,8 @@ from torch import Tensor
 from . import checks, running
 from .checks import Block, Unit
 from .layers import add
-from .plans import Arguments, Plan, Plans, call_key, execute, make_plan
+from .ops import Arguments
+from .plans import Plan, Plans, call_key, execute, make_plan
 
 
 def bn_relu_conv2d(

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import _extension, library, reference, schedule
+from .checks import Block
 from .kernels import accumulation_type, memory_format
 
 # No strings: torch's stable conversion of a string argument leaks it.
@@ -47,6 +48,44 @@ def table(backend: str) -> Any:
 
 def _over(backend: str, run: Callable[..., Any], *args: Any) -> Any:
     return run(table(backend), *args)
+
+
+class Arguments(NamedTuple):
+    """The tensors of a stage as the operators take them: lists by unit, and the weights of projections."""
+
+    weight: list[Tensor]
+    bias: list[Tensor | None]  # empty where no unit has one
+    bn_weight: list[Tensor | None]
+    bn_bias: list[Tensor | None]
+    running_mean: list[Tensor | None]  # empty where no unit reads it
+    running_var: list[Tensor | None]
+    shortcut_weight: list[Tensor]
+
+    @classmethod
+    def of(cls, blocks: Sequence[Block]) -> Arguments:
+        """Those of blocks."""
+        units = [unit for block in blocks for unit in block.units]
+        weight, bias, bn_weight, bn_bias, *running = map(list, zip(*(unit[:6] for unit in units), strict=True))
+        if all(b is None for b in bias):
+            bias = []
+        if all(unit.batch for unit in units):
+            running = [], []
+        projections = [block.shortcut.weight for block in blocks if block.shortcut.weight is not None]
+        return cls(weight, bias, bn_weight, bn_bias, *running, projections)
+
+    def filled(self, x: Tensor, channels: Sequence[int]) -> Arguments:
+        """With tensors like x, of so many channels for each unit, in the place of None."""
+        weight, bias, bn_weight, bn_bias, *running, projections = self
+        bn_weight = [x.new_ones(C) if t is None else t for t, C in zip(bn_weight, channels, strict=True)]
+        bn_bias = [x.new_zeros(C) if t is None else t for t, C in zip(bn_bias, channels, strict=True)]
+        bias = [x.new_zeros(weight[i].size(0)) if t is None else t for i, t in enumerate(bias)]
+        # Those of training units are not read.
+        running = ([bn_weight[i] if t is None else t for i, t in enumerate(ts)] for ts in running)
+        return Arguments(weight, bias, bn_weight, bn_bias, *running, projections)
+
+    def parameters(self) -> tuple[Tensor, ...]:
+        """Those that may have a gradient, in the order in which backward gives them."""
+        return *self.weight, *self.bias, *self.bn_weight, *self.bn_bias, *self.shortcut_weight
 
 
 class Facts(NamedTuple):
@@ -103,8 +142,9 @@ def _fake_backward(dy, x, y, kept, rows, weight, bias, shortcut_weight, *facts):
     return dx, dweight, dbias, dbn_weight, dbn_bias, like(shortcut_weight)
 
 
-def _save(ctx, backend: str, facts: Facts, x, y, kept, rows, weight, bias, shortcut_weight, parts=()) -> None:
+def _save(ctx, backend: str, facts: Facts, arguments: Arguments, x, y, kept, rows, parts=()) -> None:
     """Keep for backward x or its parts, what ``memory`` says, the rows and the parameters; y where it is read."""
+    weight, bias, *_, shortcut_weight = arguments
     y = y if facts.memory > 0 and facts.stage(weight, shortcut_weight).needs_y() else None
     lists = parts or [x], [y], kept, rows, weight, bias, shortcut_weight
     ctx.save_for_backward(*itertools.chain(*lists))
@@ -174,19 +214,17 @@ def _is_asked_for(node: Any) -> bool:
 class _Stage(torch.autograd.Function):
     """The stage as one node of flat tensors: n weights, the biases, n gammas, n betas, the projections' weights.
 
-    ``tensors`` is what the operator is called with, ``found`` a list that the rows are added to, and ``parts`` what is
-    kept in the place of x.
+    ``found`` is a list that the rows are added to, and ``parts`` what is kept in the place of x.
     """
 
     @staticmethod
-    def forward(ctx, backend: str, facts: Facts, tensors, found, parts, x: Tensor, residual, *_flat: Tensor):
+    def forward(ctx, backend: str, facts: Facts, arguments: Arguments, found, parts, x, residual, *_flat: Tensor):
         forward, _ = OPERATORS[backend]
         with torch._C._AutoDispatchBelowAutograd():  # this node is the operator's autograd
-            y, kept, rows = forward(*tensors, *facts)
-        _, _, weight, bias, *_, shortcut_weight = tensors
-        _save(ctx, backend, facts, x, y, kept, rows, weight, bias, shortcut_weight, parts)
+            y, kept, rows = forward(x, residual, *arguments, *facts)
+        _save(ctx, backend, facts, arguments, x, y, kept, rows, parts)
         # Not by save_for_backward: to change beta in place before backward is no error with plain layers.
-        ctx.norms = [t for t in (*tensors[4], *tensors[5]) if t.requires_grad]
+        ctx.norms = [t for t in (*arguments.bn_weight, *arguments.bn_bias) if t.requires_grad]
         found += rows
         return y
 
@@ -207,9 +245,9 @@ class _Stage(torch.autograd.Function):
 
 
 def _setup_context(backend: str, ctx, inputs, output) -> None:
-    x, _, weight, bias, _, _, _, _, shortcut_weight, *rest = inputs
-    y, kept, rows = output
-    _save(ctx, backend, Facts(*rest), x, y, kept, rows, weight, bias, shortcut_weight)
+    x, _, *rest = inputs
+    count = len(Arguments._fields)
+    _save(ctx, backend, Facts(*rest[count:]), Arguments(*rest[:count]), x, *output)
 
 
 def _formula(ctx, dy: Tensor, _kept, _rows):
@@ -266,37 +304,25 @@ if _extension.unavailable is None:  # the binary has the kernels
 
 
 def stage(
-    backend: str,
-    facts: Facts,
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Sequence[Tensor],
-    bias: Sequence[Tensor],
-    bn_weight: Sequence[Tensor],
-    bn_bias: Sequence[Tensor],
-    running_mean: Sequence[Tensor],
-    running_var: Sequence[Tensor],
-    shortcut_weight: Sequence[Tensor],
-    parts: Sequence[Tensor] = (),
+    backend: str, facts: Facts, x: Tensor, residual: Tensor | None, arguments: Arguments, parts: Sequence[Tensor] = ()
 ) -> tuple[Tensor, list[Tensor]]:
     """Run a stage whose arguments have been checked: (y, rows), of which y carries the gradient.
 
     Backward keeps ``parts``, if any, in the place of x, which they make when they are joined along the channels; in
     compiled code, whose compiler chooses what is kept, x.
     """
-    flat = *weight, *bias, *bn_weight, *bn_bias, *shortcut_weight
+    flat = arguments.parameters()
     differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, residual, *flat))
     if not differentiated:
         facts = facts._replace(memory=schedule.MEMORY.index("none"))
-    tensors = x, residual, weight, bias, bn_weight, bn_bias, running_mean, running_var, shortcut_weight
     forward, _ = OPERATORS[backend]
     if torch.compiler.is_compiling():
-        y, _, rows = forward(*tensors, *facts)
+        y, _, rows = forward(x, residual, *arguments, *facts)
         return y, [row.detach() for row in rows]
     if not differentiated:
         with torch._C._AutoDispatchBelowAutograd():  # no node, for there is nothing to differentiate
-            y, _, rows = forward(*tensors, *facts)
+            y, _, rows = forward(x, residual, *arguments, *facts)
         return y, rows
     # The generic autograd of an operator with lists of tensors costs ten times what this node does.
     rows = []
-    return _Stage.apply(backend, facts, tensors, rows, parts, x, residual, *flat), rows
+    return _Stage.apply(backend, facts, arguments, rows, parts, x, residual, *flat), rows

@@ -79,7 +79,7 @@ def make_plan(
     half = given.dtype in (torch.bfloat16, torch.float16)
     stream = x.dtype if memory == "fast" else torch.float32 if half else given.dtype
     missing = None
-    if any(t is None for tensors in Arguments.of(blocks) for t in tensors):
+    if any(t is None for tensors in ops.Arguments.of(blocks) for t in tensors):
         missing = [unit.weight.size(1) * unit.conv.groups for unit in units]
     facts = ops.Facts(
         training,
@@ -117,42 +117,8 @@ class Plans(dict[Any, Plan]):
         return plan
 
 
-class Arguments(NamedTuple):
-    """The tensors of a stage as the operators take them: lists by unit, and the weights of projections."""
-
-    weight: list[Tensor]
-    bias: list[Tensor | None]  # empty where no unit has one
-    bn_weight: list[Tensor | None]
-    bn_bias: list[Tensor | None]
-    running_mean: list[Tensor | None]  # empty where no unit reads it
-    running_var: list[Tensor | None]
-    shortcut_weight: list[Tensor]
-
-    @classmethod
-    def of(cls, blocks: Sequence[Block]) -> Arguments:
-        """Those of blocks."""
-        units = [unit for block in blocks for unit in block.units]
-        weight, bias, bn_weight, bn_bias, *running = map(list, zip(*(unit[:6] for unit in units), strict=True))
-        if all(b is None for b in bias):
-            bias = []
-        if all(unit.batch for unit in units):
-            running = [], []
-        projections = [block.shortcut.weight for block in blocks if block.shortcut.weight is not None]
-        return cls(weight, bias, bn_weight, bn_bias, *running, projections)
-
-    def filled(self, x: Tensor, channels: Sequence[int]) -> Arguments:
-        """With tensors like x, of so many channels for each unit, in the place of None."""
-        weight, bias, bn_weight, bn_bias, *running, projections = self
-        bn_weight = [x.new_ones(C) if t is None else t for t, C in zip(bn_weight, channels, strict=True)]
-        bn_bias = [x.new_zeros(C) if t is None else t for t, C in zip(bn_bias, channels, strict=True)]
-        bias = [x.new_zeros(weight[i].size(0)) if t is None else t for i, t in enumerate(bias)]
-        # Those of training units are not read.
-        running = ([bn_weight[i] if t is None else t for i, t in enumerate(ts)] for ts in running)
-        return Arguments(weight, bias, bn_weight, bn_bias, *running, projections)
-
-
 def execute(
-    plan: Plan, x: Tensor, given: Arguments, residual: Tensor | None = None, parts: Sequence[Tensor] = ()
+    plan: Plan, x: Tensor, given: ops.Arguments, residual: Tensor | None = None, parts: Sequence[Tensor] = ()
 ) -> tuple[Tensor, list[Tensor]]:
     """Run a stage by its plan: (y, rows), with rows[i] the [5, C] rows of batch norm i.
 
@@ -163,10 +129,10 @@ def execute(
     stream = x if x.dtype == plan.stream else x.to(plan.stream)
     tensors = given if plan.missing is None else given.filled(stream, plan.missing)
     if plan.cast is None:
-        y, rows = ops.stage(plan.backend, plan.facts, stream, residual, *tensors, parts)
+        y, rows = ops.stage(plan.backend, plan.facts, stream, residual, tensors, parts)
         return (y, rows) if y.dtype == x.dtype else (y.to(x.dtype), rows)
     with torch.autocast(x.device.type, enabled=False):
-        return ops.stage(plan.backend, plan.facts, stream, _cast(residual, plan.cast), *tensors, parts)
+        return ops.stage(plan.backend, plan.facts, stream, _cast(residual, plan.cast), tensors, parts)
 
 
 def _cast(t: Any, dtype: torch.dtype) -> Any:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from . import backends, checks
 from .layers import Layers, RunningUpdate, Watch, running_updates, update
-from .plans import Arguments, Plan, Plans, call_key, execute, make_plan
+from .ops import Arguments
+from .plans import Plan, Plans, call_key, execute, make_plan
 
 
 class Run(NamedTuple):

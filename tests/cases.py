@@ -187,7 +187,7 @@ def fused(sample: Sample, backend: str) -> Results:
     """y, all gradients, and the batch statistics of the units that use them, from a fused backend."""
     sample.leaves()
     plan = plans.make_plan(sample.x, sample.blocks, sample.residual, backend)
-    y, rows = plans.execute(plan, sample.x, plans.Arguments.of(sample.blocks), sample.residual)
+    y, rows = plans.execute(plan, sample.x, ops.Arguments.of(sample.blocks), sample.residual)
     results = {"y": y.detach()}
     for i, (unit, row) in enumerate(zip(sample.units, rows, strict=True), start=1):
         if unit.batch:
@@ -218,7 +218,7 @@ def eager(sample: Sample) -> Results:
 def forward_arguments(sample: Sample, backend: str, memory: str = "fast") -> tuple:
     """What a backend's forward operator is called with."""
     plan = plans.make_plan(sample.x, sample.blocks, sample.residual, backend, memory)
-    return sample.x, sample.residual, *plans.Arguments.of(sample.blocks), *plan.facts
+    return sample.x, sample.residual, *ops.Arguments.of(sample.blocks), *plan.facts
 
 
 def backward_arguments(sample: Sample, backend: str, memory: str = "fast") -> tuple:

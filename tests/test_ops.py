@@ -118,7 +118,7 @@ def test_frozen_parameters(name, backend):
             leaf.grad = None
             leaf.requires_grad_(leaf_name in wanted)
         plan = plans.make_plan(sample.x, sample.blocks, sample.residual, backend)
-        y, _ = plans.execute(plan, sample.x, plans.Arguments.of(sample.blocks), sample.residual)
+        y, _ = plans.execute(plan, sample.x, ops.Arguments.of(sample.blocks), sample.residual)
         y.backward(sample.dy)
         for leaf_name, leaf in leaves.items():
             if leaf_name in wanted:
@@ -185,7 +185,7 @@ def test_what_is_saved_for_backward(name, backend):
     sample.leaves()
     plan = plans.make_plan(sample.x, sample.blocks, sample.residual, backend)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        plans.execute(plan, sample.x, plans.Arguments.of(sample.blocks), sample.residual)
+        plans.execute(plan, sample.x, ops.Arguments.of(sample.blocks), sample.residual)
     _, kept, rows = ops.OPERATORS[backend][0](*forward_arguments(sample, backend))
     parameters = [t for unit in sample.units for t in unit[:2]] + [sample.shortcut.weight]
     expected = [sample.x, *kept, *rows, *(t for t in parameters if t is not None)]
@@ -212,7 +212,7 @@ def test_gradcheck(name, backend):
         shortcut, residual = sample.shortcut._replace(weight=given.get("dshortcut")), given.get("dresidual")
         changed = sample.replace(units, shortcut, x=given["dx"], residual=residual)
         plan = plans.make_plan(changed.x, changed.blocks, residual, backend)
-        return plans.execute(plan, changed.x, plans.Arguments.of(changed.blocks), residual)[0]
+        return plans.execute(plan, changed.x, ops.Arguments.of(changed.blocks), residual)[0]
 
     torch.autograd.gradcheck(run, list(leaves.values()), fast_mode=True)
 
@@ -223,7 +223,7 @@ def test_a_second_derivative_is_refused(backend):
     sample = BY_ID["bottleneck-stride-2"].draw(0)
     first = fused(sample, backend)
     plan = plans.make_plan(sample.x, sample.blocks, None, backend)
-    y, _ = plans.execute(plan, sample.x, plans.Arguments.of(sample.blocks))
+    y, _ = plans.execute(plan, sample.x, ops.Arguments.of(sample.blocks))
     (dx,) = torch.autograd.grad(y, sample.x, sample.dy, create_graph=True)
     assert torch.equal(dx, first["dx"])
     with pytest.raises(RuntimeError, match=r"cannot be differentiated twice.*backend='eager'"):
