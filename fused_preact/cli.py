@@ -7,7 +7,7 @@ import math
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
@@ -22,6 +22,7 @@ COMMANDS = {
 }
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory")  # as torch says it of a GPU, and of the host
 MOST_THREADS = 1024  # more than any processor has, and fewer than the system refuses
+Handlers = Mapping[int, Any]  # of signals by their numbers, as signal.getsignal gives them
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,37 +34,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with _stoppable():
             return _run(list(sys.argv[1:] if arguments is None else arguments))
     except KeyboardInterrupt as stop:
-        return 128 + (*stop.args, signal.SIGINT)[0]
+        return 128 + (stop.args[0] if stop.args else signal.SIGINT)
 
 
 @contextlib.contextmanager
 def _stoppable() -> Iterator[None]:
     """SIGINT and SIGTERM raise a KeyboardInterrupt with their number; what comes after it does not disturb the end."""
 
-    def stop(number: int, frame: FrameType | None) -> None:
+    def stop(number: int, before: Handlers) -> None:
         for ignored in before:
             signal.signal(ignored, signal.SIG_IGN)
         raise KeyboardInterrupt(number)
 
-    with handled(("SIGINT", "SIGTERM"), stop) as before:
+    with handled((signal.SIGINT, signal.SIGTERM), stop):
         yield
 
 
 @contextlib.contextmanager
-def handled(names: Iterable[str], handler: Callable[[int, FrameType | None], None]) -> Iterator[dict[int, Any]]:
-    """Signals call ``handler`` meanwhile; gives the handlers that they have before and afterwards.
+def handled(numbers: Iterable[int], handler: Callable[[int, Handlers], None]) -> Iterator[None]:
+    """Signals call ``handler`` meanwhile, with their number and the handlers that all have before and afterwards.
 
-    Left out is what the system lacks, what is ignored, as SIGHUP is under nohup and SIGINT in the background of a
-    script, and what other code than Python's handles. Only the main thread may set handlers; in others nothing is done.
+    Left out is what is ignored, as SIGHUP is under nohup and SIGINT in the background of a script, and what other code
+    than Python's handles. Only the main thread may set handlers; in others nothing is done.
     """
     main = threading.current_thread() is threading.main_thread()
-    numbers = [getattr(signal, name) for name in names if main and hasattr(signal, name)]
-    found = {number: signal.getsignal(number) for number in numbers}
+    found = {number: signal.getsignal(number) for number in numbers if main}
     before = {number: usual for number, usual in found.items() if usual not in (signal.SIG_IGN, None)}
+
+    def call(number: int, frame: FrameType | None) -> None:
+        handler(number, before)
+
     try:
         for number in before:
-            signal.signal(number, handler)
-        yield before
+            signal.signal(number, call)
+        yield
     finally:
         for number, usual in before.items():
             signal.signal(number, usual)

@@ -153,6 +153,24 @@ def test_a_signal_ends_a_command_in_order(number, code, monkeypatch):
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
 
 
+@pytest.mark.usefixtures("heard")
+def test_a_signal_at_the_very_beginning(monkeypatch):
+    """One that comes while the handlers are being set ends the command as any other does."""
+    set_handler, raised, before = signal.signal, [], signal.getsignal(signal.SIGINT)
+
+    def set_and_raise(number, handler):
+        previous = set_handler(number, handler)
+        if not raised:
+            raised.append(number)
+            signal.raise_signal(number)
+        return previous
+
+    monkeypatch.setattr(cli.signal, "signal", set_and_raise)
+    assert cli.main(["info"]) == 130
+    assert raised == [signal.SIGINT]
+    assert signal.getsignal(signal.SIGINT) == before
+
+
 def test_a_signal_that_is_ignored_stays_so(monkeypatch):
     """As a shell does with Ctrl-C for a command in the background."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)

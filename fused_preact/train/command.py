@@ -12,14 +12,13 @@ import signal
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .. import backends, models
-from ..cli import handled, thread_count
+from ..cli import Handlers, handled, thread_count
 from ..errors import UserError
 from ..stage import MEMORY
 from . import checkpoint, cifar, settings
@@ -200,12 +199,12 @@ def _signals() -> Iterator[list[int]]:
     """A list that gets the number of the first SIGINT, SIGTERM or SIGHUP; a second one acts as usual."""
     received: list[int] = []
 
-    def note(number: int, frame: FrameType | None) -> None:
+    def note(number: int, before: Handlers) -> None:
         received.append(number)
         for each, usual in before.items():
             signal.signal(each, usual)
 
-    with handled(("SIGINT", "SIGTERM", "SIGHUP"), note) as before:
+    with handled((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), note):
         yield received
 
 
