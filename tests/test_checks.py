@@ -4,7 +4,7 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_map_only
 
-from fused_preact import BNReLUConv2d, PreActBlock, PreActStage, bn_relu_conv2d
+from fused_preact import BNReLUConv2d, PreActBlock, PreActStage, bn_relu_conv2d, checks
 from fused_preact.backends import NAMES
 
 
@@ -78,6 +78,7 @@ BAD = {
     "stride is zero": ({"stride": 0}, ValueError, "stride must be at least 1, got 0"),
     "stride is a float": ({"stride": 1.5}, TypeError, "stride must be an integer or a pair.*1.5"),
     "stride is a truth value": ({"stride": True}, TypeError, "stride must be an integer or a pair.*True"),
+    "stride has a truth value": ({"stride": (1, np.True_)}, TypeError, "stride must be an integer or a pair.*True"),
     "stride is a triple": ({"stride": (1, 1, 1)}, TypeError, r"stride must be an integer or a pair.*\(1, 1, 1\)"),
     "padding is negative": ({"padding": (1, -1)}, ValueError, r"padding must be at least 0, got \(1, -1\)"),
     "padding is a bad word": ({"padding": "full"}, ValueError, "padding must be.*'same' or 'valid', got 'full'"),
@@ -202,6 +203,17 @@ def test_numbers_of_any_type():
         results.append((y, *buffers.values()))
     for same in zip(*results, strict=True):
         assert all(torch.equal(t, same[0]) for t in same)
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.int32, np.uint8])
+def test_integers_of_any_type(kind):
+    """A stride or padding of NumPy is taken, as torch's conv2d takes it, and kept as an int."""
+    weight = arguments()["weight"]
+    conv = checks.geometry(kind(2), (kind(1), 0), [kind(1)], kind(1), weight)
+    assert conv == checks.geometry(2, (1, 0), 1, 1, weight)
+    assert {type(number) for number in conv} == {int}
+    with pytest.raises(ValueError, match="stride must be at least 1, got"):
+        checks.geometry(kind(0), 0, 1, 1, weight)
 
 
 def test_autocast_casts_no_integers():
