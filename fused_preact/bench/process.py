@@ -7,7 +7,6 @@ float64 it would keep what it gives back in a program that only trains, and each
 import os
 import pickle
 import signal
-import sys
 import tempfile
 import threading
 from collections.abc import Callable
@@ -22,10 +21,9 @@ from fused_preact.errors import UserError
 
 R = TypeVar("R")
 
-# A server that has imported torch and done nothing else is forked; elsewhere than on Linux that is not safe.
-_CONTEXT = get_context("forkserver" if sys.platform == "linux" else "spawn")
-if sys.platform == "linux":
-    _CONTEXT.set_forkserver_preload(["fused_preact.bench.suite"])
+# A server that has imported torch and done nothing else is forked.
+_CONTEXT = get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["fused_preact.bench.suite"])
 
 
 def call(what: str, function: Callable[..., R], *arguments: object) -> R:

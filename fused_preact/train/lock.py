@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import UserError
 
-try:
-    import fcntl
-except ImportError:  # Windows has none, and opens no folders
-    fcntl = None
+# What a file system without locks says.
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 @contextlib.contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """Keep other runs out of a folder meanwhile; the system lets them in again if this process is killed.
 
-    Does nothing where the folder is not there, or on a system or a file system without locks.
-    Raises UserError if another run is in it.
+    Does nothing where the folder is not there, or on a file system without locks.
+
+    Raises:
+        UserError: another run is in it.
+        OSError: it cannot be locked for another reason.
     """
-    if fcntl is None or not folder.is_dir():
+    if not folder.is_dir():
         yield
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -40,5 +43,6 @@ def _lock(descriptor: int, folder: Path) -> None:
         raise UserError(
             f"{folder}: another run is going on there; wait for its end, or choose another --out"
         ) from error
-    except OSError:
-        pass
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise

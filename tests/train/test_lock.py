@@ -19,15 +19,25 @@ def test_one_run_at_a_time(tmp_path):
         pass
 
 
-def test_what_has_no_locks_is_used_without(tmp_path, monkeypatch):
-    """A file system, or a system, that has none does not keep anybody from training."""
+def refuse(number):
+    """A flock that the system refuses."""
 
-    def none(*_):
-        raise OSError(errno.ENOLCK, "No locks available")
+    def flock(*_):
+        raise OSError(number, "no lock")
 
-    monkeypatch.setattr(lock.fcntl, "flock", none)
-    with lock.alone(tmp_path):
-        pass
-    monkeypatch.setattr(lock, "fcntl", None)
+    return flock
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_what_has_no_locks_is_used_without(number, tmp_path, monkeypatch):
+    """A file system that has none does not keep anybody from training."""
+    monkeypatch.setattr(lock.fcntl, "flock", refuse(number))
     with lock.alone(tmp_path), lock.alone(tmp_path):
+        pass
+
+
+def test_a_lock_that_fails_is_told(tmp_path, monkeypatch):
+    """Where there are locks, no run goes on without one."""
+    monkeypatch.setattr(lock.fcntl, "flock", refuse(errno.EIO))
+    with pytest.raises(OSError, match="no lock"), lock.alone(tmp_path):
         pass
