@@ -28,7 +28,7 @@ from . import cuda_net, environment
 from .cases import Case, bottlenecks, make_unit
 from .check import pose, verify
 from .contenders import Contender, build
-from .device import call_of, captured, seconds
+from .device import call_of, samples, seconds
 from .measure import ratio, spread
 from .report import HOST_THREADS, SCHEMA, warn_if_busy
 
@@ -101,15 +101,14 @@ def _block(case: Case) -> dict[str, Any]:
     problem = pose(case, device="cuda")
     errors = verify(problem, "cuda")
     calls = {c.backend: call_of(c, problem, build(c, problem)) for c in (EAGER, FUSED)}
-    runs = {**calls, **{f"{name} in a graph": captured(call) for name, call in calls.items()}}
-    samples = dict(zip(runs, seconds(list(runs.values()), ROUNDS, REPEATS), strict=True))
+    took = samples(calls, ROUNDS, REPEATS)
     return {
         "case": case.name,
         "errors": errors,
-        "seconds": {name: asdict(spread(sample)) for name, sample in samples.items()},
+        "seconds": {name: asdict(spread(sample)) for name, sample in took.items()},
         "ratios": {
-            "eager": asdict(ratio(samples["eager"], samples["cuda"])),
-            "graph": asdict(ratio(samples["eager in a graph"], samples["cuda in a graph"])),
+            "eager": asdict(ratio(took["eager"], took["cuda"])),
+            "graph": asdict(ratio(took["eager in a graph"], took["cuda in a graph"])),
         },
     }
 

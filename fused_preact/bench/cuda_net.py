@@ -95,9 +95,7 @@ def _call(contender: Contender, problem: Problem) -> Callable[[], tuple]:
 
 def _times(problem: Problem, contenders: Sequence[Contender]) -> dict[str, Any]:
     """Case, seconds and ratios, in and out of a graph; torch.compile has its own, which it is not asked for here."""
-    runs = {name(c): _call(c, problem) for c in contenders}
-    runs |= {f"{label} in a graph": device.captured(call) for label, call in runs.items() if label != "compiled"}
-    samples = dict(zip(runs, device.seconds(list(runs.values()), ROUNDS, REPEATS), strict=True))
+    samples = device.samples({name(c): _call(c, problem) for c in contenders}, ROUNDS, REPEATS, no_graph=("compiled",))
     return {
         "case": problem.case.name,
         "seconds": {label: asdict(spread(sample)) for label, sample in samples.items()},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -46,6 +46,15 @@ def seconds(runs: Sequence[Callable[[], object]], rounds: int, repeats: int) -> 
             marks[2 * i + 1].record()
     torch.cuda.synchronize()
     return [[a.elapsed_time(b) / 1e3 / repeats for a, b in zip(m[::2], m[1::2], strict=True)] for m in events]
+
+
+def samples(
+    calls: Mapping[str, Callable[[], tuple]], rounds: int, repeats: int, no_graph: Container[str] = ()
+) -> dict[str, list[float]]:
+    """The `seconds` of each call and, as "... in a graph", of its replay, but for those in ``no_graph``."""
+    graphs = {f"{name} in a graph": captured(call) for name, call in calls.items() if name not in no_graph}
+    runs = {**calls, **graphs}
+    return dict(zip(runs, seconds(list(runs.values()), rounds, repeats), strict=True))
 
 
 def release() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from fused_preact.bench import cuda
+from fused_preact.bench import cuda, device
 from fused_preact.bench.check import CheckError
 from fused_preact.cli import main
 
@@ -80,8 +80,8 @@ def test_each_ratio_is_of_two_runs_of_one_kind(monkeypatch):
     monkeypatch.setattr(cuda, "verify", lambda problem, device: {"eager": {"y": 1e-6}})
     monkeypatch.setattr(cuda, "build", lambda contender, problem: None)
     monkeypatch.setattr(cuda, "call_of", lambda contender, problem, module: contender.backend)
-    monkeypatch.setattr(cuda, "captured", lambda call: f"{call} in a graph")
-    monkeypatch.setattr(cuda, "seconds", lambda runs, rounds, repeats: [[took[run]] * rounds for run in runs])
+    monkeypatch.setattr(device, "captured", lambda call: f"{call} in a graph")
+    monkeypatch.setattr(device, "seconds", lambda runs, rounds, repeats: [[took[run]] * rounds for run in runs])
     block = cuda._block(cuda.units()[0])
     assert block["case"] == cuda.units()[0].name
     assert {name: found["median"] for name, found in block["seconds"].items()} == took
