@@ -43,44 +43,56 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
     parser.add_argument("--overwrite", action="store_true", help="discard the run in --out and start anew")
 
-    what = parser.add_argument_group("recipe")
-    what.add_argument("--recipe", choices=list(settings.RECIPES), help="default: digits for digits, paper otherwise")
-    what.add_argument("--iterations", type=int, metavar="N", help="steps of the whole run")
-    what.add_argument("--batch-size", type=int, metavar="N", help="images of a step")
-    what.add_argument("--lr", type=float, metavar="RATE", help="learning rate; default: 0.1")
-    what.add_argument(
+    _add_recipe(parser.add_argument_group("recipe"))
+    _add_machine(parser.add_argument_group("machine"))
+    output = parser.add_argument_group("output")
+    output.add_argument("--eval-every", type=int, metavar="N", help="iterations between evaluations; default: an epoch")
+    saving = f"iterations between checkpoints; default: {settings.DEFAULTS['save_every']}"
+    output.add_argument("--save-every", type=int, metavar="N", help=saving)
+    output.add_argument(
+        "--tensorboard", action=argparse.BooleanOptionalAction, default=None, help="default: where it is installed"
+    )
+
+
+def _add_recipe(group: argparse._ArgumentGroup) -> None:
+    """The flags of what a run computes."""
+    usual, of_recipes = settings.DEFAULTS, settings.Recipe
+    group.add_argument("--recipe", choices=list(settings.RECIPES), help="default: digits for digits, paper otherwise")
+    group.add_argument("--iterations", type=int, metavar="N", help="steps of the whole run")
+    group.add_argument("--batch-size", type=int, metavar="N", help="images of a step")
+    group.add_argument("--lr", type=float, metavar="RATE", help=f"learning rate; default: {of_recipes.lr:g}")
+    group.add_argument(
         "--milestones", type=int, nargs="*", metavar="N", help="iterations after which the rate is divided by 10"
     )
-    what.add_argument("--momentum", type=float, metavar="SHARE", help="of SGD; default: 0.9")
-    what.add_argument("--nesterov", action=argparse.BooleanOptionalAction, default=None, help="Nesterov's momentum")
-    what.add_argument("--weight-decay", type=float, metavar="RATE", help="default: 1e-4")
-    what.add_argument(
-        "--warmup", type=int, metavar="N", help="iterations at --warmup-lr first; default: 0, the paper's warm-up: 400"
-    )
-    what.add_argument("--warmup-lr", type=float, metavar="RATE", help="default: 0.01")
-    what.add_argument("--padding", type=int, metavar="PIXELS", help="border of the random crop; default: 4")
-    what.add_argument("--flip", action=argparse.BooleanOptionalAction, default=None, help="mirror images at random")
-    what.add_argument("--seed", type=int, metavar="N", help="of weights and of the order of images; default: 0")
+    group.add_argument("--momentum", type=float, metavar="SHARE", help=f"of SGD; default: {of_recipes.momentum:g}")
+    group.add_argument("--nesterov", action=argparse.BooleanOptionalAction, default=None, help="Nesterov's momentum")
+    group.add_argument("--weight-decay", type=float, metavar="RATE", help=f"default: {of_recipes.weight_decay:g}")
+    warmup = f"iterations at --warmup-lr first; default: {usual['warmup']}, the paper's warm-up: 400"
+    group.add_argument("--warmup", type=int, metavar="N", help=warmup)
+    group.add_argument("--warmup-lr", type=float, metavar="RATE", help=f"default: {usual['warmup_lr']:g}")
+    padding = f"border of the random crop; default: {of_recipes.padding}"
+    group.add_argument("--padding", type=int, metavar="PIXELS", help=padding)
+    group.add_argument("--flip", action=argparse.BooleanOptionalAction, default=None, help="mirror images at random")
+    seed = f"of weights and of the order of images; default: {usual['seed']}"
+    group.add_argument("--seed", type=int, metavar="N", help=seed)
 
-    how = parser.add_argument_group("machine")
-    how.add_argument("--amp", choices=["none", "bf16"], help="automatic mixed precision; default: none")
-    how.add_argument("--backend", choices=backends.NAMES, help="default: auto; eager: plain layers")
-    how.add_argument("--memory", choices=MEMORY, help="what is kept for backward: the less, the slower; default: fast")
-    how.add_argument(
+
+def _add_machine(group: argparse._ArgumentGroup) -> None:
+    """The flags of how it is computed."""
+    usual = settings.DEFAULTS
+    precision = f"automatic mixed precision; default: {usual['amp']}"
+    group.add_argument("--amp", choices=["none", "bf16"], help=precision)
+    group.add_argument("--backend", choices=backends.NAMES, help=f"default: {usual['backend']}; eager: plain layers")
+    memory = f"what is kept for backward: the less, the slower; default: {usual['memory']}"
+    group.add_argument("--memory", choices=MEMORY, help=memory)
+    group.add_argument(
         "--cuda-graph",
         action=argparse.BooleanOptionalAction,
         default=None,
         help="record the step in a CUDA graph and replay it: the host launches once a step",
     )
-    how.add_argument("--device", help="default: cuda where there is one, else cpu")
-    how.add_argument("--threads", type=thread_count, metavar="COUNT", help="default: as torch chooses")
-
-    output = parser.add_argument_group("output")
-    output.add_argument("--eval-every", type=int, metavar="N", help="iterations between evaluations; default: an epoch")
-    output.add_argument("--save-every", type=int, metavar="N", help="iterations between checkpoints; default: 100")
-    output.add_argument(
-        "--tensorboard", action=argparse.BooleanOptionalAction, default=None, help="default: where it is installed"
-    )
+    group.add_argument("--device", help="default: cuda where there is one, else cpu")
+    group.add_argument("--threads", type=thread_count, metavar="COUNT", help="default: as torch chooses")
 
 
 def run(args: argparse.Namespace) -> int:

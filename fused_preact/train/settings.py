@@ -42,7 +42,17 @@ RECIPES = {
     "digits": Recipe(batch_size=32, iterations=200, drops=(32 / 64, 48 / 64)),
 }
 
-
+# Settings that neither the recipe nor the data nor the machine decides.
+DEFAULTS = {
+    "warmup": 0,
+    "warmup_lr": 0.01,
+    "seed": 0,
+    "amp": "none",
+    "backend": "auto",
+    "memory": "fast",
+    "cuda_graph": False,
+    "save_every": 100,
+}
 LARGEST = torch.finfo(torch.float32).max
 
 
@@ -137,7 +147,7 @@ def resolve(given: dict[str, Any], images: int, flip: bool) -> Settings:
     if not 1 <= batch_size <= images:
         raise UserError(f"--batch-size: expected from 1 to {images}, the number of training images, got {batch_size}")
     iterations = given.get("iterations", recipe.length(images, batch_size))
-    defaults = {
+    defaults = DEFAULTS | {
         "recipe": name,
         "iterations": iterations,
         "batch_size": batch_size,
@@ -146,21 +156,13 @@ def resolve(given: dict[str, Any], images: int, flip: bool) -> Settings:
         "momentum": recipe.momentum,
         "nesterov": recipe.nesterov,
         "weight_decay": recipe.weight_decay,
-        "warmup": 0,
-        "warmup_lr": 0.01,
         "padding": recipe.padding,
         "flip": flip,
-        "seed": 0,
-        "amp": "none",
-        "backend": "auto",
-        "memory": "fast",
-        "cuda_graph": False,
         "device": "cuda" if torch.cuda.is_available() else "cpu",
         "threads": torch.get_num_threads(),
         "eval_every": images // batch_size,
-        "save_every": 100,
     }
-    return Settings(**{**defaults, **given})
+    return Settings(**defaults | given)
 
 
 def resume(saved: dict[str, Any], given: dict[str, Any], where: str) -> Settings:
