@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import inspect
 import itertools
-import math
-import random
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from . import backends
+from . import backends, trial
 from .blocks import Block, Branch, PreActBlock, PreActBottleneck
 from .checks import one_of
 from .dense import RETURNS, DenseLayer, Transition
-from .layers import Layers, Pair, bare, has_own_forward, hooked
+from .layers import Layers, Pair, has_own_forward, hooked
 from .models import FirstPreActBlock
 from .modules import Fused
 from .stage import MEMORY, PreActStage
@@ -83,7 +78,6 @@ class _Exchange:
         self._left: dict[str, tuple[str, set[nn.Module]]] = {}  # why what has these layers is no block, by name
         self._fused: set[nn.Module] = set()  # the layers of what is
         self._changes: list[tuple[nn.Module, str, nn.Module]] = []
-        self._dense = _RESIDUAL
 
     def all_of(self, net: nn.Module) -> nn.Module:
         """What a net is exchanged for, itself where that is what is inside of it.
@@ -91,13 +85,16 @@ class _Exchange:
         Residual blocks come first, then what is nothing but units, of two before of one: the branch of a block may be a
         module of its own, and so may each unit of it.
         """
-        for self._dense in (_RESIDUAL, 2, 1):
+        for dense in (_RESIDUAL, 2, 1):
             self._changes = []
-            result = self._of(net)
+            result = self._of(net, dense)
         return result
 
-    def _of(self, module: nn.Module, name: str = "") -> nn.Module:
-        """What a module is exchanged for, itself where nothing is. What is inside of it comes first."""
+    def _of(self, module: nn.Module, dense: int, name: str = "") -> nn.Module:
+        """What a module is exchanged for, itself where nothing is. What is inside of it comes first.
+
+        ``dense``: what is looked for, see `_candidates`.
+        """
         if module in self.made or isinstance(module, (Fused, PreActStage, torch.jit.ScriptModule)):
             return self.made.get(module, module)
         if _is_wrapper(module):
@@ -106,12 +103,12 @@ class _Exchange:
             return module
         children = {}
         for key, child in module._modules.items():
-            children[key] = None if child is None else self._of(child, f"{name}.{key}" if name else key)
+            children[key] = None if child is None else self._of(child, dense, f"{name}.{key}" if name else key)
         changes = [(module, key, child) for key, child in children.items() if child is not module._modules[key]]
         if type(module) is nn.Sequential and children and all(isinstance(child, Block) for child in children.values()):
             new = module if _why_called(module) else PreActStage(OrderedDict(children), memory=self.memory)
         else:
-            new = module if changes else self._block(module, name) or module
+            new = module if changes else self._block(module, dense, name) or module
         if new is module:
             self._changes += changes
         else:
@@ -136,19 +133,25 @@ class _Exchange:
                 by_reason.setdefault(reason, []).append(name or "net")
         return "".join(f"; {', '.join(names)}: {reason}" for reason, names in by_reason.items())
 
-    def _block(self, old: nn.Module, name: str) -> Branch | None:
+    def _block(self, old: nn.Module, dense: int, name: str) -> Branch | None:
         layers = _layers(old)
-        candidates = [] if layers is None else list(_candidates(old, layers, self._dense))
-        block = _block_of(old, layers, candidates) if candidates else None
-        if isinstance(block, str):
-            self._left.setdefault(name, (block, layers.all()))
-            block = None
-        elif block is not None:
-            block.backend = self.backend
-            if isinstance(block, DenseLayer):
-                block.memory_efficient = self.memory != "fast" or getattr(old, "memory_efficient", False) is True
-            self._fused |= layers.all()
+        candidates = [] if layers is None else list(_candidates(old, layers, dense))
+        if not candidates:
+            return None
+        try:
+            block = _block_of(old, layers, candidates)
+        except _NoBlockError as reason:
+            self._left.setdefault(name, (str(reason), layers.all()))
+            return None
+        block.backend = self.backend
+        if isinstance(block, DenseLayer):
+            block.memory_efficient = self.memory != "fast" or getattr(old, "memory_efficient", False) is True
+        self._fused |= layers.all()
         return block
+
+
+class _NoBlockError(Exception):
+    """Why a module of the layers of a block is none."""
 
 
 _Candidate = tuple[type[Branch], str, dict[str, Any]]  # class, shortcut and settings
@@ -169,37 +172,43 @@ def _why_called(module: nn.Module) -> str | None:
     return None
 
 
-def _block_of(old: nn.Module, layers: Layers, candidates: Iterable[_Candidate]) -> Branch | str:
-    """That of the candidates which computes of these layers what ``old`` does, its layers plain; or why none does."""
+def _block_of(old: nn.Module, layers: Layers, candidates: Iterable[_Candidate]) -> Branch:
+    """That of the candidates which computes of these layers what ``old`` does, its layers plain.
+
+    Raises:
+        _NoBlockError: none does, or it cannot be tried.
+    """
     reasons = (_why_called(module) for module in old.modules() if module not in layers.all())
     if reason := next(filter(None, reasons), None):
-        return reason
+        raise _NoBlockError(reason)
     parameters = list(inspect.signature(old.forward).parameters.values())
     if len(parameters) != 1 or parameters[0].kind is inspect.Parameter.VAR_POSITIONAL:
-        return "its forward takes more than x"
+        raise _NoBlockError("its forward takes more than x")
     channels, takes_x = layers.pairs[0].bn.num_features, True
     try:
-        theirs = _outputs(old, channels)
+        theirs = trial.outputs(old, channels)
     except Exception as error:  # it is somebody else's code, which may raise anything
-        theirs, takes_x = _outputs_if_any(old, channels, 1), False
+        theirs, takes_x = trial.outputs_if_any(old, channels, 1), False
         if theirs is None:
-            return f"a copy of it that is tried raises {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            said = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            raise _NoBlockError(f"a copy of it that is tried raises {said}") from error
     for kind, shortcut, settings in candidates:
         try:
             block = kind.of(layers._replace(shortcut=shortcut), _children(old, layers), "eager", **settings)
         except KeyError as error:  # nn.Module's
-            return f"no child of a {kind.__name__} can have the name of one of its own: {error.args[0]}"
-        ours = _outputs_if_any(block, channels)
-        if ours is None or list(old.state_dict()) != list(block.state_dict()) or not _alike(theirs, ours):
+            said = f"no child of a {kind.__name__} can have the name of one of its own: {error.args[0]}"
+            raise _NoBlockError(said) from error
+        ours = trial.outputs_if_any(block, channels)
+        if ours is None or list(old.state_dict()) != list(block.state_dict()) or not trial.alike(theirs, ours):
             continue
         if isinstance(block, Block):
             if takes_x:
                 return block
             continue
-        of_parts = _outputs_if_any(old, channels, 2)
-        if of_parts is None or _alike(of_parts, _outputs_if_any(block, channels, 2) or []):
+        of_parts = trial.outputs_if_any(old, channels, 2)
+        if of_parts is None or trial.alike(of_parts, trial.outputs_if_any(block, channels, 2) or []):
             return block
-    return f"of the layers of a block {type(old).__name__} computes something else"
+    raise _NoBlockError(f"of the layers of a block {type(old).__name__} computes something else")
 
 
 def _candidates(old: nn.Module, layers: Layers, dense: int) -> Iterator[_Candidate]:
@@ -300,76 +309,3 @@ def _plain(norm: nn.Module) -> nn.Module:
     plain = nn.BatchNorm2d.__new__(nn.BatchNorm2d)
     plain.__dict__ = norm.__dict__ | {"_modules": {}}
     return plain
-
-
-def _outputs_if_any(module: nn.Module, channels: int, parts: int = 0) -> list[Any] | None:
-    """`_outputs`, or None of layers that do not follow each other, or of what takes more than x, or no parts of it."""
-    try:
-        return _outputs(module, channels, parts)
-    except Exception:  # it may be somebody else's code, which may raise anything
-        return None
-
-
-def _outputs(module: nn.Module, channels: int, parts: int = 0) -> list[Any]:
-    """What a copy of the module, of random parameters, makes of random images, with gradients, in training and in eval.
-
-    With the parameters that it has, a last layer that begins with zeros would hide what comes before it, and nothing
-    would be as large as what ReLU6 cuts off.
-    """
-    with torch.inference_mode(False), torch.enable_grad(), _own_random_numbers():
-        module, generator = copy.deepcopy(module).to_empty(device="cpu").double(), torch.Generator().manual_seed(0)
-        for child in module.modules():
-            bare(child)
-        if hasattr(module, "memory_efficient"):  # it would repeat its forward, which moves the statistics twice
-            module.memory_efficient = False
-        for _, t in sorted(module.named_parameters()):
-            t.data.normal_(std=10 / math.sqrt(math.prod(t.shape[1:])), generator=generator)
-        for _, t in sorted(module.named_buffers()):
-            t.uniform_(0.5, 1.5, generator=generator) if t.is_floating_point() else t.fill_(1)
-        # Two sizes, one of them odd: what pools or pads may see no difference in one.
-        large, small = (
-            torch.randn(2, channels, *size, dtype=torch.float64, device="cpu", generator=generator)
-            for size in ((9, 12), (8, 6))
-        )
-        return [*_response(module.train(), large, parts), *_response(module.eval(), small, parts)]
-
-
-@contextlib.contextmanager
-def _own_random_numbers() -> Iterator[None]:
-    """Whatever is drawn inside, the generators of torch's CPU, Python and NumPy go on as if nothing had been."""
-    states = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=()):
-            yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-
-
-def _drawn() -> tuple[Any, ...]:
-    """Where these generators are: what drops a branch in a few calls of a hundred shows in no result of one call."""
-    _, keys, *others = np.random.get_state()
-    return bytes(torch.default_generator.get_state().numpy()), random.getstate(), bytes(keys), others
-
-
-def _response(module: nn.Module, x: Tensor, parts: int) -> list[Any]:
-    """What the module makes of x, or of a list of so many parts of x, and the gradients of its squares."""
-    # Of what is dropped, on the CPU: generators of other devices go on as they were.
-    torch.default_generator.manual_seed(0), random.seed(0), np.random.seed(0)
-    leaves = [x.requires_grad_(), *(t.requires_grad_() for _, t in sorted(module.named_parameters()))]
-    y = module(list(x.clone().tensor_split(parts, 1)) if parts else x.clone())
-    if not isinstance(y, Tensor):
-        return [y]
-    return [_drawn(), y.detach(), *torch.autograd.grad(y.square().sum(), leaves, allow_unused=True)]
-
-
-def _alike(theirs: list[Any], ours: list[Any]) -> bool:
-    return len(theirs) == len(ours) and all(map(_close, theirs, ours))
-
-
-def _close(theirs: Any, ours: Any) -> bool:
-    if isinstance(ours, tuple):
-        return theirs == ours
-    if not isinstance(theirs, Tensor) or theirs.shape != ours.shape:
-        return False
-    return bool((theirs - ours).abs().max() <= 1e-9 * ours.abs().max())
