@@ -27,10 +27,10 @@ def call_of(contender: Contender, problem: Problem, module: nn.Module) -> Callab
 
 def captured(call: Callable[[], tuple]) -> Callable[[], None]:
     """A function that replays what `call` launches."""
-    recorder = CudaGraph()
+    graph = CudaGraph()
     for _ in range(WARM_UP):
-        recorder.warm_up(call, ())
-    return recorder.record(call, ())[1]
+        graph.warm_up(call, ())
+    return graph.record(call, ())[1]
 
 
 def seconds(runs: Sequence[Callable[[], object]], rounds: int, repeats: int) -> list[list[float]]:

@@ -12,7 +12,7 @@ Function = Callable[..., Sequence[Tensor]]
 WARM_UP = 3  # calls before the recording: what is set up on first use, is set up then
 
 
-class Recorder(Protocol):
+class Tape(Protocol):
     """What records a function of tensors, for `Recorded`."""
 
     def warm_up(self, function: Function, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -62,8 +62,8 @@ class Recorded:
     recording on. It changes that once a call, whichever way a call runs.
     """
 
-    def __init__(self, function: Function, recorder: Recorder) -> None:
-        self._function, self._recorder = function, recorder
+    def __init__(self, function: Function, tape: Tape) -> None:
+        self._function, self._tape = function, tape
         self._inputs: Sequence[Tensor] = ()
         self._outputs: Sequence[Tensor] = ()
         self._replay: Callable[[], None] | None = None
@@ -77,10 +77,10 @@ class Recorded:
         """
         self._calls += 1
         if self._calls <= WARM_UP:
-            return list(self._recorder.warm_up(self._function, inputs))
+            return list(self._tape.warm_up(self._function, inputs))
         if self._replay is None:
             self._inputs = [torch.empty_like(tensor) for tensor in inputs]
-            self._outputs, self._replay = self._recorder.record(self._function, self._inputs)
+            self._outputs, self._replay = self._tape.record(self._function, self._inputs)
         for static, given in zip(self._inputs, inputs, strict=True):
             if static.shape != given.shape:
                 raise ValueError(f"inputs must keep the shape {tuple(static.shape)}, got {tuple(given.shape)}")

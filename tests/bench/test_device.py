@@ -108,14 +108,14 @@ def test_what_is_captured_was_called_before(monkeypatch):
     """As often as `Recorded` does it: what is set up on first use cannot be captured."""
     log = []
 
-    class Recorder:
+    class Graph:
         def warm_up(self, call, inputs):
             log.append("warm up")
 
         def record(self, call, inputs):
             return (), lambda: log.append("replay")
 
-    monkeypatch.setattr(device, "CudaGraph", Recorder)
+    monkeypatch.setattr(device, "CudaGraph", Graph)
     replay = device.captured(lambda: ())
     assert log == ["warm up"] * device.WARM_UP
     replay()

@@ -12,7 +12,7 @@ from .trainers import same, trainer
 STEPS = WARM_UP + 4
 
 
-class Tape:
+class HostTape:
     """Records like a CUDA graph: computes nothing then, and replays on the same memory, in and out."""
 
     def warm_up(self, function, inputs):
@@ -30,7 +30,7 @@ class Tape:
 
 def recorded(one: Trainer) -> Trainer:
     """The same trainer, its steps from a tape."""
-    one.recorded = Recorded(one._update, Tape())
+    one.recorded = Recorded(one._update, HostTape())
     return one
 
 
@@ -42,7 +42,7 @@ def test_the_first_calls_and_the_replays_each_happen_once():
     """A call changes what the function changes once, and its results are its own, whichever way it runs."""
     total, warm_ups = torch.zeros(()), []
 
-    class Counting(Tape):
+    class Counting(HostTape):
         def warm_up(self, function, inputs):
             warm_ups.append(inputs)
             return super().warm_up(function, inputs)
@@ -60,7 +60,7 @@ def test_the_first_calls_and_the_replays_each_happen_once():
 
 def test_an_input_of_another_shape_is_refused():
     """A batch of one image would else be taken for as many as were recorded."""
-    replay = Recorded(lambda x: (x.sum(), x.mean()), Tape())
+    replay = Recorded(lambda x: (x.sum(), x.mean()), HostTape())
     for _ in range(STEPS):
         replay(torch.zeros(4))
     with pytest.raises(ValueError, match=r"inputs must keep the shape \(4,\), got \(1,\)"):
