@@ -18,7 +18,8 @@ FOLDER = 0x10  # of MS-DOS, among the attributes of a zip entry
 def save(path: Path, state: dict[str, Any]) -> None:
     """Write `state` to path; whatever interrupts it, path holds either the old checkpoint or the new one.
 
-    Raises UserError if it cannot be written.
+    Raises:
+        UserError: it cannot be written.
     """
     with replacing(path, ".tmp") as file:  # one name, so that a kill leaves one half of a file at most
         torch.save(state, file)
@@ -27,7 +28,8 @@ def save(path: Path, state: dict[str, Any]) -> None:
 def load(path: Path) -> dict[str, Any]:
     """Read a checkpoint of `save`, tensors on the CPU: tensors and plain values only (`weights_only`).
 
-    Raises UserError if there is none, or if it is damaged or something else.
+    Raises:
+        UserError: there is none, or it is damaged or something else.
     """
     try:
         with zipfile.ZipFile(path) as file:  # torch reads the numbers without looking at their checksums

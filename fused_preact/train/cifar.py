@@ -94,7 +94,9 @@ def read(path: str | Path, archives: Sequence[Archive] = PUBLISHED) -> Dataset:
     """Read a CIFAR data set from an archive, the folder it unpacks to, or a folder that holds either.
 
     `archives` lists what is accepted, with the checksums it is held to.
-    Raises UserError if nothing of the kind is there, a file is missing, or a checksum, a size or a label is wrong.
+
+    Raises:
+        UserError: nothing of the kind is there, a file is missing, or a checksum, a size or a label is wrong.
     """
     archive, place = _locate(Path(path), archives)
     try:

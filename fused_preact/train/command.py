@@ -96,7 +96,11 @@ def _add_machine(group: argparse._ArgumentGroup) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train as the flags say. Returns 0, or 128 + the signal's number if one stopped it. Raises UserError."""
+    """Train as the flags say. Returns 0, or 128 + the signal's number if one stopped it.
+
+    Raises:
+        UserError: the flags, the data or what is in the folder do not fit, or the run diverges.
+    """
     given = {
         name: value for name, value in vars(args).items() if name in settings.Settings.names() and value is not None
     }

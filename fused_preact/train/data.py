@@ -58,7 +58,9 @@ def digits() -> Dataset:
     Each image is enlarged to 32x32 by bilinear interpolation and given three equal channels, since the networks' stem
     reads three. The split is fixed and has the same share of every class on both sides.
     Source: E. Alpaydin, C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository, 1998.
-    Raises UserError where scikit-learn is not installed.
+
+    Raises:
+        UserError: scikit-learn is not installed.
     """
     try:
         from sklearn.datasets import load_digits

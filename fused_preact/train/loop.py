@@ -29,7 +29,9 @@ class Trainer:
 
     A step depends on the state and the iteration alone: on a CPU, with one number of threads, a trainer that was saved
     and loaded goes on bit by bit as one that was not. Sets torch's number of threads and its global seed.
-    Raises UserError for a model, a device or a backend that is not there to be had, or one that cannot take a step.
+
+    Raises:
+        UserError: a model, a device or a backend is not there to be had, or cannot take a step.
     """
 
     def __init__(self, settings: Settings, dataset: Dataset) -> None:
@@ -116,7 +118,8 @@ class Trainer:
     def load_state_dict(self, state: dict[str, Any], where: Path) -> None:
         """Go on from `state`. where: its file, for messages.
 
-        Raises UserError if it is of another net or data set, or none that `state_dict` gives.
+        Raises:
+            UserError: it is of another net or data set, or none that `state_dict` gives.
         """
         if state["dataset"] != self.dataset.name:
             raise UserError(f"{where}: of a run on {state['dataset']}; --data is {self.dataset.name}")
@@ -213,7 +216,10 @@ class Run:
         """Train until the last iteration and its evaluation, or until `stop()`; the state is saved either way.
 
         `stop` is asked between steps and between the batches of an evaluation, which is then given up: the session that
-        goes on makes it. Raises UserError when a loss or the weights are no longer finite.
+        goes on makes it.
+
+        Raises:
+            UserError: a loss or the weights are no longer finite, or a file cannot be written.
         """
         settings, trainer = self.trainer.settings, self.trainer
         started = self._clock = time.perf_counter()
@@ -233,7 +239,11 @@ class Run:
         return self._summary(idle, time.perf_counter() - started)
 
     def save(self) -> None:
-        """Write the checkpoint, after the figures that lead up to it. Raises UserError if weights are not finite."""
+        """Write the checkpoint, after the figures that lead up to it.
+
+        Raises:
+            UserError: weights or losses are not finite, or it cannot be written.
+        """
         self._flush()
         if not self.trainer.finite():
             raise self._diverged("weights are not finite after", self.trainer.iteration)

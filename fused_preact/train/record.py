@@ -17,7 +17,10 @@ class Recorder:
 
     A line has `split` ("train": one iteration; "test": the held-out images after it), `iteration` (from 1) and figures.
     What an earlier, interrupted session wrote after iteration `start` is taken back. The first figures begin the files.
-    tensorboard: True, False, or None for "where it is installed". Raises UserError if True and it is not.
+    tensorboard: True, False, or None for "where it is installed".
+
+    Raises:
+        UserError: tensorboard is True and it is not installed, or the figures of the earlier session cannot be read.
     """
 
     def __init__(self, folder: Path, start: int = 0, tensorboard: bool | None = None) -> None:
@@ -77,7 +80,11 @@ def _keep(path: Path, start: int) -> list[dict[str, Any]]:
 
 
 def check_tensorboard(wanted: bool | None) -> bool:
-    """Whether events are to be written. Raises UserError if they are asked for and TensorBoard is not installed."""
+    """Whether events are to be written.
+
+    Raises:
+        UserError: they are asked for, and TensorBoard is not installed.
+    """
     there = importlib.util.find_spec("tensorboard") is not None
     if wanted and not there:
         raise UserError("--tensorboard: TensorBoard is not installed: pip install tensorboard")

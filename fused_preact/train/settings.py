@@ -58,13 +58,16 @@ LARGEST = torch.finfo(torch.float32).max
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that decides what a run computes. Raises UserError for a value out of range.
+    """Everything that decides what a run computes.
 
     `resolve` checks `recipe` and `batch_size`, which it reckons with; `threads` is for torch, and `model` and `backend`
     are for the trainer to check.
     `milestones`: iterations after which `lr` is divided by 10. `warmup`: iterations at `warmup_lr` before that.
     `amp`: "none" or "bf16". `memory`: a mode of `PreActStage`. `cuda_graph`: steps are replayed from one. `eval_every`
     and `save_every` are in iterations.
+
+    Raises:
+        UserError: a value is out of range.
     """
 
     model: str
@@ -137,7 +140,9 @@ def resolve(given: dict[str, Any], images: int, flip: bool) -> Settings:
     """Settings of a new run: the recipe's, except where `given` (flags that were set) says otherwise.
 
     images: size of the training set; flip: whether mirrored images are of the same class.
-    Raises UserError for an unknown recipe or a value out of range.
+
+    Raises:
+        UserError: there is no recipe of that name, or a value is out of range.
     """
     name = given.get("recipe", "digits" if given["data"] == "digits" else "paper")
     if name not in RECIPES:
@@ -168,8 +173,11 @@ def resolve(given: dict[str, Any], images: int, flip: bool) -> Settings:
 def resume(saved: dict[str, Any], given: dict[str, Any], where: str) -> Settings:
     """Settings of a run that goes on: the saved ones, with those of `FREE` that are given.
 
-    where: the run's name in messages. Raises UserError if another one is given with a different value, or if what was
-    saved are no settings of this version.
+    where: the run's name in messages.
+
+    Raises:
+        UserError: one that is not in `FREE` is given with a different value, or what was saved are no settings of this
+            version.
     """
     if set(saved) != set(Settings.names()):
         raise UserError(f"{where}: its checkpoint was written by another version of fused_preact; start anew")
