@@ -49,8 +49,8 @@ def empty_cache() -> None:
     """Give the memory that the CPU kernels keep for the next step back to the system, as far as no tensor is in it.
 
     What activations and gradients were in waits to be used again, at most twice what was in use at a time. When it has
-    waited for ten seconds it goes back, but when another tensor is freed: so a part stays after the last step. For the
-    memory of a GPU there is `torch.cuda.empty_cache`.
+    waited for ten seconds it goes back, but only when another tensor is freed: so a part stays after the last step. For
+    the memory of a GPU there is `torch.cuda.empty_cache`.
     """
     if unavailable is None:
         torch.ops.fused_preact._empty_cache()

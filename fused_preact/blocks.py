@@ -1,7 +1,4 @@
-"""Pre-activation residual blocks, each one autograd node; signatures and state_dict keys are kuangliu/pytorch-cifar's.
-
-He, Zhang, Ren, Sun, "Identity Mappings in Deep Residual Networks", 2016, arXiv 1603.05027, figure 1(b).
-"""
+"""Pre-activation residual blocks, each one autograd node; signatures and keys are those of kuangliu/pytorch-cifar."""
 
 from __future__ import annotations
 
@@ -59,6 +56,8 @@ class Branch(Fused):
 
 class Block(Branch):
     """Units bn1-conv1, bn2-conv2, ... and a shortcut, which has a 1x1 convolution only where the shape changes.
+
+    He, Zhang, Ren, Sun, "Identity Mappings in Deep Residual Networks", 2016, arXiv 1603.05027, figure 1(b).
 
     Args:
         in_planes: channels of x.

@@ -35,14 +35,18 @@ def bn_relu_conv2d(
 ) -> Tensor:
     """conv2d(relu(batch_norm(x)), weight, bias) + residual, as one autograd node that keeps only x for backward.
 
+    He, Zhang, Ren, Sun, "Identity Mappings in Deep Residual Networks", 2016, arXiv 1603.05027, figure 1(b); batch norm:
+    Ioffe, Szegedy, "Batch Normalization", 2015, arXiv 1502.03167.
+
     Args:
         x: [N, C, H, W], float32, bfloat16, float16 or float64, of any strides.
         weight: [K, C/groups, R, S], the dtype of x.
-        bn_weight, bn_bias: gamma and beta [C], the dtype of x or float32; None is one and zero.
-        running_mean, running_var: [C]. In training they are updated in place, with ``momentum``, where they are given,
-            once, also where a checkpoint repeats the call; else they are what x is normalised by.
-        bias: [K] or None.
-        residual: [N, K, P, Q] or None, added to the result.
+        bn_weight, bn_bias: gamma and beta [C], the dtype of x, or float32 where that is not float64; None is one and
+            zero.
+        running_mean, running_var: [C], of the same dtypes. In training they are updated in place, with ``momentum``,
+            where they are given, once, also where a checkpoint repeats the call; else they are what x is normalised by.
+        bias: [K], the dtype of x, or None.
+        residual: [N, K, P, Q], the dtype of x, or None; added to the result.
         stride, padding, dilation, groups: as in `torch.nn.functional.conv2d`; the padding is zeros, after the ReLU.
         training: normalise by the statistics of this batch.
         momentum: weight of this batch in the running statistics.
@@ -50,7 +54,7 @@ def bn_relu_conv2d(
         backend: one of `backends.NAMES`.
 
     Returns:
-        y [N, K, P, Q], channels_last where x is.
+        y [N, K, P, Q], the dtype of x, or under autocast that of its convolutions; channels_last where x is.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it, what was expected and what came.

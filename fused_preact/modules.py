@@ -77,6 +77,9 @@ class Fused(nn.Module):
 class BNReLUConv2d(Fused):
     """conv(relu(bn(x))) + residual, children ``bn`` (nn.BatchNorm2d) and ``conv`` (nn.Conv2d), as one autograd node.
 
+    He, Zhang, Ren, Sun, "Identity Mappings in Deep Residual Networks", 2016, arXiv 1603.05027, figure 1(b); batch norm:
+    Ioffe, Szegedy, "Batch Normalization", 2015, arXiv 1502.03167.
+
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups: as in nn.Conv2d.
         bias: as in nn.Conv2d, but False by default.
