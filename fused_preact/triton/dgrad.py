@@ -78,13 +78,19 @@ def transposed(
     if norm is None:
         tl.store(dz + to, stored, mask=within)
     else:
-        values = tl.load(x + to, mask=within, other=0.0)
-        stored = tl.where(normalise(values, norm, c, C) <= 0, 0.0, stored)
-        tl.store(dz + to, stored, mask=within)
-        masked = stored.to(ACC)  # zero beyond the pixels and channels, where dy, add and the filter were read as zeros
-        centred = values.to(ACC) - tl.load(norm + MEAN * C + c, mask=c < C, other=0.0)[None, :]
         place = tl.program_id(1) * (tl.num_programs(0) // across) + tile
-        store_pair(partial, place, tl.sum(masked * centred, 0), tl.sum(masked, 0), c, C)
+        store_masked(stored, dz, x, norm, partial, place, to, within, c, C, ACC)
+
+
+@triton.jit
+def store_masked(v, dz, x, norm, partial, place, to, within, c, C, ACC: tl.constexpr):
+    """dz = v * [z > 0] at the offsets ``to``; partial[place] = sums of dz*(x - mean) and of dz."""
+    values = tl.load(x + to, mask=within, other=0.0)
+    v = tl.where(normalise(values, norm, c, C) <= 0, 0.0, v)
+    tl.store(dz + to, v, mask=within)
+    masked = v.to(ACC)  # zero beyond the pixels and channels, where dy, add and the filter were read as zeros
+    centred = values.to(ACC) - tl.load(norm + MEAN * C + c, mask=c < C, other=0.0)[None, :]
+    store_pair(partial, place, tl.sum(masked * centred, 0), tl.sum(masked, 0), c, C)
 
 
 @triton.jit
