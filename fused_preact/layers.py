@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, repeat
 from operator import attrgetter, contains, eq, is_, itemgetter
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from torch.nn.modules import module as nn_module
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from . import backends, checks, running
+from . import backends, checks, running, tracing
 from .checks import Block, Shortcut, Unit
 
 
@@ -105,6 +105,13 @@ _SETTINGS = (
     "training", "backend", "shortcut_input", "shortcut_name", "eps", "momentum", "track_running_stats",
     "stride", "padding", "dilation", "groups", "padding_mode", "_compiled_call_impl",
 )  # fmt: skip
+# Methods that compute a layer: code puts others on one layer, as for images that are to tile, or on all of a class.
+_METHODS = {
+    nn.Conv2d: ("forward", "_conv_forward"),
+    nn.BatchNorm2d: ("forward", "_check_input_dim"),
+    nn.Sequential: ("forward",),
+}
+_OWN_METHODS = tuple(dict.fromkeys(chain.from_iterable(_METHODS.values())))
 _read_members, _read_hooks = itemgetter(*_MEMBERS), itemgetter(*_HOOKS)
 
 
@@ -165,6 +172,7 @@ class Watch:
             chain.from_iterable(map(dict.values, members)),
             map(type, self._children),
             (bool(nn_module._has_any_global_hook()),),
+            _methods_of_classes(),
         )
 
     def _find_values(self, module: nn.Module) -> Iterator[Any]:
@@ -174,7 +182,7 @@ class Watch:
             *(map(itemgetter(*names), states) for names, states in self._settings),
             map(any, map(_read_hooks, self._all_states(module))),
             map(len, self._states),
-            map(contains, self._states, repeat("forward")),
+            *(map(contains, self._states, repeat(name)) for name in _OWN_METHODS),
             map(attrgetter("dtype"), self._tensors),  # what .data is set to may be of another type or shape
             map(Tensor.numel, self._tensors),  # of a vector the whole shape
             map(attrgetter("shape"), self._filters),
@@ -190,6 +198,19 @@ def _is_plain(child: Any) -> bool:
     return child is not None and isinstance(child.__dict__.get("_modules"), dict)
 
 
+def _methods_of_classes() -> list[Callable]:
+    return [getattr(kind, name) for kind, names in _METHODS.items() for name in names]
+
+
+_METHODS_OF_TORCH = _methods_of_classes()
+
+
+@tracing.constant
+def replaced() -> bool:
+    """Whether the methods that compute plain layers are others, for all layers, than when this was imported."""
+    return _methods_of_classes() != _METHODS_OF_TORCH
+
+
 def hooked(child: nn.Module) -> bool:
     """Whether calling the module runs more than its forward."""
     return any(child.__dict__[name] for name in _HOOKS)
@@ -199,7 +220,8 @@ def bare(child: nn.Module) -> None:
     """Let calling the module run no more than the forward of its class."""
     for name in _HOOKS:
         child.__dict__[name].clear()
-    child.__dict__.pop("forward", None)
+    for name in _OWN_METHODS:
+        child.__dict__.pop(name, None)
 
 
 # What a fused call reads of a layer, by the dictionary that has it.
@@ -236,8 +258,8 @@ def _obstacle(name: str, child: nn.Module, kind: type[nn.Module]) -> str | None:
 
 
 def has_own_forward(child: nn.Module) -> bool:
-    """Whether the module's forward is not that of its class."""
-    return "forward" in child.__dict__
+    """Whether the module's forward, or what that calls, is not that of its class."""
+    return any(name in child.__dict__ for name in _OWN_METHODS)
 
 
 def normalize(bn: nn.Module, x: Tensor) -> Tensor:

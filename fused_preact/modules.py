@@ -12,7 +12,7 @@ from torch.nn.modules import module as nn_module
 
 from . import backends, running
 from .checks import one_of
-from .layers import Layers, Pair
+from .layers import Layers, Pair, replaced
 from .runs import Run, lasting_state, remembered
 
 
@@ -49,6 +49,8 @@ class Fused(nn.Module):
             return "backend='eager' was asked for"
         if nn_module._has_any_global_hook():
             return "a global module hook is set, which runs for every layer"
+        if replaced():
+            return "a method of nn.Conv2d, nn.BatchNorm2d or nn.Sequential was replaced for every layer"
         return layers.obstacle()
 
     def _dispatch(self, x: Tensor, residual: Tensor | None = None, parts: Sequence[Tensor] = ()) -> Tensor:

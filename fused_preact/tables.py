@@ -213,14 +213,19 @@ def save(document: dict[str, Any], path: Path | None = None) -> Path:
 
 def call_key(problem: Any) -> str:
     """Key of a call: what for, dtype, memory format, C, H and W of x, and how often each geometry and filter occurs."""
-    shape = "x".join([f"{size}" for size in problem.shape[1:]])  # in compiled code str knows no size that may change
+    before, behind = _around_size(problem)
+    return f"{before}{problem.shape[2]}x{problem.shape[3]}{behind}"
+
+
+def _around_size(problem: Any) -> tuple[str, str]:
+    """What of the key of a call is in front of H and W, and what is behind."""
     counts: dict[str, int] = {}
     for conv, weight in problem.convolutions:
         text = convolution_key(conv, weight)
         counts[text] = counts.get(text, 0) + 1
-    convolutions = (f"{count}*{text}" for text, count in counts.items())
-    purpose = ["inference"] if problem.inference else []
-    return " ".join([*purpose, str(problem.dtype).removeprefix("torch."), problem.format, shape, *convolutions])
+    convolutions = [f" {count}*{text}" for text, count in counts.items()]
+    purpose, dtype = "inference " if problem.inference else "", str(problem.dtype).removeprefix("torch.")
+    return f"{purpose}{dtype} {problem.format} {problem.shape[1]}x", "".join(convolutions)
 
 
 def convolution_key(conv: Sequence[int], weight: Sequence[int]) -> str:
@@ -233,14 +238,25 @@ def best(problem: Any) -> str | None:
 
     At the nearest N, or for code that is compiled, which is to serve any N, at the largest.
     """
-    N = None if torch.compiler.is_compiling() else int(problem.shape[0])
-    return _best(problem.device.type, problem.device.index, call_key(problem), N)
+    kind, index = problem.device.type, problem.device.index
+    if torch.compiler.is_compiling():
+        # Compared, H and W may change from call to call; as part of a key, each of their values would be compiled.
+        for H, W, name in _by_size(kind, index, *_around_size(problem)):
+            if problem.shape[2] == H and problem.shape[3] == W:
+                return name
+        return None
+    found = load(device_name(kind, index))["calls"].get(call_key(problem))
+    return _nearest(found, int(problem.shape[0]))["best"] if found else None
 
 
 @tracing.constant  # a file is read here
-def _best(kind: str, index: int | None, key: str, N: int | None) -> str | None:
-    found = load(device_name(kind, index))["calls"].get(key)
-    return _nearest(found, N)["best"] if found else None
+def _by_size(kind: str, index: int | None, before: str, behind: str) -> tuple[tuple[int, int, str], ...]:
+    """H and W that calls were measured at whose keys are the same but for these, and the backend that was fastest."""
+    calls = load(device_name(kind, index))["calls"]
+    sizes = {key: re.fullmatch(rf"{re.escape(before)}(\d+)x(\d+){re.escape(behind)}", key) for key in calls}
+    return tuple(
+        (int(size[1]), int(size[2]), _nearest(calls[key], None)["best"]) for key, size in sizes.items() if size
+    )
 
 
 def _nearest(batches: dict[str, Any], N: int | None) -> Any:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from fused_preact import BNReLUConv2d, PreActBlock, PreActStage, backends, bn_relu_conv2d
+from fused_preact import BNReLUConv2d, PreActBlock, PreActStage, backends, bn_relu_conv2d, explain
 from fused_preact.layers import Pair, add, running_updates
 
 
@@ -92,8 +92,52 @@ def doubled(conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
     return 2 * nn.Conv2d.forward(conv, x)
 
 
+def halved(conv: nn.Conv2d, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return nn.Conv2d._conv_forward(conv, x, weight / 2, bias)
+
+
 class Doubled(nn.Conv2d):
     forward = doubled
+
+
+def unchecked(_bn: nn.BatchNorm2d, x: torch.Tensor) -> None:
+    x.mul_(2)
+
+
+METHODS = [
+    (nn.Conv2d, "forward", doubled),
+    (nn.Conv2d, "_conv_forward", halved),
+    (nn.BatchNorm2d, "_check_input_dim", unchecked),
+]
+
+
+@pytest.mark.parametrize("called", [False, True], ids=["first call", "later call"])
+@pytest.mark.parametrize(("kind", "name", "method"), METHODS, ids=[name for _, name, _ in METHODS])
+def test_a_method_of_one_layer_is_called(kind, name, method, called):
+    """Code puts one there, as for images that are to tile: the plain layers run."""
+    block, x = PreActBlock(8, 8), x_of()
+    if called:
+        block(x)
+    layer = next(m for m in block.modules() if isinstance(m, kind))
+    setattr(layer, name, functools.partial(method, layer))
+    [choice] = explain(block, x)
+    assert choice.backend == "eager"
+    assert "forward of its own" in choice.others["reference"]
+
+
+@pytest.mark.parametrize("make", [PreActBlock, lambda *size: PreActStage(*(PreActBlock(*size) for _ in range(2)))])
+@pytest.mark.parametrize(("kind", "name", "method"), METHODS, ids=[name for _, name, _ in METHODS])
+def test_a_method_of_all_layers_is_called(make, kind, name, method, monkeypatch):
+    """Whoever replaces it wants it called wherever the layer is."""
+    net, x = make(8, 8), x_of()
+    net(x)
+    original, calls = getattr(kind, name), []
+    monkeypatch.setattr(kind, name, lambda *args: calls.append(args) or original(*args))
+    net(x)
+    assert len(calls) == sum(isinstance(m, kind) for m in net.modules())
+    monkeypatch.undo()
+    net(x)
+    assert "eager" not in {choice.backend for choice in explain(net, x)}
 
 
 class Changes:
@@ -171,6 +215,12 @@ class Changes:
 
     def forwards(self):
         self.any(nn.Conv2d).__dict__.pop("forward", None)
+
+    def convolution(self):
+        conv = self.any(nn.Conv2d)
+        conv.__dict__.pop("_conv_forward", None)
+        if self.random.random() < 0.5:
+            conv._conv_forward = functools.partial(halved, conv)
 
     def layer(self):
         owner = self.any((BNReLUConv2d, PreActBlock))

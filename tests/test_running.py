@@ -1,4 +1,4 @@
-"""running.py: buffers move as nn.BatchNorm2d's do, by an operator or by torch's functions."""
+"""running.py: buffers move as nn.BatchNorm2d's do, by an operator or by torch's lists."""
 
 import copy
 import functools

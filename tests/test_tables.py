@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 import fused_preact
-from fused_preact import backends, models, tables
+from fused_preact import PreActBlock, backends, models, tables
 from fused_preact.errors import UserError
 
 SHIPPED = sorted(Path(fused_preact.__file__).with_name("measured").glob("*.json"))
@@ -60,11 +61,43 @@ def test_the_nearest_batch_decides(folder):
     assert tables.best(problem(4, (4, 4))) is None
 
 
-def test_compiled_code_goes_by_the_largest_batch(folder):
-    """It is to serve any."""
-    calls = {"a": {N: {"best": best} for N, best in (("4", "eager"), ("128", "library"), ("64", "cpu"))}}
+def test_compiled_code_goes_by_the_size_and_the_largest_batch(folder):
+    """It is to serve any batch. A convolution more, another type or purpose is another call."""
+    best = {(8, 6): ["eager", "library"], (16, 16): ["library", "eager"]}
+    calls = {}
+    for (H, W), names in best.items():
+        asked = problem(1, (4, 4))._replace(shape=(1, 4, H, W))
+        calls[tables.call_key(asked)] = {N: {"best": name} for N, name in zip(("4", "64"), names, strict=True)}
+        for other in problem(1, (4, 4), (8, 4)), asked._replace(inference=True), asked._replace(dtype=torch.float64):
+            calls[tables.call_key(other._replace(shape=(1, 4, 32, 32)))] = {"4": {"best": "reference"}}
     tables.save({"device": tables.device_name("cpu"), "calls": calls, "tiles": {}})
-    assert tables._best("cpu", None, "a", None) == "library"
+
+    @torch.compile(backend="eager", fullgraph=True, dynamic=True)
+    def choose(x):
+        found = tables.best(problem(1, (4, 4))._replace(shape=x.shape))
+        return x + {"library": 1, "eager": 2, None: 3}[found]
+
+    sizes = [(8, 6), (16, 16), (32, 32), (6, 8), (16, 6)]
+    assert [int(choose(torch.zeros(2, 4, *size))[0, 0, 0, 0]) for size in sizes] == [1, 2, 3, 3, 3]
+
+
+@pytest.mark.parametrize("measured", [[], [11, 13]], ids=["no table", "table"])
+def test_compiled_code_takes_images_of_any_size(folder, measured):
+    """Each size by itself would be compiled, and from the eighth on nothing would be."""
+
+    def images(H: int) -> torch.Tensor:
+        return torch.randn(2, 4, H, 9)
+
+    block, calls = PreActBlock(4, 4), {}
+    for H in measured:
+        [choice] = fused_preact.explain(block, images(H))
+        calls[tables.call_key(choice.problem)] = {"2": {"best": "library"}}
+    tables.save({"device": tables.device_name("cpu"), "calls": calls, "tiles": {}})
+    counter = CompileCounter()
+    call = torch.compile(block.eval(), backend=counter, fullgraph=True, dynamic=True)
+    for H in range(5, 17):
+        torch.testing.assert_close(call(images(H).fill_(H)), block(images(H).fill_(H)))
+    assert counter.frame_count <= len(measured) + 2  # measured or not, and whichever size comes first
 
 
 def test_each_gpu_has_its_own_table(folder, monkeypatch):
