@@ -145,7 +145,8 @@ class _Exchange:
             return None
         block.backend = self.backend
         if isinstance(block, DenseLayer):
-            block.memory_efficient = self.memory != "fast" or getattr(old, "memory_efficient", False) is True
+            repeats = any(getattr(old, flag, False) is True for flag in trial.REPEATING)
+            block.memory_efficient = self.memory != "fast" or repeats
         self._fused |= layers.all()
         return block
 
@@ -299,10 +300,11 @@ def _children(old: nn.Module, layers: Layers) -> dict[str, nn.Module]:
 def _plain(norm: nn.Module) -> nn.Module:
     """A batch norm of the same tensors and settings without the activation that a subclass adds to it, or its name.
 
-    Anything else as it is: a forward of its own may look at more of the batch, or of other processes, than a trial has.
+    Anything else as it is: a forward of its own may look at more of the batch, or of other processes, than a trial has,
+    and hooks are to go on hearing of what is behind the activation.
     """
     kind = type(norm)
-    if kind is nn.BatchNorm2d or not issubclass(kind, nn.BatchNorm2d):
+    if kind is nn.BatchNorm2d or not issubclass(kind, nn.BatchNorm2d) or hooked(norm):
         return norm
     if kind.forward is not nn.BatchNorm2d.forward and not norm._modules:
         return norm

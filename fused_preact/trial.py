@@ -15,6 +15,9 @@ from torch import Tensor, nn
 
 from .layers import bare
 
+REPEATING = ("memory_efficient", "grad_checkpointing")
+"""Attributes of a dense layer, torchvision's and timm's, that have it repeat a part of its forward in backward."""
+
 
 def outputs(module: nn.Module, channels: int, parts: int = 0) -> list[Any]:
     """What a copy of the module, of random parameters, makes of random images, with gradients, in training and in eval.
@@ -34,8 +37,9 @@ def outputs(module: nn.Module, channels: int, parts: int = 0) -> list[Any]:
         module, generator = copy.deepcopy(module).to_empty(device="cpu").double(), torch.Generator().manual_seed(0)
         for child in module.modules():
             bare(child)
-        if hasattr(module, "memory_efficient"):  # it would repeat its forward, which moves the statistics twice
-            module.memory_efficient = False
+        for name in REPEATING:  # in backward, which moves the statistics twice
+            if hasattr(module, name):
+                setattr(module, name, False)
         for _, t in sorted(module.named_parameters()):
             t.data.normal_(std=10 / math.sqrt(math.prod(t.shape[1:])), generator=generator)
         for _, t in sorted(module.named_buffers()):

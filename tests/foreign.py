@@ -166,8 +166,23 @@ class Listed(nn.Module):
         def half(*parts):
             return self.conv1(self.relu1(self.norm1(self.joined(parts))))
 
-        out = checkpoint(half, *parts, use_reentrant=False) if self.memory_efficient else half(*parts)
+        out = checkpoint(half, *parts, use_reentrant=False) if self.repeats() else half(*parts)
         return self.conv2(self.relu2(self.norm2(out)))
+
+    def repeats(self):
+        return self.memory_efficient
+
+
+class TimmListed(Listed):
+    """The same, whose flag has the name that it has in timm."""
+
+    def __init__(self, C: int, growth: int, memory_efficient: bool = False) -> None:
+        super().__init__(C, growth)
+        del self.memory_efficient
+        self.grad_checkpointing = memory_efficient
+
+    def repeats(self):
+        return self.grad_checkpointing
 
 
 class Reversed(Listed):

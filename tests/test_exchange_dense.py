@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 
-from foreign import Joining, Listed, Reversed
+from foreign import Joining, Listed, Reversed, TimmListed
 from fused_preact import DenseLayer, Transition, fuse
 from test_exchange import step
 
@@ -21,10 +21,10 @@ class Squeezing(nn.Sequential):
 class DenseNet(nn.Module):
     """Three layers of somebody's dense block, which read a list of features, and a transition."""
 
-    def __init__(self, **options) -> None:
+    def __init__(self, kind: type = Listed, **options) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, 8, 3, padding=1)
-        self.layers = nn.ModuleDict({f"denselayer{i + 1}": Listed(8 + 4 * i, 4, **options) for i in range(3)})
+        self.layers = nn.ModuleDict({f"denselayer{i + 1}": kind(8 + 4 * i, 4, **options) for i in range(3)})
         layers = nn.BatchNorm2d(20), nn.ReLU(inplace=True), nn.Conv2d(20, 10, 1, bias=False), nn.AvgPool2d(2)
         self.transition = Squeezing(OrderedDict(zip(("norm", "relu", "conv", "pool"), layers, strict=True)))
         self.double()
@@ -38,12 +38,13 @@ class DenseNet(nn.Module):
 
 @pytest.mark.parametrize("memory", ["fast", "lean", "min"])
 @pytest.mark.parametrize("memory_efficient", [False, True])
-def test_a_fused_densenet_is_the_net_it_was(memory, memory_efficient):
+@pytest.mark.parametrize("kind", [Listed, TimmListed])
+def test_a_fused_densenet_is_the_net_it_was(kind, memory, memory_efficient):
     """What it saved it goes on to save; but for that torchvision's layers then move their statistics twice."""
-    net = DenseNet(memory_efficient=memory_efficient)
+    net = DenseNet(kind, memory_efficient=memory_efficient)
     plain = copy.deepcopy(net)
     for layer in plain.layers.values():
-        layer.memory_efficient = False
+        layer.repeats = lambda: False
     parameters = list(net.parameters())
     assert fuse(net, memory, "library") is net
     assert {type(layer) for layer in net.layers.values()} == {DenseLayer}

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from foreign import Cifar
+from foreign import Cifar, Timm
 from fused_preact import PreActBlock, explain, fuse
 
 DRAWS = {
@@ -35,6 +35,22 @@ def test_a_branch_that_is_dropped_now_and_then(source):
         fuse(net)
     assert states() == before
     assert isinstance(fuse(nn.Sequential(nn.Conv2d(3, 8, 3), Cifar(8, 8, False)))[1], PreActBlock)
+
+
+@pytest.mark.parametrize("name", ["norm1", "norm2"])
+def test_hooks_of_a_batch_norm_that_activates(name):
+    """They hear of what is behind its activation, and may change that: such a block runs as plain layers."""
+    block, x, heard = Timm(8, 8, False).double(), torch.randn(2, 8, 6, 6, dtype=torch.float64), []
+    norm = block.get_submodule(name)
+    norm.register_forward_hook(lambda _module, _inputs, y: heard.append(y) or y + 1)
+    expected = block(x)
+    block.zero_grad()
+    fused = fuse(block)
+    torch.testing.assert_close(fused(x), expected, rtol=1e-9, atol=1e-9)
+    assert torch.equal(*heard)
+    [choice] = explain(fused, x)
+    assert choice.backend == "eager"
+    assert f"{name} is of type Normed" in choice.others["library"]
 
 
 def test_a_batch_norm_with_a_forward_of_its_own():
