@@ -7,7 +7,7 @@ import itertools
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -69,13 +69,21 @@ def fuse(net: nn.Module, memory: str = "fast", backend: str = "auto") -> nn.Modu
     return result
 
 
+class _Left(NamedTuple):
+    """Why what has these layers is no block, and how much of what it computes the nearest of blocks does."""
+
+    reason: str
+    layers: set[nn.Module]
+    nearest: int = -1
+
+
 class _Exchange:
     """What is to be put where. Nothing changes in the net before `apply`."""
 
     def __init__(self, memory: str, backend: str) -> None:
         self.memory, self.backend = memory, backend
         self.made: dict[nn.Module, nn.Module] = {}  # a module that the net has in two places is exchanged once
-        self._left: dict[str, tuple[str, set[nn.Module]]] = {}  # why what has these layers is no block, by name
+        self._left: dict[str, _Left] = {}  # by name
         self._fused: set[nn.Module] = set()  # the layers of what is
         self._changes: list[tuple[nn.Module, str, nn.Module]] = []
 
@@ -99,7 +107,7 @@ class _Exchange:
             return self.made.get(module, module)
         if _is_wrapper(module):
             if any(_layers(inner) is not None for inner in module.modules()):
-                self._left[name] = _COMPILED, set(module.modules())
+                self._left[name] = _Left(_COMPILED, set(module.modules()))
             return module
         children = {}
         for key, child in module._modules.items():
@@ -127,10 +135,10 @@ class _Exchange:
         A block may be inside of it, or it inside of a block.
         """
         by_reason: dict[str, list[str]] = {}
-        for name, (reason, layers) in self._left.items():
-            plain = layers - self._fused
-            if plain and not any(plain <= inner < layers for _, inner in self._left.values()):
-                by_reason.setdefault(reason, []).append(name or "net")
+        for name, left in self._left.items():
+            plain = left.layers - self._fused
+            if plain and not any(plain <= other.layers < left.layers for other in self._left.values()):
+                by_reason.setdefault(left.reason, []).append(name or "net")
         return "".join(f"; {', '.join(names)}: {reason}" for reason, names in by_reason.items())
 
     def _block(self, old: nn.Module, dense: int, name: str) -> Branch | None:
@@ -140,8 +148,9 @@ class _Exchange:
             return None
         try:
             block = _block_of(old, layers, candidates)
-        except _NoBlockError as reason:
-            self._left.setdefault(name, (str(reason), layers.all()))
+        except _NoBlockError as error:
+            left = _Left(str(error), layers.all(), error.nearest)
+            self._left[name] = max(self._left.get(name, left), left, key=lambda some: some.nearest)
             return None
         block.backend = self.backend
         if isinstance(block, DenseLayer):
@@ -152,7 +161,11 @@ class _Exchange:
 
 
 class _NoBlockError(Exception):
-    """Why a module of the layers of a block is none."""
+    """Why a module of the layers of a block is none; ``nearest`` is that of `_Left`."""
+
+    def __init__(self, reason: str, nearest: int = -1) -> None:
+        super().__init__(reason)
+        self.nearest = nearest
 
 
 _Candidate = tuple[type[Branch], str, dict[str, Any]]  # class, shortcut and settings
@@ -193,6 +206,7 @@ def _block_of(old: nn.Module, layers: Layers, candidates: Iterable[_Candidate]) 
         if theirs is None:
             said = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
             raise _NoBlockError(f"a copy of it that is tried raises {said}") from error
+    nearest = -1
     for kind, shortcut, settings in candidates:
         try:
             block = kind.of(layers._replace(shortcut=shortcut), _children(old, layers), "eager", **settings)
@@ -200,7 +214,10 @@ def _block_of(old: nn.Module, layers: Layers, candidates: Iterable[_Candidate]) 
             said = f"no child of a {kind.__name__} can have the name of one of its own: {error.args[0]}"
             raise _NoBlockError(said) from error
         ours = trial.outputs_if_any(block, channels)
-        if ours is None or list(old.state_dict()) != list(block.state_dict()) or not trial.alike(theirs, ours):
+        if ours is None or list(old.state_dict()) != list(block.state_dict()):
+            continue
+        nearest = max(nearest, agreeing := trial.agreement(theirs, ours))
+        if agreeing < len(theirs):
             continue
         if isinstance(block, Block):
             if takes_x:
@@ -209,7 +226,8 @@ def _block_of(old: nn.Module, layers: Layers, candidates: Iterable[_Candidate]) 
         of_parts = trial.outputs_if_any(old, channels, 2)
         if of_parts is None or trial.alike(of_parts, trial.outputs_if_any(block, channels, 2) or []):
             return block
-    raise _NoBlockError(f"of the layers of a block {type(old).__name__} computes something else")
+    how = "" if nearest < 0 else f": it {trial.difference(theirs, nearest)}"
+    raise _NoBlockError(f"of the layers of a block {type(old).__name__} computes something else{how}", nearest)
 
 
 def _candidates(old: nn.Module, layers: Layers, dense: int) -> Iterator[_Candidate]:

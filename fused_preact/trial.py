@@ -60,9 +60,25 @@ def outputs_if_any(module: nn.Module, channels: int, parts: int = 0) -> list[Any
         return None
 
 
+def agreement(theirs: list[Any], ours: list[Any]) -> int:
+    """How many of two modules' `outputs`, from the first on, are the same but for rounding; -1: one has more."""
+    if len(theirs) != len(ours):
+        return -1
+    return next((i for i, pair in enumerate(zip(theirs, ours, strict=True)) if not _close(*pair)), len(theirs))
+
+
 def alike(theirs: list[Any], ours: list[Any]) -> bool:
     """Whether two modules' `outputs` are the same but for rounding."""
-    return len(theirs) == len(ours) and all(map(_close, theirs, ours))
+    return agreement(theirs, ours) == len(theirs)
+
+
+def difference(theirs: list[Any], agreeing: int) -> str:
+    """What a module does otherwise of whose outputs so many agree, as a sentence goes on after its name."""
+    if agreeing == len(theirs):
+        return "takes a list of features in another way"
+    mode, i = divmod(agreeing, len(theirs) // 2)
+    what = "draws random numbers", "gives another result", "has other gradients"
+    return f"{what[min(i, 2)]} in {('training', 'eval')[mode]}"
 
 
 @contextlib.contextmanager

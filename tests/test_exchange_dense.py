@@ -141,5 +141,7 @@ def test_dense_layers_that_give_x_too(before):
 
 def test_a_dense_layer_that_joins_its_features_in_another_way():
     """A single tensor does not show it."""
-    with pytest.raises(ValueError, match=r"; net: of the layers of a block Reversed computes something else"):
+    with pytest.raises(
+        ValueError, match=r"Reversed computes something else: it takes a list of features in another way"
+    ):
         fuse(Reversed(8, 4))

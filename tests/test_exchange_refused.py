@@ -31,7 +31,7 @@ def test_a_branch_that_is_dropped_now_and_then(source):
 
     net = nn.Sequential(nn.Conv2d(3, 8, 3), Dropped(8, 8, False))
     before = states()
-    with pytest.raises(ValueError, match="Dropped computes something else"):
+    with pytest.raises(ValueError, match="Dropped computes something else: it draws random numbers in training"):
         fuse(net)
     assert states() == before
     assert isinstance(fuse(nn.Sequential(nn.Conv2d(3, 8, 3), Cifar(8, 8, False)))[1], PreActBlock)

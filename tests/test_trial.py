@@ -49,6 +49,38 @@ def test_what_is_between_the_layers_is_told(between):
     assert trial.alike(trial.outputs(unit(nn.Threshold(0, 0)), 4), trial.outputs(unit(nn.ReLU()), 4))
 
 
+class Halved(nn.ReLU):
+    """A half of it in eval mode."""
+
+    def forward(self, x):
+        return super().forward(x) / (1 if self.training else 2)
+
+
+class Detached(nn.ReLU):
+    """It passes no gradient."""
+
+    def forward(self, x):
+        return super().forward(x).detach()
+
+
+@pytest.mark.parametrize(
+    ("between", "how"),
+    [
+        (nn.Dropout(0.5), "draws random numbers in training"),
+        (nn.ReLU6(), "gives another result in training"),
+        (Detached(), "has other gradients in training"),
+        (Halved(), "gives another result in eval"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_the_first_difference_is_named(between, how):
+    """Of training before eval, and of what is drawn before the result and the gradients."""
+    theirs, ours = trial.outputs(unit(between), 4), trial.outputs(unit(nn.ReLU()), 4)
+    agreeing = trial.agreement(theirs, ours)
+    assert trial.difference(theirs, agreeing) == how
+    assert trial.agreement(theirs, ours[:-1]) == -1
+
+
 def test_what_cannot_be_called_has_no_outputs():
     """Other channels, or a tensor in the place of parts of it."""
     assert trial.outputs_if_any(unit(), 5) is None
