@@ -127,11 +127,12 @@ def test_a_stage_is_its_blocks_one_by_one(memory: int, training: bool, backend: 
     is halfway between two of 16 bits may go to the other one.
     """
     draws = [differences_from_blocks_one_by_one(memory, training, backend) for _ in range(5)]
-    y, *others = (statistics.median(of_tensor) for of_tensor in zip(*draws, strict=True))
-    assert y == 0
-    # The convolution of a projection sums up the statistics of what it gives in another order than a pass of their own.
-    assert max(others[:18]) <= 1e-6
-    assert max(others[18:]) <= 0.03
+    medians = [statistics.median(of_tensor) for of_tensor in zip(*draws, strict=True)]
+    for (y, *others), bound in (draws[0], 0.05), (medians, 0.03):
+        assert y == 0
+        # The convolution of a projection sums up what it gives in another order than a pass of their own.
+        assert max(others[:18]) <= 1e-6
+        assert max(others[18:]) <= bound
 
 
 def differences_from_blocks_one_by_one(memory: int, training: bool, backend: str) -> list[float]:
