@@ -39,7 +39,7 @@ def cpu() -> dict[str, Any]:
     flags = (fields.get("flags") or fields.get("Features") or "").split()
     return {
         "model": tables.model(fields),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "torch_isa": torch.backends.cpu.get_cpu_capability(),
         "isa": None if _extension.unavailable else _extension.instruction_sets().chosen,

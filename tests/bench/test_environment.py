@@ -16,7 +16,7 @@ def test_bf16_instructions_are_those_of_the_processor(field, monkeypatch):
     """Linux names the list of instructions by the architecture."""
     fields = {"model name": "A processor", field: "fp asimd bf16 avx512_bf16"}
     monkeypatch.setattr(tables, "cpuinfo", lambda: fields)
-    monkeypatch.setattr(environment.os, "sched_getaffinity", lambda _: {0, 3, 5}, raising=False)
+    monkeypatch.setattr(environment.os, "sched_getaffinity", lambda _: {0, 3, 5})
     found = environment.cpu()
     assert (found["model"], found["cores"]) == ("A processor", 3)
     assert found["bf16_instructions"] == ["avx512_bf16", "bf16"]
@@ -80,7 +80,7 @@ def clock(monkeypatch, tmp_path):
     """Seconds: of the clock, and of those the ones that this process worked; cores 0 and 2 of three are its own."""
     now = {"clock": 0.0, "own": 0.0}
     monkeypatch.setattr(environment, "_STAT", tmp_path / "stat")
-    monkeypatch.setattr(environment.os, "sched_getaffinity", lambda _: {0, 2}, raising=False)
+    monkeypatch.setattr(environment.os, "sched_getaffinity", lambda _: {0, 2})
     monkeypatch.setattr(environment.os, "sysconf", lambda _: 100)
     monkeypatch.setattr(environment.time, "perf_counter", lambda: now["clock"])
     monkeypatch.setattr(environment.time, "process_time", lambda: now["own"])
