@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from torch.nn.functional import conv2d
 
+from cases import Case, Layer, assert_as_close_as_eager
 from fused_preact import bn_relu_conv2d
 
 PIXEL = (5, 8)  # what is not finite there is read by the outputs of rows 4 to 6, columns 7 to 9
@@ -68,3 +70,41 @@ def test_what_is_made_of_quads(shape, K, taken, isa):
     y = convolve(x, K)
     assert y.isinf().any()
     assert y.isnan().any() == taken
+
+
+# Its transformed filter, of 2.04 MiB, leaves the second level cache: two tiles of three and two odd images meet it
+# position by position, the last of its panels with some lanes.
+LARGE_FILTER = Case("quads-of-a-large-filter", (5, 185, 7, 7), (Layer(181),), bias=True, residual=True)
+
+
+def test_a_filter_that_leaves_the_cache_is_as_close_as_eager(isa):
+    """All panels keep their products from position to position, in y, dx and dW."""
+    assert_as_close_as_eager(LARGE_FILTER, "cpu", torch.float32)
+
+
+@pytest.fixture(params=[1, 2, 7])
+def threads(request):
+    """How many threads torch is set to use for the test."""
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(1)
+
+
+def test_a_filter_that_leaves_the_cache_is_exact_on_integers(threads, isa):
+    """However many parts its panels are cut into, so that each thread has some, no product is lost or taken twice."""
+    (N, C, H, W), K = LARGE_FILTER.shape, LARGE_FILTER.layers[0].K
+    generator = torch.Generator().manual_seed(0)
+    x, weight, dy = (
+        torch.randint(-3, 4, size, generator=generator).float() for size in [(N, C, H, W), (K, C, 3, 3), (N, K, H, W)]
+    )
+    grads = []
+    for kind in torch.float32, torch.float64:
+        a, w = x.to(kind).requires_grad_(), weight.to(kind).requires_grad_()
+        ones, zeros = torch.ones(C, dtype=kind), torch.zeros(C, dtype=kind)
+        if kind == torch.float32:
+            y = bn_relu_conv2d(a, w, ones, zeros, zeros, ones, padding=1, eps=0.0, backend="cpu")
+        else:
+            y = conv2d(a.relu(), w, padding=1)
+        grads.append([y, *torch.autograd.grad(y, (a, w), dy.to(kind))])
+    for found, expected in zip(*grads, strict=True):
+        assert torch.equal(found.double(), expected)

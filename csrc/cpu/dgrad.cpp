@@ -162,14 +162,13 @@ struct Pass {
       const Conv& conv = pass_.conv;
       const Panels<T>& panels = product_.panels;
       const Tile tile = product_.tiling[t];
-      const typename Product<E>::Strip strip(product_, tile, pass_.source);
+      const typename Product<E>::Strip strip(product_, tile, pass_.source, part);
       if (pass_.is_whole())
         list_outputs(strip.outputs(), tile, conv.C, w.P, w.Q, 0, 0, 1, 1);
       else
         list_outputs(strip.outputs(), tile, conv.C, conv.H, conv.W, class_.phase_h, class_.phase_w, conv.stride_h,
                      conv.stride_w);
-      const int64_t end = cut(panels.count(), splits(), part + 1);
-      for (int64_t p = cut(panels.count(), splits(), part); p < end; ++p) {
+      for (int64_t p = product_.first_panel(part); p < product_.first_panel(part + 1); ++p) {
         Epilogue<S> epilogue(pass_.output, strip.outputs(), panels.first_channel(p), panels.columns(p));
         strip.times(p, epilogue);
         if (pass_.output.norm != nullptr) epilogue.add_to(sums_ + g * pass_.sums_size(), panels.columns(p));

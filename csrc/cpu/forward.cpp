@@ -139,8 +139,8 @@ void forward_of(const Conv& conv, const Activation& x, const Weight& weight, con
     for (int64_t t = cut(tiles, groups, g); t < cut(tiles, groups, g + 1); ++t) {
       const Tile tile = product.tiling[t];
       const int64_t n = tile.pixels(), first = (tile.n * product.w.P + tile.i0) * product.w.Q + tile.j0;
-      const typename Product<E>::Strip strip(product, tile, source);
-      for (int64_t panel = cut(panels.count(), splits, part); panel < cut(panels.count(), splits, part + 1); ++panel) {
+      const typename Product<E>::Strip strip(product, tile, source, part);
+      for (int64_t panel = product.first_panel(part); panel < product.first_panel(part + 1); ++panel) {
         Epilogue<S> epilogue(output, tile, first, panels.first_channel(panel));
         strip.times(panel, epilogue);
         if (output.moments != nullptr) epilogue.merge(g, count, n, panels.columns(panel));

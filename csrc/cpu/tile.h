@@ -60,6 +60,9 @@ struct Tile {
   int64_t offset_step() const { return by_position ? rows * cols : 1; }
 };
 
+// A filter of more bytes does not stay in the second level cache.
+constexpr int64_t kCachedFilterBytes = 1 << 21;
+
 // A run of this many pixels is made of whole register blocks, of six rows and of eight.
 constexpr int64_t kTileStep = 24;
 

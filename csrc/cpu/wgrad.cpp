@@ -17,9 +17,9 @@ namespace {
 
 constexpr int64_t kTileBytes = 1 << 16, kLeastPixels = 64, kMostPixels = 128;
 
-// Each tile reads and writes its group's dW. Beside the products of matrices (amx.h) one that leaves the second level
-// cache takes most of the time: it is to meet more pixels at once.
-constexpr int64_t kCachedFilterBytes = 1 << 21, kPixelsForLargeFilter = 512;
+// Each tile reads and writes its group's dW. Beside the products of matrices (amx.h) and of quads one that leaves the
+// second level cache takes much of the time: it is to meet more pixels at once.
+constexpr int64_t kPixelsForLargeFilter = 512;
 
 // A group's dW costs a write and a read a weight; so many pixels a group make that small beside the products: more
 // where it does not stay in the second level cache. Its memory is bounded too.
@@ -45,7 +45,8 @@ struct Plan : Cut<E> {
   }
 
   static int64_t tile_pixels(const Window& w, int64_t K) {
-    if (matrix_rows<E>(w) > 0 && w.depth() * K * int64_t{sizeof(T)} > kCachedFilterBytes) return kPixelsForLargeFilter;
+    const bool of_matrices = matrix_rows<E>(w) > 0 && w.depth() * K * int64_t{sizeof(T)} > kCachedFilterBytes;
+    if (of_matrices || filter_leaves_cache<E>(w, K)) return kPixelsForLargeFilter;
     return minimum(maximum<int64_t>(kTileBytes / maximum<int64_t>(w.C * sizeof(T), 1), kLeastPixels), kMostPixels);
   }
 };

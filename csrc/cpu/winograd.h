@@ -14,7 +14,7 @@
 // one tap. A value that is not finite reaches the outputs that read it and no others, and all taps of its channel in
 // dw; an infinity at times as NaN.
 // Bytes of a tile: its quads are four times its strip, and stay in the second level cache while all panels pass over
-// them; the products of a panel are four times its block.
+// them, of a large filter those of one position; the products of a panel are four times its block.
 #pragma once
 #include "correlate.h"
 #include "outer.h"
@@ -33,6 +33,11 @@ inline int64_t position_rows(int64_t C) { return C + 1; }
 constexpr int64_t kMostRowBytes = int64_t{1} << 20;  // of a row of quads, which are all of a tile's at once
 constexpr int64_t kLeastChannels = 16, kLeastQuads = 48, kLeastQuadsOfLarge = 128, kLargeFilterBytes = int64_t{8} << 20;
 
+template <class E>
+int64_t transformed_filter_bytes(const Window& w, int64_t outer) {
+  return kPositions * w.C * outer * int64_t{sizeof(E)};
+}
+
 // Whether a product of operands E with a filter of so many output channels is made this way. Pairs of bf16 are
 // multiplied about as fast as this multiplies float, and would be rounded once more. Of small images a sum over
 // taps leaves out what reads padding, and quads do not: they are to take 1.4 times fewer products, as on 4x4 and
@@ -43,8 +48,16 @@ bool takes_winograd(const Window& w, int64_t outer) {
   const int64_t quads = ceil_div(w.P, 2) * ceil_div(w.Q, 2), inside = (3 * w.P - 2) * (3 * w.Q - 2);
   if (minimum(w.C, outer) < kLeastChannels || 14 * kPositions * quads > 10 * inside) return false;
   if (ceil_div(w.Q, 2) * kPositions * w.C * int64_t{sizeof(E)} > kMostRowBytes) return false;
-  const bool is_large = kPositions * w.C * outer * int64_t{sizeof(E)} > kLargeFilterBytes;
+  const bool is_large = transformed_filter_bytes<E>(w, outer) > kLargeFilterBytes;
   return w.N * quads >= (is_large ? kLeastQuadsOfLarge : kLeastQuads);
+}
+
+// Whether a product is made this way of a transformed filter that leaves the second level cache. Read panel by panel it
+// would come from behind that cache for every few quads. So tiles are larger and meet one position of all panels before
+// the next: the filter is read once a tile, and of one position the quads stay in the cache.
+template <class E>
+bool filter_leaves_cache(const Window& w, int64_t outer) {
+  return takes_winograd<E>(w, outer) && transformed_filter_bytes<E>(w, outer) > kCachedFilterBytes;
 }
 
 // All of the quads of a tile: an odd row or column at the end of an image is the half of its last ones.
@@ -269,25 +282,46 @@ FUSED_PREACT_INLINE void multiply_quads(T* products, int64_t stride, const T* co
   (store(products + I / V * stride + I % V * kLanes<T>, acc[I]), ...);
 }
 
-// As correlate, for a tile of quads and a panel of a transformed filter. `products` holds a
-// quad for each of the tile's.
-template <class T, class Sink>
-FUSED_PREACT_INLINE void correlate_quads(const Operand<T>& quads, const Tile& tile, int64_t C, const T* panel,
-                                         int64_t columns, T* products, T* block, Sink& sink) {
-  const int64_t count = whole_quads(tile).pixels() / 4, parts = ceil_div(C, kQuadRun), part = ceil_div(C, parts);
+// One run of a sum, for all quads; asks for as many weights from `ahead` on, if that is not null, in shares. Not inlined:
+// its loop needs more address registers than its caller leaves it.
+template <class T, int V>
+__attribute__((noinline)) void multiply_run(T* products, const T* const* quads, int64_t count, int64_t offset,
+                                            int64_t length, const T* weights, bool adds, const T* ahead) {
+  constexpr int64_t kWidth = V * kLanes<T>;
+  const int64_t stride = quad_stride<T>(kWidth);
+  const int64_t share = ahead != nullptr ? ceil_div(length * kWidth, ceil_div(count, kRows)) : 0;
+  for_each_block(count, [&](int64_t q, auto M) __attribute__((always_inline)) {
+    if (share > 0) prefetch(ahead + q / kRows * share, share);
+    multiply_quads<T, M, V>(products + q * stride, stride, quads + q, offset, length, weights, adds,
+                            std::make_integer_sequence<int, M * V>{});
+  });
+}
+
+// The products of positions [s, end) of `count` quads with a panel of a transformed filter; `products` holds a quad for
+// each. `next`, if not null, is what will be read of the filter afterwards, and comes from behind the cache.
+template <class T>
+FUSED_PREACT_INLINE void multiply_positions(const Operand<T>& quads, int64_t count, int64_t C, int64_t s, int64_t end,
+                                            const T* panel, int64_t columns, T* products, const T* next) {
+  const int64_t parts = ceil_div(C, kQuadRun), part = ceil_div(C, parts);
   with_constant<kColumns>(columns, [&](auto V) __attribute__((always_inline)) {
     constexpr int64_t kWidth = V * kLanes<T>;
-    const int64_t stride = quad_stride<T>(kWidth);
-    for (int64_t s = 0; s < kPositions; ++s)
-      for (int64_t c = 0; c < C; c += part)
-        for_each_block(count, [&](int64_t q, auto M) __attribute__((always_inline)) {
-          multiply_quads<T, M, V>(products + q * stride + s * kWidth, stride, quads.pixels + q, s * C + c,
-                                  minimum(part, C - c), panel + (s * position_rows(C) + c) * kWidth, c > 0,
-                                  std::make_integer_sequence<int, M * V>{});
-        });
+    for (; s < end; ++s)
+      for (int64_t c = 0; c < C; c += part) {
+        const T* const weights = panel + (s * position_rows(C) + c) * kWidth;
+        const T* const ahead = next != nullptr && c + part < C ? weights + part * kWidth : next;
+        multiply_run<T, V>(products + s * kWidth, quads.pixels, count, s * C + c, minimum(part, C - c), weights, c > 0,
+                           ahead);
+      }
+  });
+}
+
+// sink.block for every block of the panel, as correlate, once the products of all positions are there.
+template <class T, class Sink>
+FUSED_PREACT_INLINE void finish_quads(const Tile& tile, int64_t columns, const T* products, T* block, Sink& sink) {
+  with_constant<kColumns>(columns, [&](auto V) __attribute__((always_inline)) {
     transform_products<V>(block, products, tile);
     for_each_block(tile.pixels(), [&](int64_t p, auto M) __attribute__((always_inline)) {
-      finish_block<T, M, V>(block + p * kWidth, p, sink, std::make_integer_sequence<int, M * V>{});
+      finish_block<T, M, V>(block + p * V * kLanes<T>, p, sink, std::make_integer_sequence<int, M * V>{});
     });
   });
 }
