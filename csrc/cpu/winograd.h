@@ -282,8 +282,8 @@ FUSED_PREACT_INLINE void multiply_quads(T* products, int64_t stride, const T* co
   (store(products + I / V * stride + I % V * kLanes<T>, acc[I]), ...);
 }
 
-// One run of a sum, for all quads; asks for as many weights from `ahead` on, if that is not null, in shares. Not inlined:
-// its loop needs more address registers than its caller leaves it.
+// One run of a sum, for all quads; asks for as many weights from `ahead` on, if that is not null, in shares. Not
+// inlined: its loop needs more address registers than its caller leaves it.
 template <class T, int V>
 __attribute__((noinline)) void multiply_run(T* products, const T* const* quads, int64_t count, int64_t offset,
                                             int64_t length, const T* weights, bool adds, const T* ahead) {
