@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map_only
 
 from .backends import Choice, recording
 from .functional import bn_relu_conv2d
+from .layers import has_own_functions
 
 
 class Explanation(tuple[Choice, ...]):
@@ -44,6 +45,8 @@ def _fakes(names: dict[torch.nn.Module, str], mode: FakeTensorMode) -> dict[str,
     for module, prefix in names.items():
         for members in module.named_parameters, module.named_buffers:
             for name, t in members(prefix, recurse=False, remove_duplicate=False):
+                if has_own_functions(type(t)):  # which a fake one would not have
+                    continue
                 fakes[name] = mode.from_tensor(t)
                 if t.dim() == 0 and not t.requires_grad:  # a count, which nn.BatchNorm2d reads for averages
                     fakes[name].constant = t.clone()

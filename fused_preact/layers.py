@@ -244,7 +244,7 @@ def _obstacle(name: str, child: nn.Module, kind: type[nn.Module]) -> str | None:
         for key in keys:
             if key not in tensors:  # as in a replica of nn.DataParallel
                 return f"{name}.{key} is a plain attribute, neither a parameter nor a buffer"
-            if is_traceable_wrapper_subclass(tensors[key]):
+            if is_traceable_wrapper_subclass(tensors[key]) or has_own_functions(type(tensors[key])):
                 return f"{name}.{key} is a {type(tensors[key]).__name__}, not a plain tensor"
     if kind is nn.Conv2d and child.padding_mode != "zeros":
         return f"{name} has padding_mode={child.padding_mode!r}, not 'zeros'"
@@ -255,6 +255,17 @@ def _obstacle(name: str, child: nn.Module, kind: type[nn.Module]) -> str | None:
     ):
         return f"{name} has padding='same' with a filter of {child.kernel_size}, which pads one side more"
     return None
+
+
+@tracing.constant
+def has_own_functions(kind: type) -> bool:
+    """Whether a subclass of tensors says itself what torch's functions make of it."""
+    function = getattr(kind, "__torch_function__", None)
+    return getattr(function, "__func__", function) not in _TORCH_FUNCTIONS
+
+
+# Of what is no tensor, of a plain tensor or a subclass without one of its own, and of a parameter.
+_TORCH_FUNCTIONS = None, Tensor.__torch_function__.__func__, nn.Parameter.__torch_function__
 
 
 def has_own_forward(child: nn.Module) -> bool:

@@ -140,6 +140,36 @@ def test_a_method_of_all_layers_is_called(make, kind, name, method, monkeypatch)
     assert "eager" not in {choice.backend for choice in explain(net, x)}
 
 
+class Halved(nn.Parameter):
+    """A filter that convolves as half of itself."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is torch.conv2d:
+            args = args[0], args[1] / 2, *args[2:]
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+class Named(nn.Parameter):
+    """A parameter in all but its name."""
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_parameter_that_changes_what_functions_make_of_it(compiled):
+    """Only the plain layers call them; a subclass that leaves them as they are is fused."""
+    block, x = PreActBlock(8, 8), x_of()
+    call = torch.compile(block, backend="aot_eager", fullgraph=True) if compiled else block
+    expected = block(x)
+    block.conv2.weight = Named(block.conv2.weight.detach())
+    assert torch.equal(call(x), expected)
+    assert "eager" not in {choice.backend for choice in explain(block, x)}
+    block.conv2.weight = Halved(block.conv2.weight.detach())
+    [choice] = explain(block, x)
+    assert choice.backend == "eager"
+    assert "conv2.weight is a Halved" in choice.others["reference"]
+    assert_close(call(x) - x, (expected - x) / 2)
+
+
 class Changes:
     """What may be done to a net between two calls, each method one of it, on a layer that is drawn."""
 
