@@ -172,7 +172,7 @@ class Watch:
             chain.from_iterable(map(dict.values, members)),
             map(type, self._children),
             (bool(nn_module._has_any_global_hook()),),
-            _methods_of_classes(),
+            _methods_and_functions(),
         )
 
     def _find_values(self, module: nn.Module) -> Iterator[Any]:
@@ -198,17 +198,19 @@ def _is_plain(child: Any) -> bool:
     return child is not None and isinstance(child.__dict__.get("_modules"), dict)
 
 
-def _methods_of_classes() -> list[Callable]:
-    return [getattr(kind, name) for kind, names in _METHODS.items() for name in names]
+def _methods_and_functions() -> list[Callable]:
+    """Those, and the functions that the layers call, ReLU too."""
+    methods = [getattr(kind, name) for kind, names in _METHODS.items() for name in names]
+    return [*methods, F.batch_norm, F.relu, F.conv2d]
 
 
-_METHODS_OF_TORCH = _methods_of_classes()
+_OF_TORCH = _methods_and_functions()
 
 
 @tracing.constant
 def replaced() -> bool:
-    """Whether the methods that compute plain layers are others, for all layers, than when this was imported."""
-    return _methods_of_classes() != _METHODS_OF_TORCH
+    """Whether what computes plain layers is another, for all layers, than when this was imported."""
+    return _methods_and_functions() != _OF_TORCH
 
 
 def hooked(child: nn.Module) -> bool:

@@ -50,7 +50,7 @@ class Fused(nn.Module):
         if nn_module._has_any_global_hook():
             return "a global module hook is set, which runs for every layer"
         if replaced():
-            return "a method of nn.Conv2d, nn.BatchNorm2d or nn.Sequential was replaced for every layer"
+            return "what nn.Conv2d, nn.BatchNorm2d, nn.Sequential or ReLU computes was replaced for every layer"
         return layers.obstacle()
 
     def _dispatch(self, x: Tensor, residual: Tensor | None = None, parts: Sequence[Tensor] = ()) -> Tensor:

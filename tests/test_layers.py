@@ -7,6 +7,7 @@ import random
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
@@ -135,6 +136,21 @@ def test_a_method_of_all_layers_is_called(make, kind, name, method, monkeypatch)
     monkeypatch.setattr(kind, name, lambda *args: calls.append(args) or original(*args))
     net(x)
     assert len(calls) == sum(isinstance(m, kind) for m in net.modules())
+    monkeypatch.undo()
+    net(x)
+    assert "eager" not in {choice.backend for choice in explain(net, x)}
+
+
+@pytest.mark.parametrize("make", [PreActBlock, lambda *size: PreActStage(*(PreActBlock(*size) for _ in range(2)))])
+@pytest.mark.parametrize("name", ["conv2d", "batch_norm", "relu"])
+def test_a_function_that_layers_call_is_called(make, name, monkeypatch):
+    """Whoever counts what they compute, or has it rounded, may put another in its place."""
+    net, x = make(8, 8), x_of()
+    net(x)
+    original, calls = getattr(F, name), []
+    monkeypatch.setattr(F, name, lambda *args: calls.append(args) or original(*args))
+    net(x)
+    assert len(calls) == sum(isinstance(m, nn.Conv2d) for m in net.modules())
     monkeypatch.undo()
     net(x)
     assert "eager" not in {choice.backend for choice in explain(net, x)}
