@@ -160,7 +160,7 @@ class Watch:
         """
         settings = (s[name] for names, states in self._settings for s in states for name in names)
         own = all(t.is_leaf for t in self._tensors) and all(isinstance(t, nn.Parameter) for t in self._parameters)
-        return own and not any(isinstance(value, list) for value in settings)
+        return own and not any(isinstance(value, (list, Tensor)) for value in settings)
 
     def _all_states(self, module: nn.Module) -> Iterator[dict[str, Any]]:
         return chain((module.__dict__,), self._states)

@@ -74,6 +74,15 @@ def test_a_setting_that_has_no_one_answer():
         unit(x_of())
 
 
+def test_a_number_that_changes_in_place():
+    """A tensor may be eps, which plans have as a number."""
+    block, x = PreActBlock(8, 8), x_of()
+    block.bn1.eps = torch.tensor(1e-3)
+    block(x)
+    block.bn1.eps.fill_(1)
+    assert torch.equal(block(x), copy.deepcopy(block)(x))
+
+
 def test_a_block_that_is_compiled_later():
     """It runs by itself: what is compiled is its call."""
     stage = PreActStage(PreActBlock(8, 8), PreActBlock(8, 8)).eval()
