@@ -78,7 +78,7 @@ class Layers(NamedTuple):
         if self.container is None:
             return Block(units, Shortcut(self.shortcut))
         projection = self.projection()
-        weight = projection._parameters["weight"]
+        weight = _parameters(projection)["weight"]
         return Block(units, Shortcut(self.shortcut, weight, conv_geometry(projection)))
 
     def overwritable(self) -> bool:
@@ -156,11 +156,12 @@ class Watch:
         """Whether all of it is the module's: no setting can change in place, and no tensor is there for one call.
 
         A tensor with a graph behind it, or one that `torch.func.functional_call` put in the place of a parameter, would
-        be kept until the next call.
+        be kept until the next call. Of a plain attribute in such a place no later call would hear.
         """
         settings = (s[name] for names, states in self._settings for s in states for name in names)
         own = all(t.is_leaf for t in self._tensors) and all(isinstance(t, nn.Parameter) for t in self._parameters)
-        return own and not any(isinstance(value, (list, Tensor)) for value in settings)
+        plain = any(name in state for state in self._states for name in _PARAMETERS)
+        return own and not plain and not any(isinstance(value, (list, Tensor)) for value in settings)
 
     def _all_states(self, module: nn.Module) -> Iterator[dict[str, Any]]:
         return chain((module.__dict__,), self._states)
@@ -227,11 +228,23 @@ def bare(child: nn.Module) -> None:
 
 
 # What a fused call reads of a layer, by the dictionary that has it.
+_PARAMETERS = ("weight", "bias")
 _TENSORS = {
-    nn.BatchNorm2d: {"_parameters": ("weight", "bias"), "_buffers": ("running_mean", "running_var")},
-    nn.Conv2d: {"_parameters": ("weight", "bias")},
+    nn.BatchNorm2d: {"_parameters": _PARAMETERS, "_buffers": ("running_mean", "running_var")},
+    nn.Conv2d: {"_parameters": _PARAMETERS},
     nn.Sequential: {},
 }
+
+
+def _parameters(layer: nn.Module) -> dict[str, Any]:
+    """A layer's parameters, and the plain attributes in their place.
+
+    A hypernetwork sets such, and FSDP in a backward: a checkpoint's forward that found no parameters there and ran the
+    plain layers would not be the one that it repeats.
+    """
+    state = layer.__dict__
+    plain = {name: state[name] for name in _PARAMETERS if name in state}
+    return {**state["_parameters"], **plain} if plain else state["_parameters"]
 
 
 def _obstacle(name: str, child: nn.Module, kind: type[nn.Module]) -> str | None:
@@ -242,9 +255,10 @@ def _obstacle(name: str, child: nn.Module, kind: type[nn.Module]) -> str | None:
     if has_own_forward(child):
         return f"{name} has a forward of its own"
     for members, keys in _TENSORS[kind].items():
-        tensors = child.__dict__[members]
+        attributes = members == "_parameters" and not getattr(child, "_is_replica", False)  # of nn.DataParallel
+        tensors = _parameters(child) if attributes else child.__dict__[members]
         for key in keys:
-            if key not in tensors:  # as in a replica of nn.DataParallel
+            if key not in tensors:
                 return f"{name}.{key} is a plain attribute, neither a parameter nor a buffer"
             if is_traceable_wrapper_subclass(tensors[key]) or has_own_functions(type(tensors[key])):
                 return f"{name}.{key} is a {type(tensors[key]).__name__}, not a plain tensor"
@@ -306,13 +320,13 @@ def conv_geometry(conv: nn.Conv2d) -> checks.Conv:
     """Geometry of a plain convolution layer."""
     settings = conv.stride, conv.padding, conv.dilation
     if not all(isinstance(setting, tuple) and len(setting) == 2 for setting in settings):
-        return checks.geometry(*settings, conv.groups, conv._parameters["weight"])
+        return checks.geometry(*settings, conv.groups, _parameters(conv)["weight"])
     return checks.Conv(*conv.stride, *conv.padding, *conv.dilation, conv.groups)
 
 
 def _unit(bn: nn.BatchNorm2d, conv: nn.Conv2d) -> Unit:
     # The dictionaries are read directly: attributes of modules cost ten times as much, and this runs for every layer.
-    buffers, affine, filters = bn._buffers, bn._parameters, conv._parameters
+    buffers, affine, filters = bn._buffers, _parameters(bn), _parameters(conv)
     mean, var = buffers["running_mean"], buffers["running_var"]
     batch = bn.training or (mean is None and var is None)
     geometry = conv_geometry(conv)

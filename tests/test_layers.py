@@ -83,6 +83,21 @@ def test_a_number_that_changes_in_place():
     assert torch.equal(block(x), copy.deepcopy(block)(x))
 
 
+@pytest.mark.parametrize("make", [PreActBlock, lambda *size: PreActStage(PreActBlock(*size), PreActBlock(*size, 2))])
+def test_parameters_that_are_plain_attributes_when_a_checkpoint_repeats(make):
+    """As FSDP has them in backward: the forward that is repeated is the same, fused."""
+    block, x = make(8, 8), x_of()
+    parameters = dict(block.named_parameters())
+    expected = torch.autograd.grad(block(x).square().sum(), parameters.values())
+    y = checkpoint(block, x, use_reentrant=False)
+    for layer in block.modules():
+        for name in [*layer._parameters]:
+            layer.__dict__[name] = layer._parameters.pop(name)
+    y.square().sum().backward()
+    for parameter, gradient in zip(parameters.values(), expected, strict=True):
+        assert torch.equal(parameter.grad, gradient)
+
+
 def test_a_block_that_is_compiled_later():
     """It runs by itself: what is compiled is its call."""
     stage = PreActStage(PreActBlock(8, 8), PreActBlock(8, 8)).eval()

@@ -175,9 +175,8 @@ def test_a_filter_of_another_size_has_other_padding():
 
 
 def test_a_weight_that_is_a_plain_attribute():
-    """As a hypernetwork sets it, and as the replicas of nn.DataParallel have it: the plain layers run."""
-    block = PreActBlock(8, 8).eval()
-    x = x_of()
+    """As a hypernetwork sets it, it is read anew in each call; replicas of nn.DataParallel run as plain layers."""
+    block, x = PreActBlock(8, 8).eval(), x_of()
     weight = block.conv1.weight
     del block.conv1.weight
     ys = []
@@ -185,6 +184,8 @@ def test_a_weight_that_is_a_plain_attribute():
         block.conv1.weight = scale * weight.detach()
         ys.append(block(x) - x)
     assert not torch.allclose(*ys)
+    assert "plain attribute" not in str(fused_preact.explain(block, x))
+    block.conv1._is_replica = True
     assert "conv1.weight is a plain attribute" in str(fused_preact.explain(block, x))
 
 
