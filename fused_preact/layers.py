@@ -172,6 +172,7 @@ class Watch:
         return chain(
             chain.from_iterable(map(dict.values, members)),
             map(type, self._children),
+            map(type, self._tensors),  # torch.utils.swap_tensors exchanges it
             (bool(nn_module._has_any_global_hook()),),
             _methods_and_functions(),
         )

@@ -210,6 +210,16 @@ def test_a_parameter_that_changes_what_functions_make_of_it(compiled):
     assert_close(call(x) - x, (expected - x) / 2)
 
 
+def test_a_parameter_whose_class_changes_in_place():
+    """As torch.utils.swap_tensors does it, to quantise a net: the object is what it was."""
+    block, x = PreActBlock(8, 8), x_of()
+    expected = block(x).detach()  # a graph would hold the parameter
+    weight = block.conv2.weight
+    torch.utils.swap_tensors(weight, Halved(weight.detach().clone()))
+    assert block.conv2.weight is weight
+    assert_close(block(x) - x, (expected - x) / 2)
+
+
 class Changes:
     """What may be done to a net between two calls, each method one of it, on a layer that is drawn."""
 
