@@ -5,6 +5,7 @@ import copy
 import functools
 import random
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -104,6 +105,33 @@ def test_a_block_that_is_compiled_later():
     y = stage(x := x_of())
     stage[1]._compiled_call_impl = lambda _: 2 * y  # as block.compile() sets it
     assert torch.equal(stage(x), 2 * y)
+
+
+def test_a_block_that_is_compiled_again():
+    """That it is not compiled meanwhile, as torch's own attribute says it, is not taken to last."""
+    stage = PreActStage(PreActBlock(8, 8), PreActBlock(8, 8)).eval()
+    stage[1]._compiled_call_impl = None
+    y = stage(x := x_of())
+    stage[1]._compiled_call_impl = lambda _: 2 * y
+    assert torch.equal(stage(x), 2 * y)
+
+
+@pytest.mark.parametrize("pair", [np.ones(2, int), torch.ones(2, dtype=torch.int64)], ids=["NumPy", "torch"])
+def test_a_setting_that_becomes_an_array(pair):
+    """Compared with what it was, it has no one answer: the call is checked anew, and says what is wrong."""
+    unit = BNReLUConv2d(8, 8, 3, padding=1).eval()
+    unit(x_of())
+    unit.conv.stride = pair
+    with pytest.raises(TypeError, match="stride must be an integer or a pair"):
+        unit(x_of())
+
+
+def test_what_a_hook_of_a_convolution_has_kept_is_not_overwritten():
+    """The addition of the shortcut makes a tensor of its own."""
+    block, kept = PreActBlock(8, 8), []
+    block.conv2.register_forward_hook(lambda _layer, _inputs, y: kept.extend((y, y.clone())))
+    block(x_of())
+    assert torch.equal(*kept)
 
 
 def test_layers_that_have_no_shape_yet():
