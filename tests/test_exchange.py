@@ -305,11 +305,12 @@ def test_the_mode_of_a_shortcut_stays():
 
 
 def test_hooks_of_a_box_are_heard_of():
-    """A module in which layers are, or a ReLU beside them, is not called: hooks added later are named by `explain`."""
-    for name in "body.conv1", "body.conv1.relu":
+    """A module in which layers are, or a ReLU beside them, is not called: `explain` names hooks and a forward of it."""
+    for name, hook in itertools.product(("body.conv1", "body.conv1.relu"), (True, False)):
         net = Net(Nested)
         net.layer1[0].body.conv1.relu = nn.ReLU()
-        fuse(net, backend="library").layer1[0].get_submodule(name).register_forward_hook(lambda *_: None)
+        box = fuse(net, backend="library").layer1[0].get_submodule(name)
+        box.register_forward_hook(lambda *_: None) if hook else setattr(box, "forward", torch.zeros_like)
         reasons = str(fused_preact.explain(net, images()))
         assert f"{name} has hooks or a forward of its own, which run only when it is called" in reasons
 
