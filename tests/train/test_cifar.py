@@ -33,7 +33,7 @@ def python2_pickle(pixels, labels, key):
         return b"J" + struct.pack("<i", value)
 
     shape = number(pixels.shape[0]) + number(pixels.shape[1]) + b"\x86"
-    dtype = b"cnumpy\ndtype\n" + text(b"u1") + number(0) + number(1) + b"\x87R"
+    dtype = b"cnumpy\ndtype\n" + text(pixels.dtype.str[1:].encode()) + number(0) + number(1) + b"\x87R"
     dtype += b"(" + number(3) + text(b"|") + b"NNN" + number(-1) * 2 + number(0) + b"tb"
     array = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\n" + number(0) + b"\x85" + text(b"b") + b"\x87R"
     array += b"(" + number(1) + shape + dtype + b"\x89" + text(pixels.tobytes()) + b"tb"
@@ -171,22 +171,23 @@ def test_other_numpy_functions_are_not_called_either(python):
 
 
 @pytest.mark.parametrize(
-    ("size", "labels", "message"),
+    ("dtype", "size", "labels", "message"),
     [
-        (3072, [1] * 6, r"expected 7 images of 3072 uint8 pixels and as many labels, got uint8 \[7, 3072\] and \[6\]"),
-        (3071, [1] * 7, r"expected 7 images of 3072 uint8 pixels and as many labels, got uint8 \[7, 3071\] and \[7\]"),
-        (3072, [1] * 6 + [10], "expected labels from 0 to 9, got 10"),
-        (3072, [1] * 6 + [-1], "expected labels from 0 to 9, got -1"),
+        ("u1", 3072, [1] * 6, r"7 images of 3072 uint8 pixels and as many labels, got uint8 \[7, 3072\] and \[6\]"),
+        ("u1", 3071, [1] * 7, r"7 images of 3072 uint8 pixels and as many labels, got uint8 \[7, 3071\] and \[7\]"),
+        ("i1", 3072, [1] * 7, r"7 images of 3072 uint8 pixels and as many labels, got int8 \[7, 3072\] and \[7\]"),
+        ("u1", 3072, [1] * 6 + [10], "labels from 0 to 9, got 10"),
+        ("u1", 3072, [1] * 6 + [-1], "labels from 0 to 9, got -1"),
     ],
-    ids=["labels", "pixels", "large label", "negative label"],
+    ids=["labels", "pixels", "type", "large label", "negative label"],
 )
-def test_a_pickle_of_something_else(size, labels, message, python):
+def test_a_pickle_of_something_else(dtype, size, labels, message, python):
     """Whatever its checksum, it holds so many images and labels of the classes."""
     archive, folder = python
-    content = python2_pickle(np.zeros((7, size), np.uint8), labels, b"labels")
+    content = python2_pickle(np.zeros((7, size), dtype), labels, b"labels")
     (folder / "data_batch_1").write_bytes(content)
     first = replace(archive.train[0], md5=hashlib.md5(content).hexdigest())
-    with pytest.raises(UserError, match=f"data_batch_1: {message}"):
+    with pytest.raises(UserError, match=f"data_batch_1: expected {message}"):
         cifar.read(folder, [replace(archive, train=(first, *archive.train[1:]))])
 
 

@@ -76,10 +76,13 @@ def test_an_epoch_shows_each_image_once(dataset):
 
 
 def test_a_batch_depends_on_seed_and_iteration_alone(dataset):
-    """A run that starts at iteration 20 sees what one that came there from 0 sees; another seed sees something else."""
+    """A run that starts at iteration 20 sees what one that came there from 0 sees, or came back from a later epoch;
+    another seed sees something else.
+    """
     make = [Batches(dataset, 100, seed, padding=4, flip=True, device=CPU) for seed in (5, 5, 6)]
     for iteration in range(20):
         make[0].at(iteration)
+    make[1].at(30)
     (x, labels), (again, labels_again), (other, _) = (batches.at(20) for batches in make)
     assert torch.equal(x, again)
     assert torch.equal(labels, labels_again)
