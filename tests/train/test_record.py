@@ -62,6 +62,13 @@ def test_what_is_no_number_is_not_written(tmp_path):
     assert lines(tmp_path) == []
 
 
+def test_no_events_where_they_are_not_wanted(tmp_path):
+    """Though TensorBoard is installed."""
+    pytest.importorskip("tensorboard")
+    Recorder(tmp_path, tensorboard=False).add("train", 1, loss=1.0)
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
 @pytest.mark.parametrize("checkpoint", [0, 2])
 def test_tensorboard_events(checkpoint, tmp_path):
     """TensorBoard reads the same figures back, once each even where a session was resumed, be it from the start."""
