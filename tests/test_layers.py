@@ -3,7 +3,9 @@
 import collections
 import copy
 import functools
+import gc
 import random
+import weakref
 
 import numpy as np
 import pytest
@@ -132,6 +134,17 @@ def test_what_a_hook_of_a_convolution_has_kept_is_not_overwritten():
     block.conv2.register_forward_hook(lambda _layer, _inputs, y: kept.extend((y, y.clone())))
     block(x_of())
     assert torch.equal(*kept)
+
+
+def test_a_buffer_that_was_computed_is_not_kept():
+    """It has a graph behind it, which goes when the call is done that it was put in for."""
+    unit, mean = BNReLUConv2d(8, 8, 1).eval(), torch.zeros(8, requires_grad=True).exp()
+    gone = weakref.ref(mean)
+    with torch.no_grad():
+        torch.func.functional_call(unit, {"bn.running_mean": mean}, (x_of(),))
+    del mean
+    gc.collect()
+    assert gone() is None
 
 
 def test_layers_that_have_no_shape_yet():
