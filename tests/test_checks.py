@@ -4,7 +4,7 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_map_only
 
-from fused_preact import BNReLUConv2d, PreActBlock, PreActStage, bn_relu_conv2d, checks
+from fused_preact import BNReLUConv2d, PreActBlock, PreActStage, bn_relu_conv2d, checks, explain
 from fused_preact.backends import NAMES
 
 
@@ -310,3 +310,12 @@ def test_a_filter_larger_than_the_image_is_named():
     unit = BNReLUConv2d(3, 4, 3)
     with pytest.raises(ValueError, match=r"weight with a 3x3 filter.*does not fit an input of 2x9 pixels.*0x7"):
         unit(torch.randn(2, 3, 2, 9))
+
+
+def test_a_projection_by_itself_trains_its_block():
+    """It is no frozen block, which would run apart from those behind it."""
+    stage = PreActStage(PreActBlock(6, 8, backend="library"), PreActBlock(8, 8, backend="library"))
+    stage[0].requires_grad_(False).shortcut.requires_grad_()
+    assert len(explain(stage, torch.randn(2, 6, 5, 4))) == 1
+    stage[0].requires_grad_(False)
+    assert len(explain(stage, torch.randn(2, 6, 5, 4))) == 2
