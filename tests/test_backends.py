@@ -225,6 +225,18 @@ def test_a_memory_mode_goes_before_what_was_measured(folder, memory):
     assert fused_preact.explain(stage, x)[0].backend == ("eager" if memory == "fast" else "cpu")
 
 
+def test_what_was_measured_is_not_for_a_backend_that_is_not_there(folder, monkeypatch):
+    """A table may be older than what is installed: the rule decides, and no call is refused or fails."""
+    x, weight = (t.contiguous(memory_format=torch.channels_last) for t in arguments())
+    (choice,) = fused_preact.explain(bn_relu_conv2d, x, weight, training=True)
+    calls = {tables.call_key(choice.problem): {"2": {"best": "library", "seconds": {}}}}
+    tables.save({"device": tables.device_name("cpu"), "calls": calls, "tiles": {}})
+    assert backends.choose("auto", choice.problem) == "library"
+    monkeypatch.setitem(backends._OBSTACLES, "library", lambda _problem: "it is not there")
+    found = backends.describe("here", "auto", choice.problem)
+    assert (found.backend, found.others["library"]) == (choice.backend, "it is not there")
+
+
 def test_what_was_measured_is_not_for_an_x_that_autocast_would_round(folder):
     """A table is of calls whose x has the type of the convolution already."""
     x, weight = (t.contiguous(memory_format=torch.channels_last) for t in arguments())
