@@ -93,6 +93,16 @@ def test_alternate_leaves_the_garbage_collector_as_it_was():
     assert gc.isenabled()
 
 
+def test_a_garbage_collector_that_is_off_stays_off():
+    """Whoever turned it off wants it so afterwards."""
+    gc.disable()
+    try:
+        measure.alternate([measure.Step(lambda: None, lambda: None, lambda _: None)], budget=0.0, rounds=(1, 1))
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+
+
 def test_saved_bytes_counts_a_storage_once_and_whole():
     """x is saved twice by x*x and once more as a slice: one storage of 4 x 100 bytes."""
     x = torch.randn(100, requires_grad=True)
