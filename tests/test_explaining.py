@@ -214,3 +214,12 @@ def test_explain_is_what_runs(name, training, autocast, layout):
         choices.clear()
         net(x)
     assert [choice._replace(where=names[choice.where] or type(net).__name__) for choice in choices] == list(expected)
+
+
+def test_the_reason_nearest_to_a_block_is_told():
+    """Of a stage in a stage, it is the inner one's."""
+    inner = PreActStage(PreActBlock(4, 4), PreActBlock(4, 4))
+    inner[1].register_forward_hook(lambda *_: None)
+    first, second = fused_preact.explain(PreActStage(inner), torch.randn(2, 4, 5, 5))
+    assert first.apart == "it is of type PreActStage, no PreActBlock and no PreActBottleneck"
+    assert second.apart == "it has hooks, which run only when the block itself is called"
