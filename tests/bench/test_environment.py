@@ -68,7 +68,7 @@ def test_the_date_is_to_the_second_in_utc():
 
 
 STAT = """cpu  0 0 0 0 0 0 0 0 0 0
-cpu0 {0} 10 10 {1} 5000 10 10 10 0 0
+cpu0 {0} 10 10 {1} {1} 10 10 10 0 0
 cpu1 90000 0 0 0 0 0 0 0 0 0
 cpu2 {0} 0 0 0 0 0 0 {1} 0 0
 intr 5 6
@@ -89,7 +89,7 @@ def clock(monkeypatch, tmp_path):
 
 
 def test_other_work_is_what_this_process_did_not_do(clock):
-    """On the cores that it may use: all time that is neither idle nor its own, what a host took of them too."""
+    """On its cores: all time that is neither idle, waiting for a disk or not, nor its own; what a host took, too."""
     others = environment.watch()
     clock.update(clock=10.0, own=7.0)
     environment._STAT.write_text(STAT.format(1000 + 800, 2000 + 100))  # 8 s on each, and 1 s stolen: 17 s
