@@ -94,3 +94,13 @@ def test_parts_are_those_of_the_image():
     theirs = trial.outputs(Joined(), 4, parts=2)
     assert trial.alike(theirs, trial.outputs(nn.Sequential(unit(nn.ReLU())), 4))
     assert not trial.alike(theirs, [*theirs, theirs[-1]])
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_trial_has_gradients_wherever_it_is_made(mode):
+    """Whoever fuses a net for inference may have turned them off."""
+    block = unit(nn.ReLU())
+    expected = trial.outputs(block, 4)
+    with mode():
+        found = trial.outputs(block, 4)
+    assert trial.alike(expected, found)
