@@ -224,6 +224,7 @@ def test_hooks_hear_nothing_of_the_trial():
     """Those of layers are for the net's own calls."""
     net, heard = Net(Cifar), []
     net.layer1[0].conv1.register_forward_hook(lambda *_: heard.append(1))
+    net.layer1[0].conv2.register_full_backward_hook(lambda *_: heard.append(1))
     net.layer1[1].conv1.forward = lambda x: heard.append(1)
     fuse(net)
     assert not heard
