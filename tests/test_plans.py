@@ -22,3 +22,11 @@ def test_what_runs_from_block_to_block(dtype, memory):
     block = PreActBlock(4, 4).to(dtype)._layers().block()
     plan = plans.make_plan(torch.randn(2, 4, 5, 5, dtype=dtype), [block], memory=memory)
     assert plan.stream == (dtype if memory == "fast" or dtype == torch.float64 else torch.float32)
+
+
+def test_what_is_rebuilt_runs_from_block_to_block_in_float32():
+    """Of parameters in 16 bits, too: x = y - branch would lose what their type cannot hold."""
+    block = PreActBlock(4, 4, dtype=torch.bfloat16)._layers().block()
+    x = torch.randn(2, 4, 5, 5, dtype=torch.bfloat16)
+    assert plans.make_plan(x, [block], memory="lean").stream == torch.float32
+    assert plans.make_plan(x, [block], memory="fast").stream == torch.bfloat16
