@@ -30,7 +30,7 @@ class Plain(nn.Module):
         super().__init__()
         for name, child in fused.named_children():
             self.add_module(name, child)
-        self.train(fused.training)
+        self.training = fused.training  # and of the children what each has
         layers = fused._layers()
         pairs, shortcut, project = layers.pairs, layers.shortcut, layers.container
         if isinstance(fused, FirstPreActBlock):  # its shortcut is its first activation, as that of a projection is
