@@ -16,10 +16,11 @@ from . import backends, trial
 from .blocks import Block, Branch, PreActBlock, PreActBottleneck
 from .checks import one_of
 from .dense import RETURNS, DenseLayer, Transition
-from .layers import Layers, Pair, has_own_forward, hooked
+from .layers import Layers, Pair
 from .models import FirstPreActBlock
 from .modules import Fused
 from .stage import MEMORY, PreActStage
+from .watch import has_own_forward, hooked
 
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 _KINDS: dict[int, tuple[type[Block], ...]] = {1: (), 2: (PreActBlock, FirstPreActBlock), 3: (PreActBottleneck,)}

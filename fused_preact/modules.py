@@ -12,8 +12,9 @@ from torch.nn.modules import module as nn_module
 
 from . import backends, running
 from .checks import one_of
-from .layers import Layers, Pair, replaced
+from .layers import Layers, Pair
 from .runs import Run, lasting_state, remembered
+from .watch import replaced
 
 
 class _Parts(NamedTuple):

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from . import backends, checks
-from .layers import Layers, RunningUpdate, Watch, running_updates, update
+from .layers import Layers, RunningUpdate, running_updates, update
 from .ops import Arguments
 from .plans import Plan, Plans, call_key, execute, make_plan
+from .watch import Watch
 
 
 class Run(NamedTuple):

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from . import backends, schedule
 from .blocks import Block
 from .checks import one_of
-from .layers import Layers, has_own_forward, hooked
+from .layers import Layers
 from .runs import Run, lasting_state, remembered
+from .watch import has_own_forward, hooked
 
 MEMORY = schedule.MEMORY[:-1]  # "none" is of calls without a backward
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .layers import bare
+from .watch import bare
 
 REPEATING = ("memory_efficient", "grad_checkpointing")
 """Attributes of a dense layer, torchvision's and timm's, that have it repeat a part of its forward in backward."""
