@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from cases import Case, Layer, Sample, assert_as_close_as_eager, eager, point
+from cases import Case, Layer, Sample, assert_as_close_as_eager, eager, fused, point
 from fused_preact import bn_relu_conv2d
 
 pytestmark = pytest.mark.usefixtures("isa")
@@ -26,6 +26,7 @@ SHAPES = [
     Case("strided-rows-of-much-padding", (1, 2, 8, 300), (Layer(4, stride=(2, 2), padding=(3, 3)),)),
     # Rows of which a part makes a tile.
     Case("parts-of-long-rows", (1, 40, 3, 1031), (Layer(48),), bias=True),
+    Case("padding-that-is-wider-than-a-tile", (1, 2, 3, 10), (Layer(4, padding=(1, 700)),), bias=True),
     Case("parts-of-long-strided-rows", (2, 8, 3, 2101), (Layer(6, stride=(2, 2)),)),
 ]
 
@@ -113,6 +114,18 @@ def test_dbeta_is_the_sum_of_dz_as_stored():
     y = bn_relu_conv2d(x, weight, one, beta, 0 * one, one, eps=2.0**-60, padding=1, backend="cpu")
     dx, dbeta = torch.autograd.grad(y, [x, beta], torch.randn_like(y))
     assert_close(dbeta.double(), dx.double().sum((0, 2, 3)), rtol=1e-6, atol=1e-5)
+
+
+def test_more_threads_than_have_a_share_of_their_own():
+    """Jobs are dealt out in up to 64 shares: threads beyond take of those of others, and no bit differs."""
+    sample = Case("shares", (2, 16, 64, 64), (Layer(16),), bias=True).draw(0, layout="nchw")
+    alone = fused(sample, "cpu")
+    torch.set_num_threads(100)
+    try:
+        together = fused(sample, "cpu")
+    finally:
+        torch.set_num_threads(1)
+    assert all(torch.equal(together[name], alone[name]) for name in alone)
 
 
 def test_large_filters_are_converted_whole():

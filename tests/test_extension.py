@@ -79,6 +79,7 @@ BAD_FOR_BOTH = {
     "x has no column": (dict(x=F(2, C, H, 0)), "x: expected no empty dimension"),
     "x is integer": (dict(x=F(2, C, H, W, dtype=torch.int32)), "x: expected Float .*got Int"),
     "x is half": (dict(x=F(2, C, H, W).half()), "x: expected Float .*got Half"),
+    "x is wider than dtype": (dict(dtype=torch.bfloat16), "x: expected BFloat16 .*got Float"),
     "x is narrower than dtype": (dict(dtype=torch.float64, memory=1), "x: expected Double .*got Float"),
     "dtype is integer": (dict(dtype=torch.int64), "dtype: expected float32, bfloat16 or float64, got Long"),
     "dtype is half": (dict(dtype=torch.float16), "dtype: expected float32, bfloat16 or float64, got Half"),
@@ -111,6 +112,7 @@ BAD_FOR_BOTH = {
         dict(shortcut=[IDENTITY], shortcut_weight=[], geometry=make().geometry[:14]), "shortcut: identity expects"
     ),
     "geometry is short": (dict(geometry=make().geometry[:-1]), "geometry: expected 7 integers for each"),
+    "geometry is long": (dict(geometry=make().geometry + [1] * 7), "geometry: expected .*21 values, got .*28"),
     "stride is zero": (dict(geometry=geometry(0, 0)), "geometry: expected strides.*got 0"),
     "stride of columns is zero": (dict(geometry=geometry(1, 0)), "geometry: expected strides.*got 0"),
     "stride is too large": (dict(geometry=geometry(0, 2**31)), "geometry: expected strides.*got 2147483648"),
@@ -128,6 +130,7 @@ BAD_FOR_BOTH = {
     "dilation of columns": (dict(geometry=geometry(5, 2)), "geometry: expected dilation .* of 1, got 1, 2 and 1"),
     "groups": (dict(geometry=geometry(6, 5)), "geometry: expected dilation and groups of 1"),
     "bias is short": (dict(bias=[F(K)]), "bias: expected 2 tensors"),
+    "bias is a number": (dict(bias=[F(()), F(4)]), r"bias\[0\]: expected .*\[7\], got .*\[\]"),
     "bias has other channels": (dict(bias=[F(K), F(5)]), r"bias\[1\]: expected .*\[4\].*got .*\[5\]"),
 }  # fmt: skip
 BAD_FORWARD = {
@@ -228,7 +231,7 @@ def test_the_result_of_no_image_overflows_too():
         forward(a)
 
 
-@pytest.mark.parametrize("of", ["strip", "filter", "gradient", "input"])
+@pytest.mark.parametrize("of", ["strip", "filter", "gradient", "input", "packed filter", "strip of dy"])
 def test_what_kernels_make_of_hostile_geometry_overflows_too(of):
     """Of a result of a few values the strip, or the packed filter, may be more than can be counted."""
     one, step = F(1, 1, 1, 1), 2**31 - 1
@@ -240,17 +243,22 @@ def test_what_kernels_make_of_hostile_geometry_overflows_too(of):
         a.weight, a.geometry = [one.expand(1, 1, 2**31, 2**30)], [1, 1, 2**30, 2**29, 1, 1, 1]
     if of == "input":
         a.x, a.geometry = one.expand(1, 1, 2**31, 2**30), [step, step, 0, 0, 1, 1, 1]
+    if of == "packed filter":
+        a.weight, a.geometry = [one.expand(1, 1, 2**27, 2**27)], [1, 1, 2**26, 2**26, 1, 1, 1]
+    if of == "strip of dy":
+        a.weight, a.geometry = [one.expand(2**20, 1, 1, 1)], [2**25, 2**25, 2**24, 2**24, 1, 1, 1]
     a.dy, a.kept, a.rows, a.needs = F(1, 1, 1, 1), [], [F(5, 1)], [False, True, False]
     with pytest.raises(RuntimeError, match=r"weight\[0\]: expected .* that memory can hold"):
         (backward if of == "gradient" else forward)(a)
 
 
 def test_gradients_have_the_types_of_what_they_are_of(isa):
-    """Of filters and biases of another type than the convolutions'."""
+    """Of filters, biases and projections of another type than the convolutions'."""
     a = make(dtype=torch.bfloat16)
     a.weight, a.bias = [w.float() for w in a.weight], [b.float() for b in a.bias]
-    _, dweight, dbias, *_ = backward(a)
-    assert {t.dtype for t in dweight + dbias} == {torch.float32}
+    a.shortcut_weight = [w.float() for w in a.shortcut_weight]
+    _, dweight, dbias, _, _, dshortcut_weight = backward(a)
+    assert {t.dtype for t in dweight + dbias + dshortcut_weight} == {torch.float32}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=["f32", "bf16", "f64"])

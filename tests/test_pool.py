@@ -61,6 +61,26 @@ fused_preact.empty_cache()
 print(json.dumps(full - megabytes(1)))
 """
 
+# Slabs of 64 blocks, of which one was cut.
+REOPENED = """
+results = []
+for value in range(1, 4):
+    result = run(images(1, 32).fill_(value))
+    results.append(float(result.abs().max()))
+    del result
+    fused_preact.empty_cache()
+print(json.dumps(results))
+"""
+
+OLDEST = """
+batches = [images(N, 32) for N in (160, 120, 80)]  # of a quarter of a megabyte each
+run(images(1, 32))
+before = megabytes(1)
+for x in batches:
+    run(x)
+print(json.dumps(megabytes(1) - before))
+"""
+
 KEPT = """
 import time
 x = images(1, 32)
@@ -127,6 +147,16 @@ def test_what_has_waited_for_ten_seconds_goes_back():
 def test_the_cache_can_be_emptied():
     """At once and by hand, as a notebook does between two nets."""
     assert run(EMPTIED) >= 60
+
+
+def test_a_slab_that_has_room_may_go_back_too():
+    """The next block of its size is cut from a new one."""
+    assert run(REOPENED) == [0, 0, 0]
+
+
+def test_what_has_waited_longest_goes_back_first():
+    """Of results of 40, 30 and 20 MB, one after the other, more wait than twice the first: that one goes."""
+    assert run(OLDEST) < 60
 
 
 def test_a_small_tensor_takes_and_keeps_little():

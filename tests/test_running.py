@@ -85,8 +85,9 @@ def test_it_is_what_batch_norm_does(update):
 
 
 def test_buffers_of_any_stride(update):
-    """A buffer may be a column of something; what lies between its values stays."""
-    mean, var, counts, rows = norms(torch.float32, step=3)
+    """A buffer may be a column of something, each of another; what lies between its values stays."""
+    mean, _, counts, rows = norms(torch.float32, step=3)
+    _, var, *_ = norms(torch.float32, step=2)
     around = mean[2]._base.clone()
     dense = [[b.clone() for b in buffers] for buffers in (mean, var)]
     update(mean, var, counts, rows, [1, 2, 3], 0.1)
@@ -165,6 +166,7 @@ WRONG = {
     "var has two dimensions": (dict(var=[torch.zeros(2, 1)]), r"var\[0\]: expected .* shape \[2\], got .* \[2, 1\]"),
     "var is integer": (dict(var=[torch.zeros(2).int()]), r"var\[0\]: expected Float .*, got Int"),
     "count is a list": (dict(counts=[torch.zeros(2).long()]), r"counts\[0\]: expected one int64, .*shape \[2\]"),
+    "count is empty": (dict(counts=[torch.zeros(0).long()]), r"counts\[0\]: expected one int64, .*shape \[0\]"),
     "several batch norms are averaged": (
         dict(mean=[torch.zeros(2)] * 2, var=[torch.ones(2)] * 2, units=[0, 0], momentum=None),
         "momentum: expected a number for 2 batch norms, got None",
