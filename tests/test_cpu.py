@@ -17,6 +17,7 @@ SHAPES = [
     Case("quads-in-tiles", (2, 16, 34, 30), (Layer(16),), bias=True),
     Case("more-groups-of-wgrad-than-of-dgrad", (64, 4, 8, 8), (Layer(4, padding=(0, 0)),), bias=True),
     Case("classes-of-several-tiles", (1, 3, 65, 65), (Layer(5, stride=(2, 2)),), bias=True),
+    Case("more-groups-of-a-later-class", (300, 4, 7, 7), (Layer(8, stride=(2, 2), padding=(0, 0)),), bias=True),
     # Images whose pixels come by position: in several tiles, and nearly as large as the step between them.
     Case("small-images-in-several-tiles", (75, 5, 4, 4), (Layer(7),), bias=True),
     Case("small-images-of-ten-lines", (8, 10, 4, 4), (Layer(7),)),
@@ -85,9 +86,10 @@ def test_sums_over_pixels_are_not_kept_in_float():
     assert torch.equal(dbeta, h.double().sum((0, 2, 3)).float())
 
 
-def test_a_result_past_the_cache_by_position():
-    """Images so small that their pixels come by position, and so many channels that y is streamed."""
-    x, weight = torch.randn(32, 4, 4, 4), torch.randn(1024, 4, 3, 3)
+@pytest.mark.parametrize("K", [1024, 1030], ids=["lines", "parts of lines"])
+def test_a_result_past_the_cache_by_position(K):
+    """Of images so small that pixels come by position, and so many channels that y is streamed if they fill lines."""
+    x, weight = torch.randn(32, 4, 4, 4), torch.randn(K, 4, 3, 3)
     x = x.contiguous(memory_format=torch.channels_last)
     norm = torch.ones(4), torch.zeros(4), torch.zeros(4), torch.ones(4)
     y = bn_relu_conv2d(x, weight, *norm, padding=1, backend="cpu")

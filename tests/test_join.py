@@ -74,6 +74,7 @@ class Block:
 
     shortcut: int
     weight: list[Tensor]
+    bias: list[Tensor]
     norm: list[list[Tensor]]  # weight, bias, running mean, running variance
     projection: list[Tensor]
     training: list[bool]
@@ -91,7 +92,8 @@ def block(shortcut: int, channels: int, training: bool) -> Block:
     ]
     norm = [[draw(c) for c in widths[:-1]] for draw in (torch.rand, torch.randn, torch.randn, torch.rand)]
     projection = [torch.randn(channels, channels, 1, 1) / channels**0.5] if shortcut != IDENTITY else []
-    return Block(shortcut, weight, norm, projection, [training, True, training])
+    bias = [torch.randn(c) for c in widths[1:]]
+    return Block(shortcut, weight, bias, norm, projection, [training, True, training])
 
 
 def of_all(blocks: list[Block], name: str) -> list:
@@ -105,14 +107,16 @@ def forward(
     training, units = of_all(blocks, "training"), [3] * len(blocks)
     facts = training, [1e-5] * len(training), of_all(blocks, "geometry"), units, shortcuts, BF16, memory, False
     return ops.OPERATORS[backend][0](
-        x, None, of_all(blocks, "weight"), [], *norms, of_all(blocks, "projection"), *facts
+        x, None, of_all(blocks, "weight"), of_all(blocks, "bias"), *norms, of_all(blocks, "projection"), *facts
     )
 
 
 def backward(
     backend: str, dy, x, y, kept, rows, blocks: list[Block], shortcuts: list[int], memory: int, needs: list[bool]
 ) -> list[Tensor]:
-    layers = of_all(blocks, "weight"), [], of_all(blocks, "projection"), of_all(blocks, "training")
+    """Gradients but for those of biases, of which most vanish: the batch norm behind them takes the mean away."""
+    layers = [of_all(blocks, name) for name in ("weight", "bias", "projection", "training")]
+    needs = [*needs[: 1 + 3 * len(blocks)], *[False] * 3 * len(blocks), *needs[1 + 3 * len(blocks) :]]
     facts = of_all(blocks, "geometry"), [3] * len(blocks), shortcuts, BF16, memory, False
     dx, dweight, _, *others = ops.OPERATORS[backend][1](dy, x, y, kept, rows, *layers, *facts, needs)
     return [dx, *dweight, *itertools.chain(*others)]

@@ -22,3 +22,10 @@ def test_a_mean_is_rounded_without_moving_its_channel(backend):
     y = bn_relu_conv2d(x, torch.eye(8)[..., None, None], gamma, beta, training=True, backend=backend)
     z = torch.nn.functional.batch_norm(x.double(), None, None, gamma.double(), beta.double(), True)
     assert (y - z).abs().max() <= 4 * torch.finfo(torch.float32).eps * z.abs().max()
+
+
+def test_an_infinite_scale_makes_no_nan(isa):
+    """Where variance and eps are zero: what is above the mean is infinite, and what is below is cut off."""
+    x, one, zero = torch.tensor([-1.0, 2.0, -3.0, 4.0]).view(4, 1, 1, 1), torch.ones(1), torch.zeros(1)
+    y = bn_relu_conv2d(x, one.view(1, 1, 1, 1), one, zero, zero, zero, eps=0.0, backend="cpu")
+    assert y.flatten().tolist() == [0, torch.inf, 0, torch.inf]
