@@ -130,6 +130,18 @@ def test_more_threads_than_have_a_share_of_their_own():
     assert all(torch.equal(together[name], alone[name]) for name in alone)
 
 
+def test_no_sum_of_a_bias_begins_with_what_memory_held():
+    """The columns of dW come in parts here, each with sums of its own, where an earlier call left its own."""
+    sample = Case("parts", (1, 70, 8, 8), (point(66),), bias=True).draw(0)
+    x, _, weight, bias, *_, training, _, geometry, units, shortcut, dtype, memory, tf32 = arguments(sample)
+    facts = training, geometry, units, shortcut, dtype, memory, tf32
+    for _ in range(2):
+        _, _, [dbias], *_ = torch.ops.fused_preact.backward(
+            sample.dy, x, None, [], [torch.ones(5, 70)], weight, bias, [], *facts, [False, True, True, False]
+        )
+        assert_close(dbias, sample.dy.sum((0, 2, 3)), rtol=1e-5, atol=1e-5)
+
+
 def test_large_filters_are_converted_whole():
     """Filters of another type than the convolutions', together of more values than one job converts."""
     sample = Case("large", (2, 40, 4, 4), (Layer(64), Layer(64), point(24)), bias=True).draw(0)
@@ -139,6 +151,13 @@ def test_large_filters_are_converted_whole():
     given[2] = [w.bfloat16() for w in given[2]]
     again = torch.ops.fused_preact.forward(*given)
     assert all(map(torch.equal, *map(torch.utils._pytree.tree_leaves, (results, again))))
+
+
+def test_any_nan_of_a_filter_stays_one():
+    """Whatever its bits are: rounded as those of a number they would be an infinity's, or zero's."""
+    given = arguments(Case("nan", (1, 1, 2, 2), (point(2),), bias=True).draw(0, torch.bfloat16))
+    given[2] = [torch.tensor([0x7FFFFFFF, 0x7F800001], dtype=torch.int32).view(torch.float32).view(2, 1, 1, 1)]
+    assert torch.ops.fused_preact.forward(*given)[0].isnan().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
