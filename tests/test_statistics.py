@@ -29,3 +29,10 @@ def test_an_infinite_scale_makes_no_nan(isa):
     x, one, zero = torch.tensor([-1.0, 2.0, -3.0, 4.0]).view(4, 1, 1, 1), torch.ones(1), torch.zeros(1)
     y = bn_relu_conv2d(x, one.view(1, 1, 1, 1), one, zero, zero, zero, eps=0.0, backend="cpu")
     assert y.flatten().tolist() == [0, torch.inf, 0, torch.inf]
+
+
+def test_an_infinite_gamma_makes_no_nan(backend):
+    """Of a mean that is a float nothing is lost: what is above it is infinite, and what is below is cut off."""
+    x, gamma = torch.tensor([-1.0, 1.0, -1.0, 1.0]).view(4, 1, 1, 1), torch.full((1,), torch.inf)
+    y = bn_relu_conv2d(x, torch.ones(1, 1, 1, 1), gamma, torch.ones(1), training=True, backend=backend)
+    assert y.flatten().tolist() == [0, torch.inf, 0, torch.inf]

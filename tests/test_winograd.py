@@ -90,21 +90,23 @@ def threads(request):
     torch.set_num_threads(1)
 
 
-def test_a_filter_that_leaves_the_cache_is_exact_on_integers(threads, isa):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_filter_that_leaves_the_cache_is_exact_on_integers(threads, dtype, isa):
     """However many parts its panels are cut into, so that each thread has some, no product is lost or taken twice."""
     (N, C, H, W), K = LARGE_FILTER.shape, LARGE_FILTER.layers[0].K
     generator = torch.Generator().manual_seed(0)
     x, weight, dy = (
         torch.randint(-3, 4, size, generator=generator).float() for size in [(N, C, H, W), (K, C, 3, 3), (N, K, H, W)]
     )
-    grads = []
-    for kind in torch.float32, torch.float64:
+    ones, zeros = torch.ones(C, dtype=dtype), torch.zeros(C, dtype=dtype)
+
+    def unit(a: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return bn_relu_conv2d(a, w, ones, zeros, zeros, ones, padding=1, eps=0.0, backend="cpu")
+
+    results = []
+    for kind, run in (dtype, unit), (torch.float64, lambda a, w: conv2d(a.relu(), w, padding=1)):
         a, w = x.to(kind).requires_grad_(), weight.to(kind).requires_grad_()
-        ones, zeros = torch.ones(C, dtype=kind), torch.zeros(C, dtype=kind)
-        if kind == torch.float32:
-            y = bn_relu_conv2d(a, w, ones, zeros, zeros, ones, padding=1, eps=0.0, backend="cpu")
-        else:
-            y = conv2d(a.relu(), w, padding=1)
-        grads.append([y, *torch.autograd.grad(y, (a, w), dy.to(kind))])
-    for found, expected in zip(*grads, strict=True):
+        y = run(a, w)
+        results.append([y, *torch.autograd.grad(y, (a, w), dy.to(kind))])
+    for found, expected in zip(*results, strict=True):
         assert torch.equal(found.double(), expected)

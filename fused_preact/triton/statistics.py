@@ -66,7 +66,8 @@ def merge(
         tl.store(rows + VARIANCE * C + c, (total / (count - 1.0)).to(ACC), mask=known)
         tl.store(rows + SCALE * C + c, scale.to(ACC), mask=known)
         lost = mean.to(ACC).to(tl.float64) - mean
-        shift = tl.load(beta + c, mask=known, other=0.0).to(tl.float64) + scale * lost
+        shift = tl.load(beta + c, mask=known, other=0.0).to(tl.float64)
+        shift = tl.where(lost == 0.0, shift, shift + scale * lost)  # an infinite scale makes no NaN of nothing lost
         tl.store(rows + SHIFT * C + c, shift.to(ACC), mask=known)
 
 
