@@ -145,12 +145,16 @@ def _obstacle(name: str, child: nn.Module, kind: type[nn.Module]) -> str | None:
 @tracing.constant
 def has_own_functions(kind: type) -> bool:
     """Whether a subclass of tensors says itself what torch's functions make of it."""
+    return _torch_function(kind) not in _TORCH_FUNCTIONS
+
+
+def _torch_function(kind: type) -> Any:
     function = getattr(kind, "__torch_function__", None)
-    return getattr(function, "__func__", function) not in _TORCH_FUNCTIONS
+    return getattr(function, "__func__", function)
 
 
 # Of what is no tensor, of a plain tensor or a subclass without one of its own, and of a parameter.
-_TORCH_FUNCTIONS = None, Tensor.__torch_function__.__func__, nn.Parameter.__torch_function__
+_TORCH_FUNCTIONS = (None, *map(_torch_function, (Tensor, nn.Parameter)))
 
 
 def normalize(bn: nn.Module, x: Tensor) -> Tensor:
