@@ -23,6 +23,14 @@ MODULES = {
 }
 
 
+def test_a_layer_that_is_frozen_stays_so():
+    """A batch norm in eval mode within a block that trains is not trained by the baseline."""
+    block = PreActBlock(8, 8)
+    block.bn1.eval()
+    ordinary = plain(block)
+    assert (ordinary.training, ordinary.bn1.training, ordinary.bn2.training) == (True, False, True)
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_it_is_the_eager_module_to_the_bit(name):
     """Results, gradients, running statistics and keys; and nothing fused is left in it."""
