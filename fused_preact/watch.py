@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 from . import tracing
 
 PARAMETERS = ("weight", "bias")
+"""Names of the parameters of batch norms and convolutions."""
 _MEMBERS = ("_modules", "_parameters", "_buffers")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _SETTINGS = (
@@ -117,7 +118,7 @@ def _is_plain(child: Any) -> bool:
 
 
 def _methods_and_functions() -> list[Callable]:
-    """Those, and the functions that the layers call, ReLU too."""
+    """What computes all layers: the methods of `_METHODS`, and the functions that are called, that of ReLU too."""
     methods = [getattr(kind, name) for kind, names in _METHODS.items() for name in names]
     return [*methods, F.batch_norm, F.relu, F.conv2d]
 
