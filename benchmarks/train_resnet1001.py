@@ -7,7 +7,8 @@ Each run is `fused-preact train` with its defaults, in a process of its own, one
 the steps (saving and evaluating left out); peak memory is all that the process ever had resident. The result is
 
     {date, device, versions, platform, commit, malloc, runs: {name: run}}
-    run: {seconds, peak_bytes, steps: [{iteration, seconds since the first began, loss}], tests: [{iteration, error}]}
+    run: {seconds: [by step, since the first began], loss: [by step], iteration: [of each evaluation],
+          error: [of each evaluation, 0 to 1], peak_bytes}
 """
 
 import argparse
@@ -20,6 +21,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from fused_preact.bench import environment
@@ -33,7 +35,8 @@ RUNS = {
     "min": ["--memory", "min"],
 }
 COLORS = {"eager": TEXT, "fast": TOTAL, "lean": SAVED, "min": GOAL}
-BATCH, GIB = 32, 2**30
+BATCH, AVERAGED, GIB = 32, 10, 2**30
+TICKS = (0.1, 0.2, 0.5, 1, 2)  # of the loss
 
 
 def train(options: list[str]) -> dict[str, Any]:
@@ -51,35 +54,37 @@ def train(options: list[str]) -> dict[str, Any]:
         if process.returncode != 0:
             sys.exit(process.returncode)
         rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    steps = [row for row in rows if row["split"] == "train"]
-    clock = [*accumulate(BATCH / row["images_per_second"] for row in steps)]
+    steps, tests = ([row for row in rows if row["split"] == split] for split in ("train", "test"))
     return {
-        "seconds": clock[-1],
+        "seconds": [round(s, 3) for s in accumulate(BATCH / row["images_per_second"] for row in steps)],
+        "loss": [round(row["loss"], 5) for row in steps],
+        "iteration": [row["iteration"] for row in tests],
+        "error": [row["error"] for row in tests],
         "peak_bytes": usage.ru_maxrss * 1024,
-        "steps": [
-            {"iteration": row["iteration"], "seconds": seconds, "loss": row["loss"]}
-            for row, seconds in zip(steps, clock, strict=True)
-        ],
-        "tests": [{"iteration": row["iteration"], "error": row["error"]} for row in rows if row["split"] == "test"],
     }
 
 
 def draw(document: dict[str, Any], path: Path) -> None:
-    """Writes a PNG with a transparent background: loss against minutes, and the peak memory of each run."""
+    """Writes a PNG with a transparent background: loss against minutes, and the peak memory of each run.
+
+    A loss is the mean of AVERAGED steps.
+    """
     figure = Figure(figsize=(9.5, 3.4), dpi=150)
     loss, memory = figure.subplots(1, 2, width_ratios=(5, 3))
     runs = document["runs"]
     for name, run in runs.items():
-        minutes = [step["seconds"] / 60 for step in run["steps"]]
-        loss.plot(minutes, [step["loss"] for step in run["steps"]], color=COLORS[name], linewidth=1.1)
-        error = f"{minutes[-1]:.1f} min, {100 * (1 - run['tests'][-1]['error']):.1f} % right"
-        peak = run["peak_bytes"] / GIB
+        minutes, peak = np.array(run["seconds"]) / 60, run["peak_bytes"] / GIB
+        smooth = np.convolve(run["loss"], np.ones(AVERAGED) / AVERAGED, "valid")
+        loss.plot(minutes[AVERAGED - 1 :], smooth, color=COLORS[name], linewidth=1.5, label=name)
         memory.barh(name, peak, 0.6, color=COLORS[name])
-        memory.text(peak, name, f"  {peak:.1f} GiB; {error}", color=TEXT, fontsize=8, va="center")
+        figures = f"  {peak:.1f} GiB; {minutes[-1]:.1f} min; {1 - run['error'][-1]:.1%}"
+        memory.text(peak, name, figures, color=TEXT, fontsize=8, va="center")
     loss.set_yscale("log")
+    loss.minorticks_off()
+    loss.set_yticks(TICKS, map(str, TICKS))
     loss.set_title("Training loss against minutes", color=TEXT, fontsize=9, loc="left")
-    memory.set_title("Peak memory of the process; time; held-out digits", color=TEXT, fontsize=9, loc="left")
-    memory.set_xlim(0, 2.1 * max(run["peak_bytes"] for run in runs.values()) / GIB)
+    memory.set_title("Peak memory; time; held-out digits right", color=TEXT, fontsize=9, loc="left")
+    memory.set_xlim(0, 1.9 * max(run["peak_bytes"] for run in runs.values()) / GIB)
     memory.invert_yaxis()
     memory.set_xticks([])
     loss.grid(axis="y", color=GRID)
@@ -87,7 +92,8 @@ def draw(document: dict[str, Any], path: Path) -> None:
         axes.tick_params(colors=TEXT, labelsize=8, length=0, which="both")
         for spine in axes.spines.values():
             spine.set_visible(False)
-    device, steps = document["device"], len(runs["eager"]["steps"])
+    loss.legend(frameon=False, labelcolor=TEXT, fontsize=8)
+    device, steps = document["device"], len(runs["eager"]["loss"])
     title = f"ResNet-1001, float32, {steps} steps of {BATCH} images; {device['model']}, {device['threads']} threads"
     figure.suptitle(title, color=TEXT, fontsize=9)
     figure.tight_layout()
@@ -104,11 +110,11 @@ def main() -> None:
     if not arguments.show:
         document = {**environment.describe(), "runs": {name: train(options) for name, options in RUNS.items()}}
         with replacing(arguments.result) as file:
-            file.write(json.dumps(document, indent=1).encode() + b"\n")
+            file.write(json.dumps(document).encode() + b"\n")
     document = json.loads(arguments.result.read_text())
     for name, run in document["runs"].items():
-        error, peak = run["tests"][-1]["error"], run["peak_bytes"] / GIB
-        print(f"{name:6}{run['seconds']:8.0f} s{peak:8.2f} GiB{1 - error:10.2%} of the held-out digits right")
+        right, peak = 1 - run["error"][-1], run["peak_bytes"] / GIB
+        print(f"{name:6}{run['seconds'][-1]:8.0f} s{peak:8.2f} GiB{right:10.2%} of the held-out digits right")
     draw(document, arguments.result.with_suffix(".png"))
 
 
