@@ -40,12 +40,12 @@ asan:
 	    ASAN_OPTIONS=detect_leaks=0:malloc_fill_byte=255:max_malloc_fill_size=1073741824 pytest -n 2 $(ASAN_TESTS)
 
 # The CUDA kernels on the emulated device (docs/cuda-tests.md), every product in every schedule, under a sanitizer.
-CUDA_CASES ?= as_close and (odd or stride-2-1x1 or 264-to-8 or many-images or bottleneck-first) and not eval
+CUDA_CASES ?= (as_close and (odd or stride-2-1x1 or 264-to-8 or many-images or bottleneck-first) and not eval) or formula
 cuda-asan:
-	PYTHONPATH=tests $(PYTHON) -m emulation address -q tests/test_cuda.py -k "$(CUDA_CASES)"
+	PYTHONPATH=tests $(PYTHON) -m emulation address -q tests/test_cuda.py tests/test_cuda_activate.py -k "$(CUDA_CASES)"
 
 cuda-tsan:
-	PYTHONPATH=tests $(PYTHON) -m emulation thread -q tests/test_cuda.py -k "$(CUDA_CASES)"
+	PYTHONPATH=tests $(PYTHON) -m emulation thread -q tests/test_cuda.py tests/test_cuda_activate.py -k "$(CUDA_CASES)"
 
 gpu:  ## build, tests, memory and race checks and benchmarks on the GPU of this machine, where there is one
 	PYTHON=$(PYTHON) .ci/gpu

@@ -25,6 +25,8 @@ HOST_SOURCES = (
     "schedule",
     "launch",
     "running",
+    "library",
+    "convolution",
     "tensors",
     "cpu/dispatch",
     "cpu/move",
@@ -33,7 +35,7 @@ HOST_SOURCES = (
     "cpu/workspace",
 )
 # Of cpu/ and of cuda/.
-KERNEL_SOURCES = ("forward", "dgrad", "wgrad", "gradients", "statistics", "dx", "join", "convert")
+KERNEL_SOURCES = ("forward", "dgrad", "wgrad", "gradients", "statistics", "dx", "join", "convert", "activate")
 CUDA_SOURCES = (*KERNEL_SOURCES, "move")
 CPU_SOURCES = (*KERNEL_SOURCES, "permute", "kernels")
 

@@ -27,7 +27,8 @@ struct Pool {
 struct Device {
   const Kernels& kernels;
   std::shared_ptr<Scratch> scratch;
-  Pool* pool;  // null where torch's own allocator serves
+  Pool* pool;             // null where torch's own allocator serves
+  int64_t most_products;  // multiply-adds an image: of a heavier convolution the kernels are slower than torch's
 };
 
 }  // namespace fused_preact

@@ -150,6 +150,13 @@ struct Kernels {
   // What nn.BatchNorm2d does in training: adds one to each count, and moves mean and variance by `momentum` towards the
   // batch's; where momentum is null, by one over their count, or not at all.
   void (*move)(const Running* norms, int64_t count, const double* momentum, Workspace&);
+
+  // What forward and backward are without a product, for convolutions that are another library's. a of x over
+  // [pixels][C], x with a norm; and from da the gradients of the batch norm, and dx of x: dgrad's without its product,
+  // then that of dx. dx may be da.
+  void (*activate)(Dtype, int64_t pixels, int64_t C, const Activation& x, void* a, Workspace&);
+  void (*activate_backward)(Dtype, int64_t pixels, int64_t C, const void* da, const Activation& x, void* dx,
+                            const NormGrad& grad, Workspace&);
 };
 
 // The type of the functions of which a table's field is one: Kernel<decltype(Kernels::dx)> dx; declares one.

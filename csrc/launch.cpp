@@ -42,10 +42,11 @@ Device device_of([[maybe_unused]] const Tensor& x) {
   return cpu::device();
 }
 
-std::pair<Tensor, std::optional<Tensor>> Launch::forward(const Conv& conv, const Activation& x, const Tensor& weight,
-                                                         const std::optional<Tensor>& bias,
+std::pair<Tensor, std::optional<Tensor>> Launch::forward(const Convolution& conv, const Activation& x,
+                                                         const Tensor& weight, const std::optional<Tensor>& bias,
                                                          const std::optional<Tensor>& residual,
                                                          const std::optional<Affine>& next) const {
+  if (!takes(conv)) return library_forward(conv, x, weight, bias, residual, next);
   const Tensor y = empty_nhwc(x.x, type_, conv.N, conv.K, conv.P, conv.Q, device_.pool);
   std::optional<Tensor> rows;
   if (next) rows = empty_rows(x.x, kNormRows, conv.K);
@@ -56,8 +57,9 @@ std::pair<Tensor, std::optional<Tensor>> Launch::forward(const Conv& conv, const
   return {y, rows};
 }
 
-Launch::Gradient Launch::dgrad(const Conv& conv, const Gradient& dy, const Tensor& weight, const Activation& x,
+Launch::Gradient Launch::dgrad(const Convolution& conv, const Gradient& dy, const Tensor& weight, const Activation& x,
                                const std::optional<Tensor>& add, bool batch) const {
+  if (!takes(conv)) return library_dgrad(conv, dy, weight, x, add, batch);
   const Gradient result = empty_dgrad(conv, x, batch);
   if (conv.N > 0) {
     device_.kernels.dgrad(conv, dtype_, raw(dy), filter(weight), raw(x), pointer(add), result.g.mutable_data_ptr(),
@@ -69,8 +71,9 @@ Launch::Gradient Launch::dgrad(const Conv& conv, const Gradient& dy, const Tenso
   return result;
 }
 
-Launch::WeightGradient Launch::wgrad(const Conv& conv, const Gradient& dy, const Activation& x, const Tensor& weight,
-                                     bool need_bias) const {
+Launch::WeightGradient Launch::wgrad(const Convolution& conv, const Gradient& dy, const Activation& x,
+                                     const Tensor& weight, bool need_bias) const {
+  if (!takes(conv)) return library_wgrad(conv, dy, x, weight, need_bias);
   WeightGradient result = empty_wgrad(conv, weight, need_bias);
   if (conv.N > 0) {
     device_.kernels.wgrad(conv, dtype_, raw(dy), raw(x), filter_gradient(result.dweight), mutable_pointer(result.dbias),
@@ -82,10 +85,11 @@ Launch::WeightGradient Launch::wgrad(const Conv& conv, const Gradient& dy, const
   return result;
 }
 
-std::pair<Launch::Gradient, Launch::WeightGradient> Launch::gradients(const Conv& conv, const Gradient& dy,
+std::pair<Launch::Gradient, Launch::WeightGradient> Launch::gradients(const Convolution& conv, const Gradient& dy,
                                                                       const Tensor& weight, const Activation& x,
                                                                       const std::optional<Tensor>& add, bool batch,
                                                                       bool need_bias) const {
+  if (!takes(conv)) return library_gradients(conv, dy, weight, x, add, batch, need_bias);
   if (conv.N == 0) {
     const WeightGradient of_weight = wgrad(conv, dy, x, weight, need_bias);
     return {dgrad(conv, dy, weight, x, add, batch), of_weight};
@@ -137,7 +141,7 @@ void Launch::convert(const std::vector<Tensor*>& tensors, ScalarType type) const
 
 Tensor Launch::dx(const Gradient& dy, const std::optional<Tensor>& add) const {
   const Tensor& dx = dy.g;
-  if (dx.numel() > 0)
+  if (dx.numel() > 0 && (dy.norm || add))
     device_.kernels.dx(dtype_, pixels(dx), dx.size(1), raw(dy), pointer(add), dx.mutable_data_ptr(),
                        Scope(*device_.scratch));
   return dx;
@@ -155,6 +159,31 @@ Launch::Joined Launch::join(const Tensor& stream, const Gradient& branch, bool s
                          next ? raw(*next) : fused_preact::Affine{nullptr, nullptr, 0}, mutable_pointer(result.rows),
                          Scope(*device_.scratch));
   return result;
+}
+
+Tensor Launch::activate(const Activation& x) const {
+  if (!x.norm) return x.x;
+  const Tensor a = empty_nhwc(x.x, type_, x.x.size(0), x.x.size(1), x.x.size(2), x.x.size(3), device_.pool);
+  if (a.numel() > 0)
+    device_.kernels.activate(dtype_, pixels(a), a.size(1), raw(x), a.mutable_data_ptr(), Scope(*device_.scratch));
+  return a;
+}
+
+Launch::Gradient Launch::activate_backward(const Tensor& da, const Activation& x, bool batch) const {
+  const int64_t C = da.size(1);
+  const ScalarType type = accumulation_type(type_);
+  Tensor dgamma = empty(da, type, {C}), dbeta = empty(da, type, {C});
+  if (da.numel() == 0) {
+    torch::stable::zero_(dgamma);
+    torch::stable::zero_(dbeta);
+  } else {
+    std::optional<Tensor> rows;
+    if (batch) rows = empty_rows(da, kGradRows, C);
+    const NormGrad grad{dgamma.mutable_data_ptr(), dbeta.mutable_data_ptr(), mutable_pointer(rows)};
+    device_.kernels.activate_backward(dtype_, pixels(da), C, da.const_data_ptr(), raw(x), da.mutable_data_ptr(), grad,
+                                      Scope(*device_.scratch));
+  }
+  return {da, std::nullopt, std::nullopt, std::nullopt, dgamma, dbeta};
 }
 
 Tensor Launch::dense_nhwc(const Tensor& x) const {

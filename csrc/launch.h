@@ -1,9 +1,11 @@
-// The table of kernels on tensors: the same functions, which allocate their results.
+// The table of kernels on tensors: the same functions, which allocate their results. A convolution that the kernels do not
+// take is torch's, between what they do around theirs (library.cpp).
 #pragma once
 #include <optional>
 #include <utility>
 #include <vector>
 
+#include "convolution.h"
 #include "device.h"
 #include "tensors.h"
 
@@ -47,7 +49,7 @@ class Launch {
       : device_(device), type_(type), dtype_(tf32 && type == ScalarType::Float ? Dtype::tf32 : kernel_dtype(type)) {}
 
   // y, and the rows of `next` where there is one.
-  std::pair<Tensor, std::optional<Tensor>> forward(const Conv&, const Activation&, const Tensor& weight,
+  std::pair<Tensor, std::optional<Tensor>> forward(const Convolution&, const Activation&, const Tensor& weight,
                                                    const std::optional<Tensor>& bias,
                                                    const std::optional<Tensor>& residual,
                                                    const std::optional<Affine>& next) const;
@@ -57,13 +59,13 @@ class Launch {
   };
 
   // dz with what forms the gradient of x from it; where x has no norm, the gradient of x itself.
-  Gradient dgrad(const Conv&, const Gradient& dy, const Tensor& weight, const Activation& x,
+  Gradient dgrad(const Convolution&, const Gradient& dy, const Tensor& weight, const Activation& x,
                  const std::optional<Tensor>& add, bool batch) const;
   // dweight, and dbias where asked for.
-  WeightGradient wgrad(const Conv&, const Gradient& dy, const Activation& x, const Tensor& weight,
+  WeightGradient wgrad(const Convolution&, const Gradient& dy, const Activation& x, const Tensor& weight,
                        bool need_bias) const;
   // Both, which read the same tensors.
-  std::pair<Gradient, WeightGradient> gradients(const Conv&, const Gradient& dy, const Tensor& weight,
+  std::pair<Gradient, WeightGradient> gradients(const Convolution&, const Gradient& dy, const Tensor& weight,
                                                 const Activation& x, const std::optional<Tensor>& add, bool batch,
                                                 bool need_bias) const;
   Tensor statistics(const Tensor& x, const Affine& next) const;
@@ -82,6 +84,11 @@ class Launch {
   Joined join(const Tensor& stream, const Gradient& branch, bool subtract, bool narrow,
               const std::optional<Affine>& next) const;
 
+  // a of x; x itself where it has no norm.
+  Tensor activate(const Activation& x) const;
+  // The gradient of x from da, and those of its batch norm. Overwrites da.
+  Gradient activate_backward(const Tensor& da, const Activation& x, bool batch) const;
+
   // x in dense NHWC: itself, or a copy.
   Tensor dense_nhwc(const Tensor& x) const;
   // y, which is dense NHWC, in the layout that results have for an input x: channels_last where x is, else contiguous.
@@ -92,6 +99,23 @@ class Launch {
   WeightGradient empty_wgrad(const Conv&, const Tensor& weight, bool need_bias) const;
   Tensor empty_rows(const Tensor& like, int64_t rows, int64_t C) const;
   void permute(const Tensor& from, int64_t rows, int64_t columns, const Tensor& to) const;
+
+  // Whether the kernels take it: 1x1 and 3x3 filters, stride 1 and 2, and no more products than the device says.
+  bool takes(const Convolution&) const;
+  // What the public functions do of a convolution that is torch's.
+  std::pair<Tensor, std::optional<Tensor>> library_forward(const Convolution&, const Activation&, const Tensor& weight,
+                                                           const std::optional<Tensor>& bias,
+                                                           const std::optional<Tensor>& residual,
+                                                           const std::optional<Affine>& next) const;
+  Gradient library_dgrad(const Convolution&, const Gradient& dy, const Tensor& weight, const Activation& x,
+                         const std::optional<Tensor>& add, bool batch) const;
+  WeightGradient library_wgrad(const Convolution&, const Gradient& dy, const Activation& x, const Tensor& weight,
+                               bool need_bias) const;
+  std::pair<Gradient, WeightGradient> library_gradients(const Convolution&, const Gradient& dy, const Tensor& weight,
+                                                        const Activation& x, const std::optional<Tensor>& add,
+                                                        bool batch, bool need_bias) const;
+  // Of the gradient of an activation, or of x itself where it has no norm, da; `add` belongs to it. Overwrites da.
+  Gradient behind_product(const Tensor& da, const Activation& x, const std::optional<Tensor>& add, bool batch) const;
 
   Device device_;
   ScalarType type_;

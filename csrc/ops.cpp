@@ -63,30 +63,36 @@ bool is_countable(std::initializer_list<int64_t> sizes) {
 Sizes output_sizes(const Conv& conv) { return {conv.N, conv.K, conv.P, conv.Q}; }
 
 // The convolution of an input of N, C, H, W by `weight`, from its seven integers of geometry.
-Conv convolution(const Item& name, const Sizes& x, const Tensor& weight, const int64_t* geometry) {
-  expect(weight.dim() == 4, name, ": expected 4 dimensions, got ", weight.dim());
-  const auto w = weight.sizes();
-  expect_parameter(name, weight, {w[0], x[1], w[2], w[3]});
-  expect(w[0] > 0 && w[2] > 0 && w[3] > 0, name, ": expected no empty dimension, got ", text(w));
+Convolution convolution(const Item& name, const Sizes& x, const Tensor& weight, const int64_t* geometry) {
   const int64_t *stride = geometry, *pad = geometry + 2, *dilation = geometry + 4, groups = geometry[6];
-  expect(is_countable({x[0], x[1], x[2], x[3]}) && is_countable({w[0], w[1], w[2], w[3]}), name,
-         ": expected an input and a filter that memory can hold, got ", text(x), " and ", text(w));
   for (size_t i = 0; i < kGeometry; ++i)
     expect(geometry[i] >= (i == 2 || i == 3 ? 0 : 1) && geometry[i] < kMostGeometry,
            "geometry: expected strides, dilations and groups from 1 and paddings from 0, got ", geometry[i]);
-  expect(dilation[0] == 1 && dilation[1] == 1 && groups == 1, "geometry: expected dilation and groups of 1, got ",
-         dilation[0], ", ", dilation[1], " and ", groups);
+  expect(weight.dim() == 4, name, ": expected 4 dimensions, got ", weight.dim());
+  const auto w = weight.sizes();
+  expect(x[1] % groups == 0 && w[0] % groups == 0, name, ": expected ", groups, " groups of whole channels, got ", x[1],
+         " in and ", w[0], " out");
+  expect_parameter(name, weight, {w[0], x[1] / groups, w[2], w[3]});
+  expect(w[0] > 0 && w[2] > 0 && w[3] > 0, name, ": expected no empty dimension, got ", text(w));
+  expect(is_countable({x[0], x[1], x[2], x[3]}) && is_countable({w[0], w[1], w[2], w[3]}), name,
+         ": expected an input and a filter that memory can hold, got ", text(x), " and ", text(w));
   const int64_t rows = x[2] + 2 * pad[0], cols = x[3] + 2 * pad[1];
   // What kernels make of the two: a strip of padded rows, or phases of them, and a packed filter.
   expect(is_countable({rows + stride[0], cols + stride[1], std::max(x[1], w[0])}) &&
              is_countable({w[0] + kLanes, w[1] + 1, w[2] + 1, w[3] + 1}),
          name, ": expected a padded input and a packed filter that memory can hold, got ", rows, " x ", cols, " and ",
          text(w));
-  const int64_t P = rows - w[2], Q = cols - w[3];
-  expect(P >= 0 && Q >= 0, name, ": expected a filter within the padded input of ", rows, " x ", cols, ", got ", w[2],
-         " x ", w[3]);
-  const Conv conv{x[0],      x[2],      x[3],   x[1],  P / stride[0] + 1, Q / stride[1] + 1, w[0], w[2], w[3],
-                  stride[0], stride[1], pad[0], pad[1]};
+  expect(is_countable({dilation[0], w[2]}) && is_countable({dilation[1], w[3]}), name,
+         ": expected a filter that can be counted, got ", w[2], " x ", w[3], " with dilations of ", dilation[0],
+         " and ", dilation[1]);
+  const int64_t R = dilation[0] * (w[2] - 1) + 1, S = dilation[1] * (w[3] - 1) + 1;
+  expect(R <= rows && S <= cols, name, ": expected a filter within the padded input of ", rows, " x ", cols, ", got ",
+         R, " x ", S);
+  const Convolution conv{{x[0], x[2], x[3], x[1], (rows - R) / stride[0] + 1, (cols - S) / stride[1] + 1, w[0], w[2],
+                          w[3], stride[0], stride[1], pad[0], pad[1]},
+                         dilation[0],
+                         dilation[1],
+                         groups};
   expect(is_countable({conv.N, conv.K, conv.P, conv.Q}), name, ": expected a result that memory can hold, got ",
          text(output_sizes(conv)));
   return conv;

@@ -236,7 +236,7 @@ class Backward {
   Launch::Gradient unit(const Chain& chain, size_t i, const Launch::Gradient& dy, const std::optional<Tensor>& add,
                         bool wanted) {
     const size_t unit = chain.first + i;
-    const Conv& conv = chain.conv[i];
+    const Convolution& conv = chain.conv[i];
     const Tensor& weight = chain.weight[i];
     const Launch::Activation a{inputs_[i], rows_[unit]};
     const bool batch = stage_.training[unit], need_bias = needs_.bias[unit];

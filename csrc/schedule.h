@@ -23,7 +23,7 @@ struct Chain {
   size_t first;  // index of its first unit among those of the stage
   size_t units;
   Shortcut shortcut;
-  std::vector<Conv> conv;
+  std::vector<Convolution> conv;
   std::vector<Tensor> weight;  // in the type of the stage
 };
 

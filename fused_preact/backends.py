@@ -48,7 +48,7 @@ def _no_cpu(problem: Problem) -> str | None:
         return f"it runs on the CPU, not on {problem.device}"
     if problem.dtype not in (torch.float32, torch.bfloat16, torch.float64):
         return f"it computes in float32, bfloat16 and float64, not in {problem.dtype}"
-    return _no_convolution(problem)
+    return None
 
 
 def _no_cuda(problem: Problem) -> str | None:
@@ -59,12 +59,16 @@ def _no_cuda(problem: Problem) -> str | None:
         return reason
     if problem.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"it computes in float32, bfloat16 and float16, not in {problem.dtype}"
-    return _no_convolution(problem)
+    return None
 
 
 def _auto_no_cuda(problem: Problem) -> str | None:
     if problem.dtype.itemsize != 2 or problem.format != "channels_last":
         return f"it is meant for 16-bit channels_last, not {problem.format} {problem.dtype}; ask for it by name"
+    for convolution in problem.convolutions:
+        reason = _not_taken(*convolution)
+        if reason is not None:
+            return f"{reason}, and would run torch's own convolution; ask for it by name"
     if len(problem.convolutions) < 2:
         return "one convolution by itself does not pay for the call; ask for it by name"
     _, _, H, W = problem.shape
@@ -95,23 +99,27 @@ def allows_tf32() -> bool:
     return torch.backends.cudnn.conv.fp32_precision == "tf32"
 
 
-def _no_groups(problem: Problem) -> str | None:
-    for conv, _ in problem.convolutions:
-        if conv.groups != 1 or conv.dilation != (1, 1):
-            return f"it has no groups and no dilation (groups={conv.groups}, dilation={conv.dilation})"
+def _grouped(conv: Conv) -> str | None:
+    if conv.groups != 1 or conv.dilation != (1, 1):
+        return f"it has no groups and no dilation (groups={conv.groups}, dilation={conv.dilation})"
     return None
 
 
-def _no_convolution(problem: Problem) -> str | None:
-    reason = _no_groups(problem)
-    if reason is not None:
-        return reason
-    for conv, (_, _, R, S) in problem.convolutions:
-        if (R, S) not in ((1, 1), (3, 3)):
-            return f"it has filters of 1x1 and 3x3, not {R}x{S}"
-        if conv.stride not in ((1, 1), (2, 2)):
-            return f"it has strides of 1 and 2, not {conv.stride}"
-    return None
+def _not_taken(conv: Conv, weight: tuple[int, ...]) -> str | None:
+    """Why a convolution is torch's own in `cpu` and `cuda`, as csrc/library.cpp says; None where it is a kernel's."""
+    _, _, R, S = weight
+    if (R, S) not in ((1, 1), (3, 3)):
+        return f"it has filters of 1x1 and 3x3, not {R}x{S}"
+    if conv.stride not in ((1, 1), (2, 2)):
+        return f"it has strides of 1 and 2, not {conv.stride}"
+    return _grouped(conv)
+
+
+def _auto_no_cpu(problem: Problem) -> str | None:
+    reasons = [_not_taken(*convolution) for convolution in problem.convolutions]
+    if None in reasons:  # what a block gains by its other convolutions is measured: docs/design.md, "Which backend"
+        return None
+    return f"{reasons[0]}, and would run torch's own convolution; ask for it by name"
 
 
 def _no_triton(problem: Problem) -> str | None:
@@ -120,7 +128,7 @@ def _no_triton(problem: Problem) -> str | None:
         return reason
     if problem.device.type != ("cpu" if _INTERPRETED else "cuda"):
         return f"it runs on GPUs, not on {problem.device}"
-    return _no_groups(problem)
+    return next(filter(None, (_grouped(conv) for conv, _ in problem.convolutions)), None)
 
 
 def _auto_no_triton(problem: Problem) -> str | None:
@@ -148,7 +156,11 @@ def _nothing(_problem: Problem) -> str | None:
 
 
 # What keeps "auto" from a backend besides, where nothing was measured.
-_AUTO_OBSTACLES: dict[str, Callable[[Problem], str | None]] = {"cuda": _auto_no_cuda, "triton": _auto_no_triton}
+_AUTO_OBSTACLES: dict[str, Callable[[Problem], str | None]] = {
+    "cpu": _auto_no_cpu,
+    "cuda": _auto_no_cuda,
+    "triton": _auto_no_triton,
+}
 # What keeps a backend from a problem, in the order in which "auto" tries them. "auto" promises never to be slower than
 # eager, and library pays for the activations that it does not keep by computing them again: it must be asked for. But a
 # memory mode that was asked for goes before speed.

@@ -364,6 +364,7 @@ OTHER_FILTERS = [
     Case("5x5", (2, 3, 7, 6), (Layer(4, (5, 5), padding=(2, 2)),)),
     Case("1x3", (2, 3, 5, 6), (Layer(4, (1, 3), padding=(0, 1)),), residual=True),
     Case("stride-3", (2, 3, 7, 8), (Layer(4, stride=(3, 1)),)),
+    Case("bottleneck-groups", (2, 12, 5, 6), (point(8), Layer(8, groups=4), point(16)), "activated", bias=True),
 ]
 # Chains of two and three units.
 CHAINS = [

@@ -4,6 +4,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--sanitizer",
         choices=("none", "address", "thread"),
         default="none",
-        help="how the CUDA kernels of test_cuda.py are built; see the targets of the Makefile",
+        help="how the CUDA kernels of test_cuda*.py are built; see the targets of the Makefile",
     )
 
 
@@ -48,6 +49,21 @@ def nothing_compiled() -> None:
     """What other tests of the process compiled, or could not, does not decide what a test compiles."""
     if (dynamo := sys.modules.get("torch._dynamo")) is not None:
         dynamo.reset()
+
+
+@pytest.fixture(scope="session")
+def emulated_device(pytestconfig: pytest.Config) -> Any:
+    from emulation.kernels import EmulatedKernels  # needs what the test extra alone installs
+
+    return EmulatedKernels(pytestconfig.getoption("sanitizer"))
+
+
+@pytest.fixture
+def emulated(emulated_device: Any) -> Any:
+    """The CUDA kernels on the emulated device, in the first schedule."""
+    emulated_device.tf32, emulated_device.offset, emulated_device.alone = False, 0, None
+    emulated_device.use_schedule(0)
+    return emulated_device
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from fused_preact.kernels import OFFSET, SLOPE, Activation, Affine, Conv, Gradie
 
 TABLE = (
     "forward", "dgrad", "wgrad", "statistics", "running", "dx", "gradients", "convert", "permute", "join", "move",
+    "activate", "activate_backward",
 )  # fmt: skip
 NAMES = (*TABLE[:6], "join")  # those of TABLE, the functions of struct Kernels, that a table in Python has
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # enum Dtype
@@ -273,6 +274,33 @@ class RawTable(ABC):
             self.address(rows),
         )
         return rows.clone()
+
+    def activate(self, x: Activation) -> Tensor:
+        """a of x."""
+        self.clear()
+        a = self._result(x.x.contiguous(memory_format=torch.channels_last))
+        arguments = self._activation(x), self.address(a)
+        self.call("activate", self.dtype(a.dtype), a.numel() // a.size(1), a.size(1), *arguments)
+        return a.clone()
+
+    def activate_backward(self, da: Tensor, x: Activation, batch: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """dx, which takes the place of da, dgamma and dbeta."""
+        self.clear()
+        dx = self.place(da.contiguous(memory_format=torch.channels_last))
+        C = dx.size(1)
+        dgamma, dbeta = (self._rows(1, dx, C) for _ in range(2))
+        rows = self._rows(GRAD_ROWS, dx, C) if batch else None
+        self.call(
+            "activate_backward",
+            self.dtype(dx.dtype),
+            dx.numel() // C,
+            C,
+            self.address(dx),
+            self._activation(x),
+            self.address(dx),
+            self.place_words(self.address(dgamma), self.address(dbeta), self.address(rows)),
+        )
+        return dx.clone(), dgamma[0].clone(), dbeta[0].clone()
 
     def running(self, mean: Tensor, variance: Tensor, affine: Affine) -> Tensor:
         self.clear()

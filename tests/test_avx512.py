@@ -21,7 +21,11 @@ from fused_preact import _extension, reference
 from fused_preact.kernels import Activation, Affine, Gradient
 from raw_table import stand_in
 
-# Tests that are written once: pytest runs them here too, with the fixtures `kernels` and `narrow` of this file.
+# Tests that are written once: pytest runs them here too, with the fixtures of this file.
+from test_activate import (  # noqa: F401  (run by pytest)
+    test_it_is_the_formula,
+    test_relu_is_flat_at_zero_and_keeps_nan,
+)
 from test_join import (  # noqa: F401  (run by pytest)
     test_a_branch_joins_a_stream_of_float32,
     test_a_gradient_joins_a_stream_of_float32_as_it_is_formed,
@@ -49,6 +53,12 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[Any]:
     emulated = EmulatedKernels(_extension.BINARY, isa)
     yield emulated
     emulated.close()
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16, torch.float64], ids=str)
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    """Each type that the kernels have."""
+    return request.param
 
 
 @pytest.fixture

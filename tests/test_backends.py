@@ -3,7 +3,7 @@ import torch
 
 import fused_preact
 from cases import BACKENDS, needs_cpu
-from fused_preact import PreActBlock, PreActStage, _extension, backends, bn_relu_conv2d, tables
+from fused_preact import PreActBlock, PreActBottleneck, PreActStage, _extension, backends, bn_relu_conv2d, tables
 
 
 def arguments(C=4, K=4, size=3, dtype=torch.float32):
@@ -35,21 +35,41 @@ def test_a_backend_that_is_not_built_says_so(monkeypatch):
         ({"stride": 3}, "strides of 1 and 2"),
         ({"stride": (1, 2)}, "strides of 1 and 2"),
         ({"size": 5}, "filters of 1x1 and 3x3, not 5x5"),
-        ({"dtype": torch.float16}, "not in torch.float16"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
-def test_what_the_cpu_kernels_do_not_serve(options, reason):
-    """ "auto" runs plain layers, explain() says why, and asking for "cpu" is an error with that reason."""
+def test_what_the_cpu_kernels_leave_to_torch(options, reason):
+    """ "auto" runs plain layers and explain() says why; asked for by name, "cpu" serves it."""
     options = dict(options)
-    x, weight = arguments(size=options.pop("size", 3), dtype=options.pop("dtype", torch.float32))
+    x, weight = arguments(size=options.pop("size", 3))
     weight = weight[:, : 4 // options.get("groups", 1)]
     call = {"padding": 2, "training": True, **options}
     (choice,) = fused_preact.explain(bn_relu_conv2d, x, weight, **call)
     assert choice.backend == "eager"
-    assert reason in choice.others["cpu"]
-    with pytest.raises(ValueError, match=f"backend='cpu' cannot serve this call: .*{reason}"):
-        bn_relu_conv2d(x, weight, backend="cpu", **call)
+    assert f"{reason}" in choice.others["cpu"]
+    assert "would run torch's own convolution; ask for it by name" in choice.others["cpu"]
+    (choice,) = fused_preact.explain(bn_relu_conv2d, x, weight, backend="cpu", **call)
+    assert choice.backend == "cpu"
+
+
+@needs_cpu
+def test_a_block_with_one_convolution_of_the_cpu_kernels_is_theirs():
+    """Among them is the 3x3 convolution in groups of a ResNeXt's bottleneck."""
+    block = PreActBottleneck(16, 8)
+    block.conv2 = torch.nn.Conv2d(8, 8, 3, padding=1, groups=4, bias=False)
+    (choice,) = fused_preact.explain(block, torch.randn(2, 16, 6, 5))
+    assert choice.backend == "cpu"
+
+
+@needs_cpu
+def test_what_the_cpu_kernels_do_not_serve():
+    """ "auto" runs plain layers, explain() says why, and asking for "cpu" is an error with that reason."""
+    x, weight = arguments(dtype=torch.float16)
+    (choice,) = fused_preact.explain(bn_relu_conv2d, x, weight, padding=1, training=True)
+    assert choice.backend == "eager"
+    assert "not in torch.float16" in choice.others["cpu"]
+    with pytest.raises(ValueError, match=r"backend='cpu' cannot serve this call: .*not in torch\.float16"):
+        bn_relu_conv2d(x, weight, padding=1, training=True, backend="cpu")
 
 
 @needs_cpu
@@ -119,7 +139,7 @@ def test_the_heaviest_convolution_decides_about_the_cuda_kernels(gpu):
     ("options", "reason"),
     [
         (dict(dtype=torch.float64), "float32, bfloat16 and float16, not in torch.float64"),
-        (dict(size=5), "filters of 1x1 and 3x3, not 5x5"),
+        (dict(size=5), "filters of 1x1 and 3x3, not 5x5, and would run torch's own convolution"),
     ],
     ids=["float64", "5x5"],
 )

@@ -73,18 +73,9 @@ CASES = [*UNITS, *CHAINS, *LARGE]
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 
 
-@pytest.fixture(scope="session")
-def emulated(pytestconfig: pytest.Config) -> Any:
-    from emulation.kernels import EmulatedKernels  # needs what the test extra alone installs
-
-    return EmulatedKernels(pytestconfig.getoption("sanitizer"))
-
-
 @pytest.fixture
-def kernels(emulated: Any) -> Iterator[Any]:
-    """The emulated kernels, in the first schedule."""
-    emulated.tf32, emulated.offset, emulated.alone = False, 0, None
-    emulated.use_schedule(0)
+def kernels(emulated: Any) -> Any:
+    """Those that the shared tests are of."""
     return emulated
 
 

@@ -1,10 +1,14 @@
+"""torch's own convolutions: as the table `library`, and in csrc/library.cpp, between the kernels of the CPU."""
+
 import pytest
 import torch
+from torch import nn
 from torch.testing import assert_close
 
-from cases import CHAINS, OTHER_FILTERS, UNITS
-from fused_preact import library, reference
+from cases import BY_ID, CHAINS, OTHER_FILTERS, UNITS, needs_cpu
+from fused_preact import BNReLUConv2d, PreActBottleneck, PreActStage, library, ops, reference
 from fused_preact.kernels import Activation, Affine, Conv, Gradient
+from test_ops import backward_arguments, forward_arguments
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -48,3 +52,72 @@ def test_the_activation_is_made_once():
     library.dgrad(conv, dy, weight, a, None, True)
     assert made is not None
     assert a.value is made
+
+
+def stage(backend: str, memory: str = "fast") -> PreActStage:
+    """Bottlenecks with a filter in groups, one with a dilation, and a projection; the weights of each call the same."""
+    torch.manual_seed(0)
+    blocks = [PreActBottleneck(12, 4, backend=backend)] + [PreActBottleneck(16, 4, backend=backend) for _ in range(2)]
+    for block, options in zip(blocks, ({"groups": 2}, {"groups": 4}, {"padding": 2, "dilation": 2}), strict=True):
+        block.conv2 = nn.Conv2d(4, 4, 3, bias=False, **{"padding": 1} | options)
+    return PreActStage(*blocks, memory=memory).double()
+
+
+@needs_cpu
+@pytest.mark.parametrize("memory", ["fast", "lean", "min"])
+@pytest.mark.parametrize("wanted", ["all", "images", "filters", "norms", "last"])
+def test_products_of_torch_among_those_of_the_cpu_kernels(memory, wanted):
+    """What each mode keeps, and what is not wanted, changes nothing: float64 is that of plain layers."""
+    results = []
+    for backend in "cpu", "eager":
+        net = stage(backend, memory if backend == "cpu" else "fast")
+        x = torch.randn(3, 12, 6, 5, dtype=torch.double, generator=torch.Generator().manual_seed(1))
+        x.requires_grad_(wanted in ("all", "images"))
+        for name, parameter in net.named_parameters():
+            of = {"images": False, "filters": "conv" in name, "norms": "bn" in name, "last": name.startswith("2.conv2")}
+            parameter.requires_grad_(of.get(wanted, True))
+        y = net(x)
+        leaves = [t for t in (x, *net.parameters()) if t.requires_grad]
+        results.append([y, *torch.autograd.grad(y.square().sum(), leaves), *net.buffers()])
+    for ours, theirs in zip(*results, strict=True):
+        assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+@needs_cpu
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 3, 1), (1, 0, 3, 2), (3, 2, 1, 0)], ids=str)
+def test_a_filter_of_any_order_has_a_gradient_of_that_order(order):
+    """Autograd keeps such a one without a copy, and compiled code counts on it."""
+    bn, conv = nn.BatchNorm2d(6), nn.Conv2d(6, 4, (3, 2), groups=2, bias=False)
+    back = [order.index(i) for i in range(4)]
+    conv.weight = nn.Parameter(conv.weight.detach().permute(order).contiguous().permute(back))
+    x = torch.randn(2, 6, 5, 4)
+    gradients = []
+    for backend in "cpu", "eager":
+        y = BNReLUConv2d.from_layers(bn, conv, backend)(x)
+        gradients += torch.autograd.grad(y.square().sum(), [conv.weight])
+    assert_close(*gradients)
+    assert gradients[0].stride() == conv.weight.stride()
+
+
+@needs_cpu
+def test_an_empty_batch():
+    """It gives an empty result and gradients of zero, as plain layers do."""
+    net = stage("cpu").eval()
+    x = torch.zeros(0, 12, 6, 5, dtype=torch.double, requires_grad=True)
+    y = net(x)
+    y.sum().backward()
+    assert y.shape == (0, 16, 6, 5)
+    assert x.grad.shape == x.shape
+    assert not any(parameter.grad.any() for parameter in net.parameters())
+
+
+@needs_cpu
+@pytest.mark.parametrize("name", ["depthwise", "dilation", "bottleneck-groups"])
+def test_opcheck(name):
+    """The fake kernels know these convolutions."""
+    sample, tests = BY_ID[name].draw(0), ["test_schema", "test_faketensor", "test_autograd_registration"]
+    forward, backward = ops.OPERATORS["cpu"]
+    torch.library.opcheck(backward, backward_arguments(sample, "cpu"), test_utils=tests)
+    for leaf in sample.leaves().values():
+        leaf.requires_grad_()
+    torch.library.opcheck(forward, forward_arguments(sample, "cpu"), test_utils=tests)

@@ -6,10 +6,10 @@
 // The epilogue applies the mask to the registers of a block, writes dz and adds up
 // dbeta = sum dz and sum dz*(x - mean).
 // Bytes: dy (or dz' and x') and x read once, add read once, dz written once.
+#include "norm_grad.h"
 #include "product.h"
 #include "source.h"
 #include "walk.h"
-#include "wide.h"
 
 namespace fused_preact::cpu::FUSED_PREACT_ISA {
 
@@ -38,8 +38,6 @@ struct Output {
   const S* add;   // or null
   S* dz;
   int64_t C;
-
-  int64_t padded_channels() const { return ceil_div(C, kLanes<T>) * kLanes<T>; }
 };
 
 // Adds `add` to the blocks of one panel, masks them, stores them and sums them up.
@@ -72,14 +70,8 @@ struct Epilogue {
     });
   }
 
-  void add_to(double* group, int64_t columns) {
-    for (int64_t v = 0; v < columns; ++v) {
-      dbeta[v].settle();
-      dgamma[v].settle();
-      double* sum = group + c0 + v * kLanes<T>;
-      store_wide(sum, load_wide<T>(sum) + dbeta[v].total);
-      store_wide(sum + out.padded_channels(), load_wide<T>(sum + out.padded_channels()) + dgamma[v].total);
-    }
+  void add_to(const NormSums<T>& sums, int64_t group, int64_t columns) const {
+    for (int64_t v = 0; v < columns; ++v) sums.add(group, c0 + v * kLanes<T>, dbeta[v], dgamma[v]);
   }
 
  private:
@@ -129,7 +121,6 @@ struct Pass {
   Workspace& workspace;
 
   bool is_whole() const { return conv.stride_h == 1 && conv.stride_w == 1; }
-  int64_t sums_size() const { return 2 * output.padded_channels(); }
 
   // A class of input pixels, cut into tiles.
   struct Class {
@@ -149,7 +140,7 @@ struct Pass {
   // The call for one class, which adds to the sums of its groups.
   class Call {
    public:
-    Call(const Pass& pass, const Class& pixels, double* sums)
+    Call(const Pass& pass, const Class& pixels, const NormSums<T>& sums)
         : pass_(pass), class_(pixels), sums_(sums), product_(pixels.cut, view(), pass.workspace) {}
 
     int64_t tiles() const { return product_.tiles(); }
@@ -171,7 +162,7 @@ struct Pass {
       for (int64_t p = product_.first_panel(part); p < product_.first_panel(part + 1); ++p) {
         Epilogue<S> epilogue(pass_.output, strip.outputs(), panels.first_channel(p), panels.columns(p));
         strip.times(p, epilogue);
-        if (pass_.output.norm != nullptr) epilogue.add_to(sums_ + g * pass_.sums_size(), panels.columns(p));
+        if (pass_.output.norm != nullptr) epilogue.add_to(sums_, g, panels.columns(p));
       }
     }
 
@@ -194,7 +185,7 @@ struct Pass {
 
     const Pass& pass_;
     const Class& class_;
-    double* const sums_;
+    const NormSums<T>& sums_;
     const Product<E> product_;
   };
 
@@ -212,25 +203,6 @@ struct Pass {
   }
 };
 
-// Adds the sums of all groups in order into the first.
-void merge_groups(double* sums, int64_t groups, int64_t size) {
-  for (int64_t g = 1; g < groups; ++g)
-    for (int64_t c = 0; c < size; ++c) sums[c] += sums[g * size + c];
-}
-
-template <class T>
-void finish(const double* dz, const double* centered, int64_t C, const T* norm, const NormGrad& grad, double count) {
-  T* rows = static_cast<T*>(grad.rows);
-  for (int64_t c = 0; c < C; ++c) {
-    const double rstd = norm[kRstd * C + c], scale = norm[kScale * C + c], dgamma = centered[c] * rstd;
-    static_cast<T*>(grad.dgamma)[c] = T(dgamma);
-    static_cast<T*>(grad.dbeta)[c] = T(dz[c]);
-    if (rows == nullptr) continue;
-    rows[kSlope * C + c] = T(-scale * rstd * dgamma / count);
-    rows[kOffset * C + c] = T(-scale * dz[c] / count);
-  }
-}
-
 template <class S, class E>
 void dgrad_of(const Conv& conv, const Gradient& dy, const Weight& weight, const Activation& x, const void* add,
               void* dz, const NormGrad& grad, Workspace& workspace, const Walker& walker) {
@@ -247,13 +219,9 @@ void dgrad_of(const Conv& conv, const Gradient& dy, const Weight& weight, const 
   };
   int64_t groups = 1;
   for_each_class([&](const auto& pixels) { groups = maximum(groups, pixels.cut.groups()); });
-  const size_t bytes = groups * pass.sums_size() * sizeof(double);
-  double* sums = static_cast<double*>(workspace.take(bytes));
-  memset(sums, 0, bytes);
+  const NormSums<T> sums(groups, conv.C, workspace);
   for_each_class([&](const auto& pixels) { walker(Walk(typename Pass<S, E>::Call(pass, pixels, sums))); });
-  if (norm == nullptr) return;
-  merge_groups(sums, groups, pass.sums_size());
-  finish(sums, sums + pass.sums_size() / 2, conv.C, norm, grad, double(conv.N) * conv.H * conv.W);
+  if (norm != nullptr) sums.finish(norm, grad, double(conv.N) * conv.H * conv.W);
 }
 
 }  // namespace

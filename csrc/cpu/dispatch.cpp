@@ -87,7 +87,7 @@ void set_isa(const std::string& name) {
 
 Device device() {
   const std::shared_ptr<void> not_owned;
-  return {chosen().load()->kernels(), {not_owned, &scratch()}, &TensorPool::instance()};
+  return {chosen().load()->kernels(), {not_owned, &scratch()}, &TensorPool::instance(), INT64_MAX};
 }
 
 }  // namespace fused_preact::cpu

@@ -17,10 +17,12 @@ Kernel<decltype(Kernels::gradients)> gradients;
 Kernel<decltype(Kernels::convert)> convert;
 Kernel<decltype(Kernels::permute)> permute;
 Kernel<decltype(Kernels::join)> join;
+Kernel<decltype(Kernels::activate)> activate;
+Kernel<decltype(Kernels::activate_backward)> activate_backward;
 
 const Kernels& kernels() {
-  static constexpr Kernels table{forward,   dgrad,   wgrad,   statistics, running, dx,
-                                 gradients, convert, permute, join,       move};
+  static constexpr Kernels table{forward, dgrad, wgrad, statistics, running,          dx, gradients, convert,
+                                 permute, join,  move,  activate,   activate_backward};
   return table;
 }
 

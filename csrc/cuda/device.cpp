@@ -16,6 +16,9 @@ namespace fused_preact::cuda {
 
 namespace {
 
+// On an H200, in 16 bits and channels_last, convolutions of 2 million took less time than torch's, and those of 38 more.
+constexpr int64_t kMostProducts = 1 << 23;  // _MOST_CUDA_PRODUCTS in fused_preact/backends.py
+
 constexpr size_t kAlignment = 256, kLeastBytes = size_t{1} << 20;
 
 // One tensor that is cut into pieces, and another one when it is full. All work is queued on one stream, so pieces may
@@ -59,6 +62,6 @@ class TensorScratch final : public Scratch {
 
 }  // namespace
 
-Device device(const Tensor& like) { return {kernels(), std::make_shared<TensorScratch>(like), nullptr}; }
+Device device(const Tensor& like) { return {kernels(), std::make_shared<TensorScratch>(like), nullptr, kMostProducts}; }
 
 }  // namespace fused_preact::cuda

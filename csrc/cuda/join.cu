@@ -87,12 +87,11 @@ __global__ __launch_bounds__(kPieceThreads, kJoinBlocks) void join_kernel(const 
 }
 
 template <class S>
-__global__ __launch_bounds__(kPieceThreads,
-                             kJoinBlocks) void join_statistics_kernel(const __grid_constant__ JoinParams<S> p,
-                                                                      const __grid_constant__ Summed summed) {
+__global__ __launch_bounds__(kPieceThreads, kJoinBlocks) void join_statistics_kernel(
+    const __grid_constant__ JoinParams<S> p, const __grid_constant__ Summed<MomentSlots> summed) {
   take_turn();
   const Joiner<false, S> joiner{p, summed.grid.piece() * kLanes<S>};
-  sum_up<S, kAhead>(
+  sum_moments<S, kAhead>(
       summed, [&](int64_t pixel) { return joiner.load(pixel); },
       [&](float (&v)[kLanes<S>], int64_t pixel, const JoinPiece& piece) { joiner.join(v, pixel, piece); });
 }
@@ -113,7 +112,7 @@ void launch_join(S s, int64_t pixels, int64_t C, const float* stream, const Grad
   const PieceGrid grid = PieceGrid::of(s, pixels, C, kPixelsAThread, kJoinBlocks);
   const auto queue = static_cast<cudaStream_t>(workspace.stream);
   if (next_rows == nullptr) return launch(join_kernel<S>, grid.blocks(), kPieceThreads, 0, queue, p, grid);
-  const Summed summed(s, grid, C, next, next_rows, workspace);
+  const Summed<MomentSlots> summed = summed_moments(s, grid, C, next, next_rows, workspace);
   launch(join_statistics_kernel<S>, grid.blocks(), kPieceThreads, summed.shared_bytes(s), queue, p, summed);
 }
 

@@ -13,10 +13,12 @@ Kernel<decltype(Kernels::gradients)> gradients;
 Kernel<decltype(Kernels::convert)> convert;
 Kernel<decltype(Kernels::join)> join;
 Kernel<decltype(Kernels::move)> move;
+Kernel<decltype(Kernels::activate)> activate;
+Kernel<decltype(Kernels::activate_backward)> activate_backward;
 
 const Kernels& kernels() {
-  static constexpr Kernels table{forward,   dgrad,   wgrad,   statistics, running, dx,
-                                 gradients, convert, nullptr, join,       move};
+  static constexpr Kernels table{forward, dgrad, wgrad, statistics, running,          dx, gradients, convert,
+                                 nullptr, join,  move,  activate,   activate_backward};
   return table;
 }
 

@@ -82,6 +82,7 @@ __device__ __forceinline__ void write_norm_rows(float* rows, int64_t C, int64_t 
 
 // Moments of every group and channel in global memory, and the rows that come of them.
 struct MomentSlots {
+  using Total = Moments;
   static constexpr int kValues = 4;  // count, origin, s1, s2
 
   double* data;  // [groups][kValues][C]

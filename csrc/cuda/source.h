@@ -51,12 +51,16 @@ struct ActivationSource {
     load_row(rows.shift, norm + kShift * C, c, C, aligned);
     return rows;
   }
+  // a of a piece of x, of which it takes the place.
+  __device__ void form(float (&v)[L], const Rows& rows) const {
+    if (norm == nullptr) return;
+#pragma unroll
+    for (int i = 0; i < L; ++i) v[i] = relu(fmaf(v[i] - rows.mean[i], rows.scale[i], rows.shift[i]));
+  }
   __device__ void form(std::byte* at, int, const Rows& rows) const {
     float v[L];
     unpack<S>(v, *reinterpret_cast<const uint4*>(at));
-    if (norm != nullptr)
-#pragma unroll
-      for (int i = 0; i < L; ++i) v[i] = relu(fmaf(v[i] - rows.mean[i], rows.scale[i], rows.shift[i]));
+    form(v, rows);
     *reinterpret_cast<uint4*>(at) = Op::operand(v);
   }
 };

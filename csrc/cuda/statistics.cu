@@ -14,7 +14,7 @@ template <class S>
 struct StatisticsParams {
   const S* x;
   bool aligned;
-  Summed summed;
+  Summed<MomentSlots> summed;
 };
 
 template <class S>
@@ -23,7 +23,7 @@ __global__ __launch_bounds__(kPieceThreads,
   take_turn();
   constexpr int L = kLanes<S>, kAhead = 4;
   const int C = static_cast<int>(p.summed.slots.C), c = p.summed.grid.piece() * L;
-  sum_up<S, kAhead>(
+  sum_moments<S, kAhead>(
       p.summed, [&](int64_t pixel) { return load_piece(p.x + pixel * C, c, C, p.aligned); },
       [&](float (&v)[L], int64_t, uint4 piece) { unpack<S>(v, piece); });
 }
@@ -53,7 +53,7 @@ void statistics(Dtype dtype, int64_t pixels, int64_t C, const void* x, const Aff
     constexpr int kPixelsAThread = 8;
     const PieceGrid grid = PieceGrid::of(s, pixels, C, kPixelsAThread);
     const StatisticsParams<S> p{static_cast<const S*>(x), C % kLanes<S> == 0 && is_aligned(x),
-                                Summed(s, grid, C, next, rows, workspace)};
+                                summed_moments(s, grid, C, next, rows, workspace)};
     launch(statistics_kernel<S>, grid.blocks(), kPieceThreads, p.summed.shared_bytes(s),
            static_cast<cudaStream_t>(workspace.stream), p);
   });

@@ -96,6 +96,11 @@ void call(const std::string& name, const std::vector<uintptr_t>& values) {
   else if (name == "join")
     table.join(a.dtype(0), a.number(1), a.number(2), a.pointer(3), a.object<Gradient>(4), a.number(5) != 0,
                a.pointer(6), a.pointer(7), a.object<Affine>(8), a.pointer(9), workspace);
+  else if (name == "activate")
+    table.activate(a.dtype(0), a.number(1), a.number(2), a.object<Activation>(3), a.pointer(4), workspace);
+  else if (name == "activate_backward")
+    table.activate_backward(a.dtype(0), a.number(1), a.number(2), a.pointer(3), a.object<Activation>(4), a.pointer(5),
+                            a.object<NormGrad>(6), workspace);
   else if (name == "move")
     table.move(static_cast<const Running*>(a.pointer(0)), a.number(1), static_cast<const double*>(a.pointer(2)),
                workspace);

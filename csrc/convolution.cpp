@@ -1,0 +1,46 @@
+#include "convolution.h"
+
+#include <torch/csrc/stable/ops.h>
+
+namespace fused_preact {
+
+namespace {
+
+using torch::stable::detail::from;
+using Pair = std::vector<int64_t>;
+
+// Behind the last of its tensors an operator takes stride, padding, dilation, transposed, output_padding and groups.
+template <size_t N>
+void set_geometry(std::array<StableIValue, N>& stack, size_t at, const Convolution& conv) {
+  stack[at] = from(Pair{conv.stride_h, conv.stride_w});
+  stack[at + 1] = from(Pair{conv.pad_h, conv.pad_w});
+  stack[at + 2] = from(Pair{conv.dilation_h, conv.dilation_w});
+  stack[at + 3] = from(false);
+  stack[at + 4] = from(Pair{0, 0});
+  stack[at + 5] = from(conv.groups);
+}
+
+}  // namespace
+
+Tensor convolve(const Convolution& conv, const Tensor& a, const Tensor& weight, const std::optional<Tensor>& bias) {
+  std::array<StableIValue, 9> stack{from(a), from(weight), from(bias)};
+  set_geometry(stack, 3, conv);
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::convolution", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+std::array<std::optional<Tensor>, 3> convolve_backward(const Convolution& conv, const Tensor& dy, const Tensor& a,
+                                                       const Tensor& weight, const std::array<bool, 3>& wanted) {
+  std::array<StableIValue, 11> stack{from(dy), from(a), from(weight), from(std::optional(Pair{conv.K}))};
+  set_geometry(stack, 4, conv);
+  stack[10] = from(torch::headeronly::HeaderOnlyArrayRef<bool>(wanted.data(), wanted.size()));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::convolution_backward", "", stack.data(), TORCH_ABI_VERSION));
+  std::array<std::optional<Tensor>, 3> gradients;
+  for (size_t i = 0; i < gradients.size(); ++i) {
+    const Tensor gradient = torch::stable::detail::to<Tensor>(stack[i]);
+    if (wanted[i]) gradients[i] = gradient;
+  }
+  return gradients;
+}
+
+}  // namespace fused_preact
