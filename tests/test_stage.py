@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from cases import BACKENDS, Case, Layer, Sample, backward_arguments, error, forward_arguments, needs_cpu, separate
-from fused_preact import PreActBlock, PreActBottleneck, PreActStage, _extension, explain, ops
+from fused_preact import PreActBlock, PreActBottleneck, PreActStage, _extension, explain, ops, tables
 from test_blocks import assert_same, step
 from test_schedule import compare
 
@@ -251,15 +251,17 @@ def test_explain_names_the_stage():
 
 
 @needs_cpu
-def test_explain_of_a_stage_that_is_not_one_node():
+def test_explain_of_a_stage_that_is_not_one_node(folder):
     """ "auto" may have no backend for all blocks together: they run by themselves, and say why."""
-    stage = PreActStage(*(PreActBlock(8, 8) for _ in range(3)))
-    stage[2].conv2 = nn.Conv2d(8, 8, 5, padding=2)
-    x = x_of(torch.float32)
+    stage, x = PreActStage(*(PreActBlock(8, 8) for _ in range(3))), x_of(torch.float32)
+    (whole,) = explain(stage, x)
+    calls = {tables.call_key(whole.problem): {str(len(x)): {"best": "eager", "seconds": {}}}}
+    tables.save({"device": tables.device_name("cpu"), "calls": calls, "tiles": {}})
     choices = explain(stage, x)
-    assert [(choice.where, choice.backend) for choice in choices] == [("0", "cpu"), ("1", "cpu"), ("2", "eager")]
-    why = "apart from its stage: 3 blocks as one node would be plain layers, not cpu: it has filters of 1x1 and 3x3"
+    assert [(choice.where, choice.backend) for choice in choices] == [("0", "cpu"), ("1", "cpu"), ("2", "cpu")]
+    why = "apart from its stage: 3 blocks as one node would be plain layers"
     assert all(why in str(choice) for choice in choices)
+    stage[2].conv1 = stage[2].conv2 = nn.Conv2d(8, 8, 5, padding=2)
     (choice,) = explain(stage[2:], x)
     assert (choice.backend, choice.apart) == ("eager", None)
 

@@ -21,25 +21,26 @@ resource.setrlimit(resource.RLIMIT_AS, (megabytes(0) + 200 << 20, -1))
 print(json.dumps(forward(torch.zeros(1, 3072, 4, 4), torch.zeros(1, 1, 1, 1).expand(3072, 3072, 3, 3), 1, 1)))
 """
 
-# With a wide stride a strip of 75 MB gives a row of 98 pixels.
-SCARCE = """
-torch.set_num_threads({threads})
+# Of so many channels a strip of 75 MB gives a row of 48 pixels.
+MANY = """
 x, weight = torch.randn(2, 64, 1, 1), torch.randn(64, 64, 3, 3)
+wide = torch.zeros(2, 1, 95, 200_000).permute(0, 3, 1, 2), torch.zeros(1, 1, 1, 1).expand(1, 200_000, 1, 1)
+torch.set_num_threads({threads})
 forward(x, weight, 1, 1)
+"""
+
+SCARCE = """
 resource.setrlimit(resource.RLIMIT_AS, (megabytes(0) + 60 << 20, -1))
 try:
-    found = forward(x, weight, 1024, 50_000)
+    found = forward(*wide, 2, 0)
 except MemoryError as error:
     found = str(error)
 print(json.dumps([found, forward(x, weight, 1, 1)]))
 """
 
 LARGE = """
-torch.set_num_threads(2)
-x, weight = torch.randn(2, 64, 1, 1), torch.randn(64, 64, 3, 3)
-forward(x, weight, 1, 1)
 before = megabytes(1)
-forward(x, weight, 1024, 50_000)
+forward(*wide, 2, 0)
 print(json.dumps(megabytes(1) - before))
 """
 
@@ -52,9 +53,9 @@ def test_what_waits_in_the_pool_makes_room():
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_thread_that_has_no_memory_says_so(threads):
     """As torch does, by an exception, from whichever thread; and the process goes on."""
-    assert run(FORWARD + SCARCE.format(threads=threads)) == ["std::bad_alloc", [2, 64, 1, 1]]
+    assert run(FORWARD + MANY.format(threads=threads) + SCARCE) == ["std::bad_alloc", [2, 64, 1, 1]]
 
 
 def test_a_large_strip_is_not_kept():
-    """That of a wide stride takes 75 MB in each of two threads, which live on."""
-    assert run(FORWARD + LARGE) < 40
+    """That of very many channels takes 75 MB in each of two threads, which live on."""
+    assert run(FORWARD + MANY.format(threads=2) + LARGE) < 40

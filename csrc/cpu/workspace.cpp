@@ -15,7 +15,7 @@ namespace {
 
 constexpr size_t kAlignment = 64, kHugePage = size_t{2} << 20;
 
-// More than any call takes but those of very wide strides, or of very many channels.
+// More than any call takes but those of very many channels.
 constexpr size_t kMostThreadScratch = size_t{16} << 20;
 
 // AddressSanitizer watches the ends of an allocation: there, every piece is one.
