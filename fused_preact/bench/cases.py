@@ -67,6 +67,15 @@ def make_dense(channels: int, growth: int, backend: str) -> nn.Module:
     return DenseLayer(channels, growth, backend=backend)
 
 
+def make_grouped(channels: int, width: int, groups: int, backend: str) -> nn.Module:
+    """A PreActBottleneck of another width, whose 3x3 convolution has groups, as in ResNeXt."""
+    block = PreActBottleneck(channels, channels // 4, backend=backend)
+    block.conv1, block.bn2 = nn.Conv2d(channels, width, 1, bias=False), nn.BatchNorm2d(width)
+    block.conv2, block.bn3 = nn.Conv2d(width, width, 3, padding=1, groups=groups, bias=False), nn.BatchNorm2d(width)
+    block.conv3 = nn.Conv2d(width, channels, 1, bias=False)
+    return block
+
+
 def make_net(model: str, backend: str) -> nn.Module:
     """A net of fused_preact.models, for ten classes."""
     return models.create(model, num_classes=10, backend=backend)
@@ -126,6 +135,20 @@ def denses(batch: int, dtype: str) -> list[Case]:
     ]
 
 
+def groups(batch: int, dtype: str) -> list[Case]:
+    """Bottlenecks of ResNeXt-50's second and third stage, whose 3x3 convolution is torch's own in every backend."""
+    return [
+        Case(
+            "ResNeXt bottleneck, 32 groups",
+            f"{C}x{H}x{H}, N={batch}, {dtype}",
+            partial(make_grouped, C, C // 2, 32),
+            (batch, C, H, H),
+            dtype,
+        )
+        for C, H in ((256, 16), (512, 8))
+    ]
+
+
 def net(title: str, model: str, batch: int, dtype: str = "fp32") -> Case:
     """A training step of a net on 32x32 images."""
     return Case(
@@ -165,6 +188,7 @@ def default_cases() -> list[Case]:
     blocks = [case for dtype in USUAL for case in bottlenecks(16, dtype)]
     blocks += [case for dtype in USUAL for case in basics("ResNet-110 block", (16, 32, 64), 16, dtype)]
     blocks += basics("PreActResNet-18 block", (64, 128, 256, 512), 16, "fp32") + denses(16, "fp32")
+    blocks += groups(16, "fp32")
     nets = [net("ResNet-110", "resnet110", 16), net("PreActResNet-18", "preactresnet18", 8), resnet1001(8)]
     return [*blocks, *nets, host_cost()]
 
@@ -175,6 +199,7 @@ def full_cases() -> list[Case]:
     for batch, dtype in product((1, 16), USUAL):
         blocks += basics("ResNet-110 block", (16, 32, 64), batch, dtype)
         blocks += basics("PreActResNet-18 block", (64, 128, 256, 512), batch, dtype) + denses(batch, dtype)
+        blocks += groups(batch, dtype)
     nets = [net("ResNet-110", "resnet110", 128), net("PreActResNet-18", "preactresnet18", 16)]
     nets += [net("ResNet-164", "resnet164", 16, dtype) for dtype in USUAL]
     return blocks + nets + [resnet1001(batch) for batch in (8, 16, 64)] + [resnet1001(8, "bf16"), host_cost()]
