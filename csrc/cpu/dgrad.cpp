@@ -70,7 +70,7 @@ struct Epilogue {
     });
   }
 
-  void add_to(const NormSums<T>& sums, int64_t group, int64_t columns) const {
+  void add_to(const NormSums<T>& sums, int64_t group, int64_t columns) {
     for (int64_t v = 0; v < columns; ++v) sums.add(group, c0 + v * kLanes<T>, dbeta[v], dgamma[v]);
   }
 

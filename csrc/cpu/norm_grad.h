@@ -16,8 +16,8 @@ class NormSums {
     memset(sums_, 0, bytes);
   }
 
-  // Adds the sums of dz and of dz*(x - mean) of the vector of channels at c.
-  FUSED_PREACT_INLINE void add(int64_t group, int64_t c, LongSum<T> dz, LongSum<T> centered) const {
+  // Adds the sums of dz and of dz*(x - mean) of the vector of channels at c, which it settles.
+  FUSED_PREACT_INLINE void add(int64_t group, int64_t c, LongSum<T>& dz, LongSum<T>& centered) const {
     double* const to = sums_ + group * size() + c;
     dz.settle();
     centered.settle();
