@@ -100,9 +100,13 @@ def whole(processor: str) -> str:
             yield [name_of(key), *cells, kept(case, found["saved_bytes"])]
 
     heads = ["forward", "forward + backward", *(["the same, malloc tuned"] if tuned else []), "kept for backward"]
-    links = ", ".join(f"[{path.stem}](../benchmarks/results/{path.name})" for path in files(processor))
-    machine, _, _ = report.headline(report.read(files(processor)[0])).partition("; malloc")
-    return f"{machine}.\n\nFiles: {links}\n\n{table(heads, rows())}"
+    documents = [report.read(path) for path in files(processor)]
+    machine, _, _ = report.headline(documents[0]).partition("; malloc")
+    links = []
+    for path, document in zip(files(processor), documents, strict=True):
+        commit = "" if document["commit"] == documents[0]["commit"] else f" ({document['commit']['hash'][:12]})"
+        links.append(f"[{path.stem}](../benchmarks/results/{path.name}){commit}")
+    return f"{machine}.\n\nFiles: {', '.join(links)}\n\n{table(heads, rows())}"
 
 
 def summary() -> str:
