@@ -8,13 +8,14 @@ namespace fused_preact {
 
 namespace {
 
-// Of the layout of `weight`, where that is dense.
+// dweight in the layout that a gradient of `weight` has.
 Tensor laid_out_as(const Tensor& weight, const Tensor& dweight, Pool* pool) {
+  const auto sizes = weight.sizes(), strides = weight.strides(), others = dweight.strides();
+  bool alike = true;
+  for (size_t i = 0; i < sizes.size(); ++i) alike &= sizes[i] == 1 || strides[i] == others[i];
+  if (alike) return dweight;
   Tensor to = empty_gradient(weight, pool);
-  const auto sizes = to.sizes(), strides = to.strides(), others = dweight.strides();
-  for (size_t i = 0; i < sizes.size(); ++i)
-    if (sizes[i] > 1 && strides[i] != others[i]) return torch::stable::copy_(to, dweight);
-  return dweight;
+  return torch::stable::copy_(to, dweight);
 }
 
 }  // namespace
@@ -22,9 +23,9 @@ Tensor laid_out_as(const Tensor& weight, const Tensor& dweight, Pool* pool) {
 bool Launch::takes(const Convolution& conv) const {
   const bool filter = conv.R == conv.S && (conv.R == 1 || conv.R == 3);
   const bool stride = conv.stride_h == conv.stride_w && conv.stride_h <= 2;
-  const int64_t products = conv.K * conv.C * conv.R * conv.S * conv.P * conv.Q;
+  const double products = double(conv.K) * conv.C * conv.R * conv.S * conv.P * conv.Q;
   return filter && stride && conv.groups == 1 && conv.dilation_h == 1 && conv.dilation_w == 1 &&
-         products <= device_.most_products;
+         products <= double(device_.most_products);
 }
 
 std::pair<Tensor, std::optional<Tensor>> Launch::library_forward(const Convolution& conv, const Activation& x,
