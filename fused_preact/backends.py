@@ -207,6 +207,12 @@ def is_transforming() -> bool:
     )
 
 
+@tracing.constant  # what torch.compile compiles, Dynamo of torch 2.11 takes for exported
+def is_exporting() -> bool:
+    """Whether `torch.export` makes a program of the call."""
+    return torch.compiler.is_exporting()
+
+
 def _measured(problem: Problem) -> str | None:
     """The backend that was measured fastest on this device, where it can serve here and this version knows it."""
     best = None if problem.rounded or problem.transformed else tables.best(problem)
@@ -222,7 +228,7 @@ def choose(backend: str, problem: Problem) -> str:
         ValueError: there is no backend of that name, or it cannot serve this problem.
     """
     one_of("backend", backend, NAMES)
-    if backend == "auto" and torch.compiler.is_exporting():
+    if backend == "auto" and is_exporting():
         return "eager"  # an exported program is for those who know torch's operators alone, as ONNX does
     if backend == "auto":
         by_rule = (name for name in _OBSTACLES if obstacle(name, problem, by_rule=True) is None)

@@ -272,6 +272,19 @@ def test_what_was_measured_is_not_for_an_x_that_autocast_would_round(folder):
     assert choice.backend != "eager"  # its stream stays in float32
 
 
+@needs_cpu
+def test_what_auto_chooses_is_compiled():
+    """Code that is compiled, and not exported, has the operators that calls have without."""
+    graphs = []
+
+    def compiler(graph, _inputs):
+        graphs.append(str(graph.code))
+        return graph.forward
+
+    torch.compile(PreActBlock(4, 4), backend=compiler, fullgraph=True)(torch.randn(2, 4, 5, 5))
+    assert ["torch.ops.fused_preact.forward" in graph for graph in graphs] == [True]
+
+
 @pytest.mark.parametrize("training", [(False, False), (True, False), (False, True), (True, True)])
 def test_inference_has_no_batch_statistics(training):
     """A call without gradients that still trains a batch norm is measured as training is."""

@@ -222,10 +222,12 @@ def test_a_parameter_that_changes_what_functions_make_of_it(compiled):
     assert torch.equal(call(x), expected)
     assert "eager" not in {choice.backend for choice in explain(block, x)}
     block.conv2.weight = Halved(block.conv2.weight.detach())
+    assert_close(call(x) - x, (expected - x) / 2)
+    if torch.__version__ < (2, 13):  # fake tensors of torch 2.11 are of no use beside those of other classes
+        return
     [choice] = explain(block, x)
     assert choice.backend == "eager"
     assert "conv2.weight is a Halved" in choice.others["reference"]
-    assert_close(call(x) - x, (expected - x) / 2)
 
 
 def test_a_parameter_whose_class_changes_in_place():

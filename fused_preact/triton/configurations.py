@@ -30,7 +30,8 @@ _FOUR_STAGES = {4: (Config(64, 64, 16, 8, 4), _AMPERE[4][1])}
 SHIPPED: dict[str, dict[int, tuple[Config, ...]]] = {
     # Triton multiplies without tensor cores there, and larger tiles spill.
     "sm75": dict.fromkeys((2, 4, 8), (Config(32, 32, 16, 4, 2),)),
-    "sm80": _AMPERE,
+    # With three stages the third one spills in dgrad (Triton 3.6).
+    "sm80": _AMPERE | {2: (*_AMPERE[2][:2], Config(64, 64, 32, 4, 4), _AMPERE[2][3])},
     "sm90": _AMPERE
     | _FOUR_STAGES
     | {2: (Config(128, 128, 32, 8, 4), Config(128, 64, 32, 4, 3), Config(64, 64, 64, 4, 3))},
