@@ -1,5 +1,5 @@
-// The table of kernels on tensors: the same functions, which allocate their results. A convolution that the kernels do not
-// take is torch's, between what they do around theirs (library.cpp).
+// The table of kernels on tensors: the same functions, which allocate their results. A convolution that the kernels do
+// not take is torch's, between what they do around theirs (library.cpp).
 #pragma once
 #include <optional>
 #include <utility>
