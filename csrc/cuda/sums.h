@@ -1,5 +1,5 @@
-// Sums by channel of what a kernel without a product reads or makes: those of a block in one loop over its pixels, and of
-// all in the last block (merge.h).
+// Sums by channel of what a kernel without a product reads or makes: those of a block in one loop over its pixels, and
+// of all in the last block (merge.h).
 #pragma once
 #include "elementwise.h"
 #include "merge.h"
