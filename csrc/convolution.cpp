@@ -2,12 +2,25 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <sstream>
+#include <stdexcept>
+
 namespace fused_preact {
 
 namespace {
 
 using torch::stable::detail::from;
 using Pair = std::vector<int64_t>;
+
+// torch's own message does not come through its C functions; that memory is short is the likeliest.
+void call(const char* name, StableIValue* stack, const Convolution& conv) {
+  if (torch_call_dispatcher(name, "", stack, TORCH_ABI_VERSION) == TORCH_SUCCESS) return;
+  std::ostringstream message;
+  message << "out of memory, or not what " << name << " takes: an input of " << conv.N << " x " << conv.C << " x "
+          << conv.H << " x " << conv.W << ", a filter of " << conv.K << " x " << conv.C / conv.groups << " x " << conv.R
+          << " x " << conv.S;
+  throw std::runtime_error(message.str());
+}
 
 // Behind the last of its tensors an operator takes stride, padding, dilation, transposed, output_padding and groups.
 template <size_t N>
@@ -22,10 +35,16 @@ void set_geometry(std::array<StableIValue, N>& stack, size_t at, const Convoluti
 
 }  // namespace
 
+bool has_kernel(const Convolution& conv) {
+  const bool filter = conv.R == conv.S && (conv.R == 1 || conv.R == 3);
+  const bool stride = conv.stride_h == conv.stride_w && conv.stride_h <= 2;
+  return filter && stride && conv.groups == 1 && conv.dilation_h == 1 && conv.dilation_w == 1;
+}
+
 Tensor convolve(const Convolution& conv, const Tensor& a, const Tensor& weight, const std::optional<Tensor>& bias) {
   std::array<StableIValue, 9> stack{from(a), from(weight), from(bias)};
   set_geometry(stack, 3, conv);
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::convolution", "", stack.data(), TORCH_ABI_VERSION));
+  call("aten::convolution", stack.data(), conv);
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
@@ -34,7 +53,7 @@ std::array<std::optional<Tensor>, 3> convolve_backward(const Convolution& conv, 
   std::array<StableIValue, 11> stack{from(dy), from(a), from(weight), from(std::optional(Pair{conv.K}))};
   set_geometry(stack, 4, conv);
   stack[10] = from(torch::headeronly::HeaderOnlyArrayRef<bool>(wanted.data(), wanted.size()));
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::convolution_backward", "", stack.data(), TORCH_ABI_VERSION));
+  call("aten::convolution_backward", stack.data(), conv);
   std::array<std::optional<Tensor>, 3> gradients;
   for (size_t i = 0; i < gradients.size(); ++i) {
     const Tensor gradient = torch::stable::detail::to<Tensor>(stack[i]);

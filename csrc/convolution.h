@@ -13,6 +13,9 @@ struct Convolution : Conv {
   int64_t dilation_h = 1, dilation_w = 1, groups = 1;
 };
 
+// Whether the kernels of this package can compute it: 1x1 and 3x3 filters, stride 1 and 2, no groups, no dilation.
+bool has_kernel(const Convolution&);
+
 Tensor convolve(const Convolution&, const Tensor& a, const Tensor& weight, const std::optional<Tensor>& bias);
 
 // The gradients of a, of the weight and of a bias, those that are wanted.

@@ -21,11 +21,8 @@ Tensor laid_out_as(const Tensor& weight, const Tensor& dweight, Pool* pool) {
 }  // namespace
 
 bool Launch::takes(const Convolution& conv) const {
-  const bool filter = conv.R == conv.S && (conv.R == 1 || conv.R == 3);
-  const bool stride = conv.stride_h == conv.stride_w && conv.stride_h <= 2;
   const double products = double(conv.K) * conv.C * conv.R * conv.S * conv.P * conv.Q;
-  return filter && stride && conv.groups == 1 && conv.dilation_h == 1 && conv.dilation_w == 1 &&
-         products <= double(device_.most_products);
+  return has_kernel(conv) && products <= double(device_.most_products);
 }
 
 std::pair<Tensor, std::optional<Tensor>> Launch::library_forward(const Convolution& conv, const Activation& x,
@@ -33,7 +30,8 @@ std::pair<Tensor, std::optional<Tensor>> Launch::library_forward(const Convoluti
                                                                  const std::optional<Tensor>& bias,
                                                                  const std::optional<Tensor>& residual,
                                                                  const std::optional<Affine>& next) const {
-  const Tensor y = dense_nhwc(convolve(conv, activate(x), weight, bias));
+  // Autocast may have given the product another type.
+  const Tensor y = dense_nhwc(fused_preact::convert(convolve(conv, activate(x), weight, bias), type_));
   if (residual) dx({y}, residual);
   std::optional<Tensor> rows;
   if (next) rows = statistics(y, *next);

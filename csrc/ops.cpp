@@ -26,6 +26,7 @@ using Pointers = std::vector<Tensor*>;
 
 constexpr size_t kGeometry = 7;                      // integers a convolution
 constexpr int64_t kMostGeometry = int64_t{1} << 31;  // keeps the arithmetic on the padded input from overflowing
+constexpr int64_t kMostLibraryBytes = int64_t{1} << 31;
 constexpr int64_t kLanes = 16;  // most output channels of a vector, by which packed filters are padded
 
 // Parameters and running statistics of batch norm: [C] in the type of the stage or in the accumulation type.
@@ -95,6 +96,11 @@ Convolution convolution(const Item& name, const Sizes& x, const Tensor& weight, 
                          groups};
   expect(is_countable({conv.N, conv.K, conv.P, conv.Q}), name, ": expected a result that memory can hold, got ",
          text(output_sizes(conv)));
+  // Convolutions that are torch's: oneDNN counts bytes within a padded row in 32 bits, and crashes beyond them.
+  const auto fits = [&](int64_t extent) { return extent <= kMostLibraryBytes / 8 / std::max(x[1], w[0]); };
+  expect(has_kernel(conv) || (fits(2 * pad[0] + stride[0] + R) && fits(2 * pad[1] + stride[1] + S)), name,
+         ": expected strides, paddings and a filter that torch's own convolution can count, got ", stride[0], " and ",
+         stride[1], ", ", pad[0], " and ", pad[1], ", and ", R, " x ", S);
   return conv;
 }
 

@@ -168,7 +168,11 @@ def _call_backward(ctx, saved: Sequence[Tensor], dy: Tensor, need_x: bool, wante
     weight, bias, gamma, beta, shortcut = wanted
     norm = [either or other for either, other in zip(gamma, beta, strict=True)]
     _, operator = OPERATORS[ctx.backend]
-    return operator(dy, x, y, *lists, *ctx.facts.of_backward(), [need_x, *weight, *bias, *norm, *shortcut])
+    needs = [need_x, *weight, *bias, *norm, *shortcut]
+    if not torch.is_autocast_enabled(x.device.type):
+        return operator(dy, x, y, *lists, *ctx.facts.of_backward(), needs)
+    with torch.autocast(x.device.type, enabled=False):  # what forward did not keep is made again in its own type
+        return operator(dy, x, y, *lists, *ctx.facts.of_backward(), needs)
 
 
 class _Once(torch.autograd.Function):

@@ -6,7 +6,16 @@ from torch import nn
 from torch.testing import assert_close
 
 from cases import BY_ID, CHAINS, OTHER_FILTERS, UNITS, needs_cpu
-from fused_preact import BNReLUConv2d, PreActBottleneck, PreActStage, library, ops, reference
+from fused_preact import (
+    BNReLUConv2d,
+    PreActBlock,
+    PreActBottleneck,
+    PreActStage,
+    bn_relu_conv2d,
+    library,
+    ops,
+    reference,
+)
 from fused_preact.kernels import Activation, Affine, Conv, Gradient
 from test_ops import backward_arguments, forward_arguments
 
@@ -97,6 +106,84 @@ def test_a_filter_of_any_order_has_a_gradient_of_that_order(order):
         gradients += torch.autograd.grad(y.square().sum(), [conv.weight])
     assert_close(*gradients)
     assert gradients[0].stride() == conv.weight.stride()
+
+
+def ends(backend: str, memory: str = "fast") -> PreActStage:
+    """Blocks whose first and last convolutions are torch's, beside a projection of the activation and the identity."""
+    torch.manual_seed(0)
+    blocks = [PreActBlock(channels, 8, backend=backend) for channels in (6, 8, 8)]
+    blocks[0].conv1 = nn.Conv2d(6, 8, 5, padding=2)
+    for block, dilation in zip(blocks, ((1, 2), (2, 1), (1, 1)), strict=True):
+        block.conv2 = nn.Conv2d(8, 8, 3, padding=dilation, dilation=dilation)
+    blocks[2].conv1, blocks[2].conv2 = blocks[2].conv2, nn.Conv2d(8, 8, 3, padding=1, groups=2)
+    return PreActStage(*blocks, memory=memory).double()
+
+
+@needs_cpu
+@pytest.mark.parametrize("memory", ["fast", "lean"])
+@pytest.mark.parametrize("wanted", ["all", "convolutions"])
+def test_products_of_torch_at_the_ends_of_blocks(memory, wanted):
+    """Their results are those that the next batch norm reads, and to their gradients a projection's is added."""
+    results = []
+    for backend in "cpu", "eager":
+        net = ends(backend, memory if backend == "cpu" else "fast")
+        x = torch.randn(3, 6, 6, 5, dtype=torch.double, generator=torch.Generator().manual_seed(1))
+        x.requires_grad_(wanted == "all")
+        for name, parameter in net.named_parameters():
+            parameter.requires_grad_(wanted == "all" or "conv" in name)
+        y = net(x)
+        leaves = [t for t in (x, *net.parameters()) if t.requires_grad]
+        results.append([y, *torch.autograd.grad(y.square().sum(), leaves), *net.buffers()])
+    for ours, theirs in zip(*results, strict=True):
+        assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+@needs_cpu
+def test_the_gradient_of_a_bias_whose_unit_comes_first():
+    """Of a unit whose input wants no gradient, filter and bias alone have one."""
+    x, weight, bias = torch.randn(2, 4, 6, 5), torch.randn(6, 4, 5, 5, requires_grad=True), torch.randn(6)
+    bias.requires_grad_()
+    results = []
+    for backend in "cpu", "eager":
+        y = bn_relu_conv2d(x, weight, bias=bias, padding=2, training=True, backend=backend)
+        results.append(torch.autograd.grad(y.square().sum(), [weight, bias]))
+    for ours, theirs in zip(*results, strict=True):
+        assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
+
+
+@needs_cpu
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"stride": (1, 2**28), "padding": (0, 2**31 - 1), "groups": 2},
+        {"stride": (1, 2**31 - 1), "padding": (0, 2)},
+        {"padding": (0, 2**31 - 1), "dilation": (1, 2**31 - 1)},
+    ],
+    ids=["padding", "stride", "dilation"],
+)
+def test_what_torch_cannot_count_is_an_error(options):
+    """oneDNN would end the process: it counts bytes within a row in 32 bits."""
+    width = 3 if "dilation" in options else 5
+    x, weight = torch.randn(1, 2, 8, 8), torch.randn(2, 2 // options.get("groups", 1), 1, width)
+    with pytest.raises(RuntimeError, match="that torch's own convolution can count"):
+        bn_relu_conv2d(x, weight, training=True, backend="cpu", **options)
+
+
+@needs_cpu
+def test_autocast_around_a_backward_leaves_what_it_makes_again_alone(monkeypatch):
+    """On a GPU autocast casts for aten::convolution itself, which the kernels behind it would read as float32."""
+    (forward, backward), on = ops.OPERATORS["cpu"], []
+
+    def watched(*arguments):
+        on.append(torch.is_autocast_enabled("cpu"))
+        return backward(*arguments)
+
+    monkeypatch.setitem(ops.OPERATORS, "cpu", (forward, watched))
+    x = torch.randn(3, 12, 6, 5, dtype=torch.double, requires_grad=True)
+    y = stage("cpu", "min")(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        y.sum().backward()
+    assert on == [False]
 
 
 @needs_cpu

@@ -38,6 +38,19 @@ except MemoryError as error:
 print(json.dumps([found, forward(x, weight, 1, 1)]))
 """
 
+# A filter that torch's convolution copies, of weights that take no memory.
+OF_TORCH = """
+x, weight = torch.zeros(1, 3072, 4, 4), torch.zeros(1, 1, 1, 1).expand(3072, 3072, 5, 5)
+small = torch.randn(2, 64, 1, 1), torch.randn(64, 64, 5, 5)
+forward(*small, 1, 2)
+resource.setrlimit(resource.RLIMIT_AS, (megabytes(0) + 300 << 20, -1))
+try:
+    found = forward(x, weight, 1, 2)
+except RuntimeError as error:
+    found = str(error)
+print(json.dumps([found, forward(*small, 1, 2)]))
+"""
+
 LARGE = """
 before = megabytes(1)
 forward(*wide, 2, 0)
@@ -54,6 +67,14 @@ def test_what_waits_in_the_pool_makes_room():
 def test_a_thread_that_has_no_memory_says_so(threads):
     """As torch does, by an exception, from whichever thread; and the process goes on."""
     assert run(FORWARD + MANY.format(threads=threads) + SCARCE) == ["std::bad_alloc", [2, 64, 1, 1]]
+
+
+def test_a_convolution_of_torch_that_has_no_memory_says_so():
+    """With the words by which an error of memory is known, and the process goes on."""
+    found, shape = run(FORWARD + OF_TORCH)
+    sizes = "an input of 1 x 3072 x 4 x 4, a filter of 3072 x 3072 x 5 x 5"
+    assert found == f"out of memory, or not what aten::convolution takes: {sizes}"
+    assert shape == [2, 64, 1, 1]
 
 
 def test_a_large_strip_is_not_kept():
