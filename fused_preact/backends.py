@@ -198,6 +198,12 @@ def obstacle(name: str, problem: Problem, by_rule: bool = False) -> str | None:
     return reason
 
 
+def autocasts(x: torch.Tensor) -> bool:
+    """Whether autocast is on for the device of x; meta is asked about in vain."""
+    device = "cpu" if x.is_cpu else x.device.type  # which puts a string together, by C++'s streams
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
 def is_transforming() -> bool:
     """Whether a call is seen by more than autograd's backward, which alone fused calls know how to serve."""
     return (

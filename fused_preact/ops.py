@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _extension, library, reference, schedule
+from . import _extension, backends, library, reference, schedule
 from .checks import Block
 from .kernels import accumulation_type, memory_format
 
@@ -169,7 +169,7 @@ def _call_backward(ctx, saved: Sequence[Tensor], dy: Tensor, need_x: bool, wante
     norm = [either or other for either, other in zip(gamma, beta, strict=True)]
     _, operator = OPERATORS[ctx.backend]
     needs = [need_x, *weight, *bias, *norm, *shortcut]
-    if not torch.is_autocast_enabled(x.device.type):
+    if not backends.autocasts(x):
         return operator(dy, x, y, *lists, *ctx.facts.of_backward(), needs)
     with torch.autocast(x.device.type, enabled=False):  # what forward did not keep is made again in its own type
         return operator(dy, x, y, *lists, *ctx.facts.of_backward(), needs)

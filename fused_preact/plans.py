@@ -38,9 +38,7 @@ def call_key(name: str, x: Tensor) -> tuple[Any, ...]:
     the dtype of autocast or None.
     """
     checks.tensor(name, x)
-    device = "cpu" if x.is_cpu else x.device.type  # which puts a string together, by C++'s streams
-    casts = device != "meta" and torch.is_autocast_enabled(device)  # meta is asked about in vain
-    cast = torch.get_autocast_dtype(device) if casts else None
+    cast = torch.get_autocast_dtype(x.device.type) if backends.autocasts(x) else None
     order = memory_format(x) if x.dim() == 4 and x.layout == torch.strided else x.layout
     tf32 = x.is_cuda and backends.allows_tf32()
     return x.shape, x.dtype, x.device, order, tf32, torch.is_grad_enabled(), backends.is_transforming(), cast

@@ -30,3 +30,11 @@ def test_what_is_rebuilt_runs_from_block_to_block_in_float32():
     x = torch.randn(2, 4, 5, 5, dtype=torch.bfloat16)
     assert plans.make_plan(x, [block], memory="lean").stream == torch.float32
     assert plans.make_plan(x, [block], memory="fast").stream == torch.bfloat16
+
+
+def test_without_numbers():
+    """On the meta device shapes come out."""
+    for backend in "auto", "reference":
+        x = torch.randn(2, 8, 5, 5, device="meta", requires_grad=True)
+        y = PreActBlock(8, 8, backend=backend).to("meta")(x)
+        assert y.shape == torch.autograd.grad(y.sum(), x)[0].shape == (2, 8, 5, 5)

@@ -222,11 +222,6 @@ def test_a_setting_that_changes_in_place_is_heard_of():
     assert_close(unit(x)[:, :, ::2, ::2], y)
 
 
-def test_without_numbers():
-    """On the meta device shapes come out."""
-    assert PreActBlock(8, 8).to("meta")(x_of().to("meta")).shape == (2, 8, 5, 5)
-
-
 def test_a_new_table_is_heard_of(folder):
     """By modules and functions that have been called before, too."""
     block, x = PreActBlock(8, 8), x_of()
