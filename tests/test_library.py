@@ -72,15 +72,12 @@ def stage(backend: str, memory: str = "fast") -> PreActStage:
     return PreActStage(*blocks, memory=memory).double()
 
 
-@needs_cpu
-@pytest.mark.parametrize("memory", ["fast", "lean", "min"])
-@pytest.mark.parametrize("wanted", ["all", "images", "filters", "norms", "last"])
-def test_products_of_torch_among_those_of_the_cpu_kernels(memory, wanted):
-    """What each mode keeps, and what is not wanted, changes nothing: float64 is that of plain layers."""
+def assert_as_plain_layers(make, channels: int, memory: str, wanted: str) -> None:
+    """What a mode keeps, and what is not wanted, changes nothing: float64 is that of plain layers."""
     results = []
     for backend in "cpu", "eager":
-        net = stage(backend, memory if backend == "cpu" else "fast")
-        x = torch.randn(3, 12, 6, 5, dtype=torch.double, generator=torch.Generator().manual_seed(1))
+        net = make(backend, memory if backend == "cpu" else "fast")
+        x = torch.randn(3, channels, 6, 5, dtype=torch.double, generator=torch.Generator().manual_seed(1))
         x.requires_grad_(wanted in ("all", "images"))
         for name, parameter in net.named_parameters():
             of = {"images": False, "filters": "conv" in name, "norms": "bn" in name, "last": name.startswith("2.conv2")}
@@ -90,6 +87,14 @@ def test_products_of_torch_among_those_of_the_cpu_kernels(memory, wanted):
         results.append([y, *torch.autograd.grad(y.square().sum(), leaves), *net.buffers()])
     for ours, theirs in zip(*results, strict=True):
         assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+@needs_cpu
+@pytest.mark.parametrize("memory", ["fast", "lean", "min"])
+@pytest.mark.parametrize("wanted", ["all", "images", "filters", "norms", "last"])
+def test_products_of_torch_among_those_of_the_cpu_kernels(memory, wanted):
+    """Between two that are fused, with a projection in front of them."""
+    assert_as_plain_layers(stage, 12, memory, wanted)
 
 
 @needs_cpu
@@ -121,21 +126,10 @@ def ends(backend: str, memory: str = "fast") -> PreActStage:
 
 @needs_cpu
 @pytest.mark.parametrize("memory", ["fast", "lean"])
-@pytest.mark.parametrize("wanted", ["all", "convolutions"])
+@pytest.mark.parametrize("wanted", ["all", "filters"])
 def test_products_of_torch_at_the_ends_of_blocks(memory, wanted):
     """Their results are those that the next batch norm reads, and to their gradients a projection's is added."""
-    results = []
-    for backend in "cpu", "eager":
-        net = ends(backend, memory if backend == "cpu" else "fast")
-        x = torch.randn(3, 6, 6, 5, dtype=torch.double, generator=torch.Generator().manual_seed(1))
-        x.requires_grad_(wanted == "all")
-        for name, parameter in net.named_parameters():
-            parameter.requires_grad_(wanted == "all" or "conv" in name)
-        y = net(x)
-        leaves = [t for t in (x, *net.parameters()) if t.requires_grad]
-        results.append([y, *torch.autograd.grad(y.square().sum(), leaves), *net.buffers()])
-    for ours, theirs in zip(*results, strict=True):
-        assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+    assert_as_plain_layers(ends, 6, memory, wanted)
 
 
 @needs_cpu
