@@ -16,6 +16,8 @@ struct Convolution : Conv {
 // Whether the kernels of this package can compute it: 1x1 and 3x3 filters, stride 1 and 2, no groups, no dilation.
 bool has_kernel(const Convolution&);
 
+// y = conv(a, weight) + bias. These two throw std::runtime_error where torch cannot compute it, mostly for want of
+// memory.
 Tensor convolve(const Convolution&, const Tensor& a, const Tensor& weight, const std::optional<Tensor>& bias);
 
 // The gradients of a, of the weight and of a bias, those that are wanted.

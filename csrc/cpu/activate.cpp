@@ -4,9 +4,9 @@
 // Layout: all [pixels][C]. One job is a run of kRunPixels pixels; of the sums, which come first, a group of runs. The
 // groups depend on the shape alone. dx may be da.
 // Bytes: x read once, a written once; da and x read twice, dx written once.
+#include "moments.h"
 #include "norm_grad.h"
 #include "source.h"
-#include "tile.h"
 
 namespace fused_preact::cpu::FUSED_PREACT_ISA {
 
@@ -42,7 +42,6 @@ struct ActivateBackward {
 
   // Of the pixels [first, last), to those of a group.
   void sum_up(const NormSums<T>& sums, int64_t group, int64_t first, int64_t last) const {
-    constexpr int kSums = 4;  // side by side, which hides the latency of an addition
     for (int64_t p = first; p < last; p += kRunPixels) {
       const int64_t run = minimum(kRunPixels, last - p);
       for_each_vector<T>(C, [&](int64_t c, int64_t n) __attribute__((always_inline)) {
@@ -51,20 +50,15 @@ struct ActivateBackward {
           // The next run, a part a column: read column by column, it would come line by line.
           prefetch(da + (p + run) * C + c * run, n * run);
           prefetch(x + (p + run) * C + c * run, n * run);
-          Vec<T> dz[kSums] = {}, centered[kSums] = {};
-          const auto add = [&](int64_t i, int which) __attribute__((always_inline)) {
+          Vec<T> dz[4] = {}, centered[4] = {};
+          side_by_side(0, run, [&](int64_t i, int which) __attribute__((always_inline)) {
             const Values v = values(da, x, rows, (p + i) * C + c, lanes);
             dz[which] += v.dz;
             centered[which] += v.dz * v.centered;
-          };
-          int64_t i = 0;
-          for (; i + kSums <= run; i += kSums) add(i, 0), add(i + 1, 1), add(i + 2, 2), add(i + 3, 3);
-          for (; i < run; ++i) add(i, 0);
+          });
           LongSum<T> of_dz, of_centered;
-          for (int which = 0; which < kSums; ++which) {
-            of_dz.add(dz[which]);
-            of_centered.add(centered[which]);
-          }
+          of_dz.add(total(dz));
+          of_centered.add(total(centered));
           sums.add(group, c, of_dz, of_centered);
         });
       });

@@ -136,7 +136,7 @@ def denses(batch: int, dtype: str) -> list[Case]:
 
 
 def groups(batch: int, dtype: str) -> list[Case]:
-    """Bottlenecks of ResNeXt-50's second and third stage, whose 3x3 convolution is torch's own in every backend."""
+    """Bottlenecks as those of the first two stages of ResNeXt-50, whose 3x3 convolution is torch's own in `cpu` too."""
     return [
         Case(
             "ResNeXt bottleneck, 32 groups",
