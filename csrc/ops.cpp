@@ -96,8 +96,8 @@ Convolution convolution(const Item& name, const Sizes& x, const Tensor& weight, 
                          groups};
   expect(is_countable({conv.N, conv.K, conv.P, conv.Q}), name, ": expected a result that memory can hold, got ",
          text(output_sizes(conv)));
-  // Convolutions that are torch's: oneDNN counts the bytes of a padded row, up to eight a value, in 32 bits, and crashes
-  // beyond them.
+  // Convolutions that are torch's: oneDNN counts the bytes of a padded row, up to eight a value, in 32 bits, and
+  // crashes beyond them.
   const auto fits = [&](int64_t extent) { return extent <= kMostLibraryBytes / 8 / std::max(x[1], w[0]); };
   expect(has_kernel(conv) || (fits(2 * pad[0] + stride[0] + R) && fits(2 * pad[1] + stride[1] + S)), name,
          ": expected strides, paddings and a filter that torch's own convolution can count, got ", stride[0], " and ",
