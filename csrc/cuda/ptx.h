@@ -44,10 +44,8 @@ __device__ __forceinline__ uint32_t shared_address(const void* shared) {
 
 // Copies 16 bytes to shared memory, zeros where not valid: then nothing is read. Both addresses are aligned to that.
 // The bytes are there after the wait for their group, for other threads after the barrier behind that.
-template <int Bytes>
 __device__ __forceinline__ void cp_async(void* shared, const void* global, bool valid) {
-  static_assert(Bytes == 16);
-  const int read = valid ? Bytes : 0;
+  const int read = valid ? 16 : 0;
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(read)
                : "memory");
 }

@@ -94,7 +94,7 @@ __device__ __forceinline__ void copy_slab(const FilterView<S>& filter, const Sla
 #pragma unroll 1
   for (int i = threadIdx.x; i < pieces; i += kThreads) {
     const FilterPiece<S> piece = filter_piece<true>(filter, slab, w, n0, d0, i);
-    cp_async<kPieceBytes>(to + piece.at, piece.from, piece.inside);
+    cp_async(to + piece.at, piece.from, piece.inside);
   }
 }
 

@@ -171,7 +171,7 @@ __device__ __forceinline__ void copy_strip(const Source& source, int first, cons
   };
   if (source.aligned)
     copy_all(std::integral_constant<int, 4>(),
-             [](std::byte* to, const auto* from, bool valid) { cp_async<kPieceBytes>(to, from, valid); });
+             [](std::byte* to, const auto* from, bool valid) { cp_async(to, from, valid); });
   else
     copy_all(std::integral_constant<int, 1>(),
              [&](std::byte* to, const auto* from, bool valid) { copy_values(to, from, valid, source.C - c); });

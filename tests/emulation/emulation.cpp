@@ -21,17 +21,17 @@ constexpr unsigned kWarp = 32;
 constexpr size_t kMostShared = 99 << 10;  // bytes a block that every architecture has
 
 struct Copy {
+  static constexpr size_t kBytes = 16;
   std::byte* shared;
   const std::byte* global;
-  size_t bytes;
   bool valid;
 
   void perform() const {
-    note_write(shared, bytes);
+    note_write(shared, kBytes);
     if (valid)
-      note_read(global, bytes), std::memcpy(shared, global, bytes);
+      note_read(global, kBytes), std::memcpy(shared, global, kBytes);
     else
-      std::memset(shared, 0, bytes);
+      std::memset(shared, 0, kBytes);
   }
 };
 
@@ -330,12 +330,12 @@ void collective(void* posted, void (*exchange)(void* const*), const Where& where
   launch->meet_warp(where);
 }
 
-void cp_async(void* shared, const void* global, int bytes, bool valid, const Where& where) {
+void cp_async(void* shared, const void* global, bool valid, const Where& where) {
   if (!launch->current().in_turn) fail("a copy before the launches before are over", where);
-  check_shared(shared, bytes, where);
-  if (valid && reinterpret_cast<uintptr_t>(global) % bytes != 0) fail("a misaligned address in global memory", where);
-  const Copy copy{static_cast<std::byte*>(shared), static_cast<const std::byte*>(global), static_cast<size_t>(bytes),
-                  valid};
+  check_shared(shared, Copy::kBytes, where);
+  if (valid && reinterpret_cast<uintptr_t>(global) % Copy::kBytes != 0)
+    fail("a misaligned address in global memory", where);
+  const Copy copy{static_cast<std::byte*>(shared), static_cast<const std::byte*>(global), valid};
   if (schedule.copies == Copies::eager) return copy.perform();
   const Bookkeeping bookkeeping;
   launch->current().copies.push_back(copy);

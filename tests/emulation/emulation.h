@@ -79,7 +79,7 @@ void warp_barrier(uint32_t mask, const Where&);
 // lane. This orders no memory.
 void collective(void* posted, void (*exchange)(void* const* posted), const Where&);
 
-void cp_async(void* shared, const void* global, int bytes, bool valid, const Where&);
+void cp_async(void* shared, const void* global, bool valid, const Where& = Where::current());
 void cp_async_commit();
 void cp_async_wait(int pending);
 // A plain read of shared memory, checked.
@@ -162,23 +162,16 @@ inline void __syncwarp(uint32_t mask = ~0u, EmulationWhere where = EmulationWher
 }
 
 template <class T>
-T __shfl_xor_sync(uint32_t mask, T value, int bits, int width = 32, EmulationWhere where = EmulationWhere::current()) {
-  const int mine = ::fused_preact::emulation::lane(), other = mine ^ bits;
-  return ::fused_preact::emulation::shuffle(mask, value, other < (mine & -width) + width ? other : mine, where);
+T __shfl_xor_sync(uint32_t mask, T value, int bits, EmulationWhere where = EmulationWhere::current()) {
+  return ::fused_preact::emulation::shuffle(mask, value, ::fused_preact::emulation::lane() ^ bits, where);
 }
+
 // The wrappers of csrc/cuda/ptx.h, where they are described.
 namespace fused_preact::cuda {
 
-using emulation::Where;
+using emulation::cp_async, emulation::cp_async_commit, emulation::multiprocessors, emulation::shared_memory;
+using emulation::take_turn, emulation::Where;
 
-inline std::byte* shared_memory() { return emulation::shared_memory(); }
-
-template <int Bytes>
-void cp_async(void* shared, const void* global, bool valid, Where where = Where::current()) {
-  static_assert(Bytes == 16);
-  emulation::cp_async(shared, global, Bytes, valid, where);
-}
-inline void cp_async_commit() { emulation::cp_async_commit(); }
 template <int Pending>
 void cp_async_wait() {
   emulation::cp_async_wait(Pending);
@@ -207,7 +200,6 @@ inline uint32_t arrive(uint32_t* counter, uint32_t last) {
   emulation::thread_fence();
   return before;
 }
-inline void take_turn() { emulation::take_turn(); }
 
 // Half a unit of the last of ten bits is added to the magnitude, the rest cut off: ties go away from zero. A NaN stays.
 inline uint32_t to_tf32(float x) {
@@ -220,6 +212,5 @@ void launch(void (*kernel)(Parameters...), dim3 grid, unsigned block, size_t sha
             const Arguments&... arguments) {
   emulation::run([&] { kernel(arguments...); }, grid, block, shared_bytes);
 }
-inline int multiprocessors() { return emulation::multiprocessors(); }
 
 }  // namespace fused_preact::cuda

@@ -37,10 +37,10 @@ __device__ void copy_stage(Stage& stage, const Arguments& x, int row, int column
   const int thread = threadIdx.x;
   const int i = thread / 2, j = thread % 2 * 8;
   const bool inside = row + i < x.M && k + j < x.K;
-  cp_async<16>(&stage.a[i][j], x.a + (inside ? int64_t{row + i} * x.K + k + j : 0), inside);
+  cp_async(&stage.a[i][j], x.a + (inside ? int64_t{row + i} * x.K + k + j : 0), inside);
   if (thread < kK * 2) {
     const bool within = k + i < x.K && column + j < x.N;
-    cp_async<16>(&stage.b[i][j], x.b + (within ? int64_t{k + i} * x.N + column + j : 0), within);
+    cp_async(&stage.b[i][j], x.b + (within ? int64_t{k + i} * x.N + column + j : 0), within);
   }
   cp_async_commit();
 }
