@@ -6,7 +6,6 @@
 
 namespace fused_preact::cuda {
 
-constexpr int kWarps = 4, kThreads = 32 * kWarps;
 constexpr int kLogPixels = 7;           // of the output pixels of a tile, at most
 constexpr int kMostShared = 99 * 1024;  // bytes of a block, on every architecture
 constexpr int kWantShared = 72 * 1024;  // lets three blocks share a multiprocessor of 228 KiB

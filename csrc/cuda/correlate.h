@@ -115,9 +115,9 @@ __device__ __forceinline__ void load_slabs(const Correlation<Op, Source>& p, con
   for (int i = 0; i < p.slabs(); ++i) {
     const int first = (p.resident ? i : chunk) * p.chunk;
     if (p.filter.along)
-      load_slab<Op, true, 2>(p.filter, p.slab, w, n0, first, slabs + i * p.slab.bytes);
+      load_slab<Op, true>(p.filter, p.slab, w, n0, first, slabs + i * p.slab.bytes);
     else
-      load_slab<Op, false, 2>(p.filter, p.slab, w, n0, first, slabs + i * p.slab.bytes);
+      load_slab<Op, false>(p.filter, p.slab, w, n0, first, slabs + i * p.slab.bytes);
   }
 }
 
@@ -214,14 +214,13 @@ __device__ __forceinline__ void correlate_block(const Correlation<Op, Source>& p
       }
       cp_async_wait<1>();
       std::byte* const strip = m.strips + which * p.strip.bytes;
-      if (w.taps() > 0)
-        form_strip<kThreads>(p.source, rows, p.strip, strip, w.strip_pixels(), p.table_of(t, m.sources));
+      if (w.taps() > 0) form_strip(p.source, rows, p.strip, strip, w.strip_pixels(), p.table_of(t, m.sources));
       if (chunk == 0) clear(acc[0]), clear(acc[1]);
       __syncthreads();
       if (stored) add_sums<Columns>(m.sums, m.totals);
       stored = false;
       if (last) {
-        w.index_target<kThreads>(w.tile(t), kBoxPixels, m.targets);
+        w.index_target(w.tile(t), kBoxPixels, m.targets);
         index_source(t + 2);  // in place of that of this tile
       }
       multiply_chunk<Columns>(acc, p, w, chunk, strip, m.slabs);

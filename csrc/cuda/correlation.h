@@ -43,14 +43,14 @@ struct Correlation {
   // Fills it.
   __device__ void index_source(int t, int* tables) const {
     const Window& w = windows[window_of(t)];
-    w.index_source<kThreads>(w.tile(t), table_of(t, tables));
+    w.index_source(w.tile(t), table_of(t, tables));
   }
   // Queues the copies of the tile's strip, of one chunk, to one of two strips.
   __device__ void copy_chunk(int t, int number, int which, std::byte* strips, int* tables) const {
     const Window& w = windows[window_of(t)];
     if (w.taps() > 0)
-      copy_strip<kThreads>(source, number * chunk, strip, strips + which * strip.bytes, w.strip_pixels(),
-                           w.source_corner(w.tile(t)), table_of(t, tables));
+      copy_strip(source, number * chunk, strip, strips + which * strip.bytes, w.strip_pixels(),
+                 w.source_corner(w.tile(t)), table_of(t, tables));
   }
 };
 

@@ -98,24 +98,25 @@ __device__ __forceinline__ void copy_slab(const FilterView<S>& filter, const Sla
   }
 }
 
-// Loads a slab, `Batch` pieces of a thread at a time.
-template <class Op, bool Along, int Batch>
+// Loads a slab, two pieces of a thread at a time.
+template <class Op, bool Along>
 __device__ __forceinline__ void load_slab(const FilterView<typename Op::Storage>& filter, const SlabLayout& slab,
                                           const Window& w, int n0, int d0, std::byte* to) {
   using S = typename Op::Storage;
+  constexpr int kBatch = 2;
   const int pieces = w.taps() * slab.columns << slab.log_pieces;
 #pragma unroll 1
-  for (int first = threadIdx.x; first < pieces; first += Batch * kThreads) {
-    uint4 piece[Batch];
-    int at[Batch];
+  for (int first = threadIdx.x; first < pieces; first += kBatch * kThreads) {
+    uint4 piece[kBatch];
+    int at[kBatch];
 #pragma unroll
-    for (int b = 0; b < Batch; ++b)
+    for (int b = 0; b < kBatch; ++b)
       if (first + b * kThreads < pieces) {
         const FilterPiece<S> of = filter_piece<Along>(filter, slab, w, n0, d0, first + b * kThreads);
         piece[b] = load_filter<Along>(filter, of), at[b] = of.at;
       }
 #pragma unroll
-    for (int b = 0; b < Batch; ++b) {
+    for (int b = 0; b < kBatch; ++b) {
       if (first + b * kThreads >= pieces) continue;
       if constexpr (Op::kRounds) {
         float v[kLanes<S>];

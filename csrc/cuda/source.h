@@ -142,9 +142,9 @@ struct StripLayout {
 };
 
 // body(pixel of the strip, its piece) for every piece that belongs to this thread, always of the same channels.
-template <int Threads, int Unroll, class Body>
+template <int Unroll, class Body>
 __device__ __forceinline__ void for_own_pieces(const StripLayout& layout, int pixels, const Body& body) {
-  const int piece = threadIdx.x & ((1 << layout.log_pieces) - 1), step = Threads >> layout.log_pieces;
+  const int piece = threadIdx.x & ((1 << layout.log_pieces) - 1), step = kThreads >> layout.log_pieces;
   int q = threadIdx.x >> layout.log_pieces, at = q * layout.pixel_bytes() + piece * kPieceBytes;
 #pragma unroll Unroll
   for (; q < pixels; q += step, at += step * layout.pixel_bytes()) body(q, at);
@@ -157,13 +157,13 @@ __device__ __forceinline__ int own_channel(const StripLayout& layout, int first)
 
 // Queues the copies of a strip of `pixels` pixels, of channels from `first` on: pixel q of the strip is pixel corner +
 // offsets[q] of the tensor, or zeros where the offset is -1.
-template <int Threads, class Source>
+template <class Source>
 __device__ __forceinline__ void copy_strip(const Source& source, int first, const StripLayout& layout, std::byte* strip,
                                            int pixels, int64_t corner, const int* offsets) {
   const int c = own_channel<Source>(layout, first);
   const int64_t origin = corner * source.C + c;
   const auto copy_all = [&](auto unroll, const auto& copy) {
-    for_own_pieces<Threads, decltype(unroll)::value>(layout, pixels, [&](int q, int at) {
+    for_own_pieces<decltype(unroll)::value>(layout, pixels, [&](int q, int at) {
       const bool valid = offsets[q] >= 0 && c < source.C;
       source.copy(strip + at, layout.tensor_bytes, origin + static_cast<int64_t>(offsets[q]) * source.C,
                   [&](std::byte* to, const auto* from) { copy(to, from, valid); });
@@ -178,12 +178,12 @@ __device__ __forceinline__ void copy_strip(const Source& source, int first, cons
 }
 
 // Forms the strip when its copies have come, with the rows of own_channel.
-template <int Threads, class Source>
+template <class Source>
 __device__ __forceinline__ void form_strip(const Source& source, const typename Source::Rows& rows,
                                            const StripLayout& layout, std::byte* strip, int pixels,
                                            const int* offsets) {
   if (!source.forms()) return;
-  for_own_pieces<Threads, 2>(layout, pixels, [&](int q, int at) {
+  for_own_pieces<2>(layout, pixels, [&](int q, int at) {
     if (offsets[q] >= 0) source.form(strip + at, layout.tensor_bytes, rows);
   });
 }

@@ -223,16 +223,15 @@ struct WgradMemory {
   // Fills the tables of tile t.
   __device__ void index(int t) const {
     if (t >= end) return;
-    w.index_target<kThreads>(w.tile(t), p.slot_pixels, dy_table(t));
-    w.index_source<kThreads>(w.tile(t), x_table(t));
+    w.index_target(w.tile(t), p.slot_pixels, dy_table(t));
+    w.index_source(w.tile(t), x_table(t));
   }
   // Queues the copies of tile t to a stage, as one group.
   __device__ void copy(int t, std::byte* to) const {
     if (t < end) {
       const Tile tile = w.tile(t);
-      copy_strip<kThreads>(p.dy, k0, p.dy_strip, to, p.slot_pixels, w.target_corner(tile), dy_table(t));
-      copy_strip<kThreads>(p.x, c0, p.x_strip, to + p.dy_strip.bytes, w.strip_pixels(), w.source_corner(tile),
-                           x_table(t));
+      copy_strip(p.dy, k0, p.dy_strip, to, p.slot_pixels, w.target_corner(tile), dy_table(t));
+      copy_strip(p.x, c0, p.x_strip, to + p.dy_strip.bytes, w.strip_pixels(), w.source_corner(tile), x_table(t));
     }
     cp_async_commit();
   }
@@ -240,9 +239,9 @@ struct WgradMemory {
   __device__ void form(int t, std::byte* at) const {
     const auto dy_rows = p.dy.rows(own_channel<GradientSource<Op>>(p.dy_strip, k0));
     cp_async_wait<1>();
-    form_strip<kThreads>(p.dy, dy_rows, p.dy_strip, at, p.slot_pixels, dy_table(t));
+    form_strip(p.dy, dy_rows, p.dy_strip, at, p.slot_pixels, dy_table(t));
     const auto x_rows = p.x.rows(own_channel<ActivationSource<Op>>(p.x_strip, c0));
-    form_strip<kThreads>(p.x, x_rows, p.x_strip, at + p.dy_strip.bytes, w.strip_pixels(), x_table(t));
+    form_strip(p.x, x_rows, p.x_strip, at + p.dy_strip.bytes, w.strip_pixels(), x_table(t));
   }
 };
 

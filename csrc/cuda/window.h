@@ -10,6 +10,8 @@
 
 namespace fused_preact::cuda {
 
+constexpr int kWarps = 4, kThreads = 32 * kWarps;  // of a block that multiplies
+
 // n / value for n < 2^16 and value < 2^15.
 struct Divisor {
   uint32_t value = 1, magic = 1;
@@ -104,12 +106,11 @@ struct Window {
 
   // For each pixel of the strip the source pixel that belongs there, counted from the corner, or
   // -1 outside of the source.
-  template <int Threads>
   __device__ __forceinline__ void index_source(const Tile& tile, int* offsets) const {
     const int64_t i = tile.i * h.stride + h.first, j = tile.j * w.stride + w.first;
     const int n_end = at_most(images - tile.n), top = at_most(-i), left = at_most(-j);
     const int bottom = at_most(h.size - i), right = at_most(w.size - j);
-    for (int q = threadIdx.x; q < strip_pixels(); q += Threads) {
+    for (int q = threadIdx.x; q < strip_pixels(); q += kThreads) {
       const int image = by_image.quotient(q), rest = q - image * rows * cols, line = by_row.quotient(rest);
       const int row = line * h.source_step(), col = (rest - line * cols) * w.source_step();
       const bool inside = image < n_end && row >= top && row < bottom && col >= left && col < right;
@@ -118,10 +119,9 @@ struct Window {
   }
 
   // For `count` pixels of the box the output pixel, counted from the corner, or -1 where there is none.
-  template <int Threads>
   __device__ __forceinline__ void index_target(const Tile& tile, int count, int* offsets) const {
     const int n_end = at_most(images - tile.n), i_end = at_most(h.count - tile.i), j_end = at_most(w.count - tile.j);
-    for (int p = threadIdx.x; p < count; p += Threads) {
+    for (int p = threadIdx.x; p < count; p += kThreads) {
       const int n = p >> (log_h + log_w), i = (p >> log_w) & ((1 << log_h) - 1), j = p & ((1 << log_w) - 1);
       const bool inside = p < box_pixels() && n < n_end && i < i_end && j < j_end;
       const int line = n * static_cast<int>(h.total) + i * h.to_step;
