@@ -195,6 +195,20 @@ def test_the_gradient_of_a_bias_in_front_of_a_batch_norm_vanishes(product: str, 
     assert results["dbias1"].abs().max() <= 1e-4 * results["dbias2"].abs().max()
 
 
+@pytest.mark.parametrize("mean", [float("inf"), float("-inf")])
+def test_a_gradient_behind_running_statistics_asks_for_no_mean(mean: float, product: str, kernels: Any) -> None:
+    """It is scale*dz, of a channel too whose mean is infinite, for all who form it."""
+    x, g = (torch.randint(-2, 3, (2, 16, 3, 5)).to(PRODUCTS[product]) for _ in range(2))
+    norm = torch.tensor([mean, 1.0, 1.0, 2.0, 0.0])[:, None].expand(5, 16).contiguous()
+    dy, weight = Gradient(g, x, norm, list(torch.zeros(4, 16))), torch.ones(16, 16, 1, 1, dtype=x.dtype)
+    a, formed = Activation(x, None), Gradient(2 * g)
+    assert torch.equal(kernels.dx(dy, None), formed.g)
+    found = kernels.gradients(point(16).conv, dy, weight, a, None, False)
+    dz = reference.dgrad(point(16).conv, formed, weight, a, None, False).g
+    expected = dz, *reference.wgrad(point(16).conv, formed, a, weight, True)
+    assert all(map(torch.equal, (found[0].g, *found[1:]), expected))
+
+
 def test_sums_are_of_what_is_stored(product: str, kernels: Any) -> None:
     """Batch statistics are those of the rounded y, and the sums of a gradient those of the rounded dz."""
     dtype, generator = PRODUCTS[product], torch.Generator().manual_seed(0)

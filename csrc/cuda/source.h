@@ -102,7 +102,8 @@ struct GradientSource {
     Rows rows{};
     if (norm == nullptr) return rows;
     load_row(rows.scale, norm + kScale * C, c, C, aligned);
-    load_row(rows.mean, norm + kMean * C, c, C, aligned);
+    // An infinite mean makes no NaN where x is not read.
+    load_row(rows.mean, grad != nullptr ? norm + kMean * C : nullptr, c, C, aligned);
     load_row(rows.slope, grad != nullptr ? grad + kSlope * C : nullptr, c, C, aligned);
     load_row(rows.offset, grad != nullptr ? grad + kOffset * C : nullptr, c, C, aligned);
     return rows;
