@@ -12,16 +12,7 @@ namespace fused_preact::cpu::FUSED_PREACT_ISA {
 
 namespace {
 
-constexpr int64_t kRunPixels = 64, kMostGroups = 64;
-
-// body(first, count) for all runs of pixels.
-template <class Body>
-void for_runs(int64_t pixels, const Body& body) {
-  parallel(ceil_div(pixels, kRunPixels), [&](int64_t job) {
-    const int64_t first = job * kRunPixels;
-    body(first, minimum(kRunPixels, pixels - first));
-  });
-}
+constexpr int64_t kMostGroups = 64;
 
 template <class S>
 struct ActivateBackward {

@@ -9,8 +9,6 @@ namespace fused_preact::cpu::FUSED_PREACT_ISA {
 
 namespace {
 
-constexpr int64_t kRunPixels = 64;
-
 template <class S>
 void dx_of(int64_t pixels, int64_t C, const Gradient& dy, const void* add, void* dx) {
   using T = Accumulate<S>;
@@ -18,8 +16,7 @@ void dx_of(int64_t pixels, int64_t C, const Gradient& dy, const void* add, void*
   const S* other = static_cast<const S*>(add);
   S* to = static_cast<S*>(dx);
   source.with_form([&](const auto& make_form) __attribute__((always_inline)) {
-    parallel(ceil_div(pixels, kRunPixels), [&](int64_t job) {
-      const int64_t first = job * kRunPixels, count = minimum(kRunPixels, pixels - first);
+    for_runs(pixels, [&](int64_t first, int64_t count) {
       fill_rows<S>(to + first * C, C, first * C, C, count, 0, C,
                    [&](int64_t c, int64_t n) __attribute__((always_inline)) {
                      return [form = make_form(c, n), other](int64_t at, auto n) __attribute__((always_inline)) {

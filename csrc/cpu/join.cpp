@@ -11,8 +11,6 @@ namespace fused_preact::cpu::FUSED_PREACT_ISA {
 
 namespace {
 
-constexpr int64_t kRunPixels = 64;
-
 template <class S>
 void join_of(int64_t pixels, int64_t C, const float* stream, const Gradient& branch, float sign, float* joined,
              S* narrowed, const Affine& next, void* rows, Workspace& workspace) {
@@ -30,8 +28,7 @@ void join_of(int64_t pixels, int64_t C, const float* stream, const Gradient& bra
       });
     };
     if (rows != nullptr) return statistics_of(pixels, C, narrowed, next, rows, workspace, write);
-    parallel(ceil_div(pixels, kRunPixels), [&](int64_t job) {
-      const int64_t first = job * kRunPixels, run = minimum(kRunPixels, pixels - first);
+    for_runs(pixels, [&](int64_t first, int64_t run) {
       for_each_vector<float>(C, [&](int64_t c, int64_t n) __attribute__((always_inline)) { write(first, run, c, n); });
     });
   });

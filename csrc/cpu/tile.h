@@ -249,6 +249,16 @@ void parallel(int64_t jobs, const Body& body) {
       &queue);
 }
 
+// body(first, count) for runs of pixels that make up all of them.
+constexpr int64_t kRunPixels = 64;
+template <class Body>
+void for_runs(int64_t pixels, const Body& body) {
+  parallel(ceil_div(pixels, kRunPixels), [=](int64_t job) {
+    const int64_t first = job * kRunPixels;
+    body(first, minimum(kRunPixels, pixels - first));
+  });
+}
+
 // Fewer multiply-adds take less time than to hand them to another thread and wait for it.
 constexpr int64_t kLeastProducts = 1 << 17;
 
