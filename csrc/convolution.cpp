@@ -4,6 +4,7 @@
 
 #include <sstream>
 #include <stdexcept>
+#include <vector>
 
 namespace fused_preact {
 

@@ -30,6 +30,7 @@ NormGrad sums(const Launch::Gradient& dz) {
 Affine raw(const Launch::Affine& affine) {
   return {affine.gamma.const_data_ptr(), affine.beta.const_data_ptr(), affine.eps};
 }
+Affine raw(const std::optional<Launch::Affine>& affine) { return affine ? raw(*affine) : Affine{}; }
 
 int64_t pixels(const Tensor& x) { return x.size(0) * x.size(2) * x.size(3); }
 
@@ -52,8 +53,7 @@ std::pair<Tensor, std::optional<Tensor>> Launch::forward(const Convolution& conv
   if (next) rows = empty_rows(x.x, kNormRows, conv.K);
   if (conv.N > 0)
     device_.kernels.forward(conv, dtype_, raw(x), filter(weight), pointer(bias), pointer(residual),
-                            y.mutable_data_ptr(), next ? raw(*next) : fused_preact::Affine{nullptr, nullptr, 0},
-                            next ? rows->mutable_data_ptr() : nullptr, Scope(*device_.scratch));
+                            y.mutable_data_ptr(), raw(next), mutable_pointer(rows), Scope(*device_.scratch));
   return {y, rows};
 }
 
@@ -155,9 +155,8 @@ Launch::Joined Launch::join(const Tensor& stream, const Gradient& branch, bool s
   if (next) result.rows = empty_rows(stream, kNormRows, C);
   if (N > 0)
     device_.kernels.join(dtype_, pixels(stream), C, stream.const_data_ptr(), raw(branch), subtract,
-                         result.stream.mutable_data_ptr(), mutable_pointer(result.narrowed),
-                         next ? raw(*next) : fused_preact::Affine{nullptr, nullptr, 0}, mutable_pointer(result.rows),
-                         Scope(*device_.scratch));
+                         result.stream.mutable_data_ptr(), mutable_pointer(result.narrowed), raw(next),
+                         mutable_pointer(result.rows), Scope(*device_.scratch));
   return result;
 }
 
