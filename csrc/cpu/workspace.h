@@ -43,8 +43,8 @@ class BlockScratch final : public Scratch {
 // The calling thread's own.
 Scratch& scratch();
 
-// Gives the calling thread's thread_scratch (parallel.h) back to the system if it is large, as after a call of a wide
-// stride, whose strip has every pixel between those that are read: all threads would keep it.
+// Gives the calling thread's thread_scratch (parallel.h) back to the system if it is large, as after a call of very
+// many channels: all threads would keep it.
 void release_thread_scratch() noexcept;
 
 }  // namespace fused_preact::cpu
