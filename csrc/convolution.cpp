@@ -43,7 +43,10 @@ bool has_kernel(const Convolution& conv) {
 }
 
 Tensor convolve(const Convolution& conv, const Tensor& a, const Tensor& weight, const std::optional<Tensor>& bias) {
-  std::array<StableIValue, 9> stack{from(a), from(weight), from(bias)};
+  // One channel is NHWC and NCHW at once. By the strides of NHWC oneDNN makes wrong values where a row makes one
+  // output, at a stride beyond one (torch 2.13).
+  const Tensor input = conv.C == 1 ? torch::stable::unsqueeze(torch::stable::squeeze(a, 1), 1) : a;
+  std::array<StableIValue, 9> stack{from(input), from(weight), from(bias)};
   set_geometry(stack, 3, conv);
   call("aten::convolution", stack.data(), conv);
   return torch::stable::detail::to<Tensor>(stack[0]);

@@ -146,6 +146,18 @@ def test_the_gradient_of_a_bias_whose_unit_comes_first():
 
 
 @needs_cpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_one_channel_of_rows_that_make_one_output(dtype):
+    """Its strides may say NHWC as well as NCHW, of which torch's convolution does not take both."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(shape, generator=generator).to(dtype) for shape in ((5, 1, 16, 4), (4, 1, 3, 3)))
+    arguments = {"stride": (1, 4), "padding": 1, "training": True}
+    y = bn_relu_conv2d(x, weight, backend="cpu", **arguments)
+    exact = bn_relu_conv2d(x.double(), weight.double(), backend="eager", **arguments)
+    assert_close(y.double(), exact, rtol=0.05, atol=0.05)
+
+
+@needs_cpu
 @pytest.mark.parametrize(
     "options",
     [
