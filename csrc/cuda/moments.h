@@ -1,10 +1,10 @@
 // Batch statistics: (count, origin, s1, s2) a channel, merged in a fixed order.
 //
 // All sums are of distances from an origin near the mean, so that channels with a mean that is large against their
-// deviation keep their digits: in float, of a few dozen values a lane, about the mean of a warp's first; in double,
-// of those sums, about the first of their origins. Sums move to another origin without a division. Mean and
-// variance take none either, since the values of a channel are counted before the launch: all wait for the last
-// block, and so for what it divides.
+// deviation keep their digits: in float, of a lane's values (up to kMostSummed behind a product, else all that it has
+// in a block's run of pixels), about the mean of a warp's first; in double, of those sums, about the first of their
+// origins. Sums move to another origin without a division. Mean and variance take none either, since the values of a
+// channel are counted before the launch: all wait for the last block, and so for what it divides.
 #pragma once
 #include "merge.h"
 
