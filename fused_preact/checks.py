@@ -6,6 +6,7 @@ ValueError.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral, Real
 from typing import Any, NamedTuple
@@ -33,18 +34,23 @@ class Unit(NamedTuple):
 
 
 class Shortcut(NamedTuple):
-    """Shortcut of a block: one of schedule.SHORTCUTS, with weight and geometry of its convolution where it has one."""
+    """Shortcut of a block: one of schedule.SHORTCUTS, and of its convolution, if any, weight, geometry and name."""
 
     kind: str = "none"
     weight: Tensor | None = None
     conv: Conv | None = None
+    name: str = ""
 
 
 class Block(NamedTuple):
-    """A chain of units and its shortcut; the function is one of a single unit."""
+    """A chain of units and its shortcut; the function is one of a single unit.
+
+    ``names`` are those of the batch norm and the convolution of each unit, for messages; the function has none.
+    """
 
     units: list[Unit]
     shortcut: Shortcut = Shortcut()
+    names: Sequence[tuple[str, str]] = ()
 
     def trains(self) -> bool:
         """Whether a parameter requires a gradient."""
@@ -264,37 +270,32 @@ def batch_norm(unit: Unit, shape: Sequence[int], x: Tensor, name: Callable[[str]
         raise ValueError(f"{name('eps')} {expected}, got {unit.eps}")
 
 
-def argument_name(index: int, count: int, block: str = "") -> Callable[[str], str]:
-    """How unit ``index`` of ``count`` names its arguments: as the function does, or as a block's attributes."""
-    if count == 1:
-        return lambda field: field
-
-    def name(field: str) -> str:
-        if field in ("weight", "bias"):
-            return f"{block}conv{index + 1}.{field}"
-        if field == "x":
-            return f"the input of {block}bn{index + 1}" if block or index else "x"
-        return f"{block}bn{index + 1}.{field.removeprefix('bn_')}"
-
-    return name
+def _argument(names: tuple[str, str] | None, first: bool, field: str) -> str:
+    """How the argument ``field`` of a unit is called, which reads x where it is the first, else another's output."""
+    if names is None or (field == "x" and first):
+        return field
+    bn, conv = names
+    if field in ("weight", "bias"):
+        return f"{conv}.{field}"
+    return f"the input of {bn}" if field == "x" else f"{bn}.{field.removeprefix('bn_')}"
 
 
-def _block(x: Tensor, shape: Sequence[int], block: Block, prefix: str) -> Sequence[int]:
-    """Check one block on an input of ``shape``; its output's shape."""
-    across, units, shortcut = shape, *block
-    for i, unit in enumerate(units):
-        name = argument_name(i, len(units), prefix)
+def _block(x: Tensor, shape: Sequence[int], block: Block, first: bool) -> Sequence[int]:
+    """Check one block, the first of a stage or a later one, on an input of ``shape``; its output's shape."""
+    across, shortcut, names = shape, block.shortcut, block.names or [None] * len(block.units)
+    for i, unit in enumerate(block.units):
+        name = functools.partial(_argument, names[i], first and i == 0)
         batch_norm(unit, shape, x, name)
         shape = convolution(name("weight"), unit.weight, unit.conv, shape, x)
         if unit.bias is not None:
             _vector(name("bias"), unit.bias, shape[1], "output channel", x, (x.dtype,))
     if shortcut.kind == "identity" and tuple(across) != tuple(shape):
-        what = f"the input of {prefix}bn1" if prefix else "x"
+        what = _argument(names[0], first, "x")
         raise ValueError(f"{what} must have the output's shape {tuple(shape)}, to be added to it; got {tuple(across)}")
     if shortcut.weight is not None:
-        result = convolution(f"{prefix}shortcut.weight", shortcut.weight, shortcut.conv, across, x)
+        result = convolution(f"{shortcut.name}.weight", shortcut.weight, shortcut.conv, across, x)
         if result != tuple(shape):
-            raise ValueError(f"{prefix}shortcut must give the shape of the output, {tuple(shape)}; it gives {result}")
+            raise ValueError(f"{shortcut.name} must give the shape of the output, {tuple(shape)}; it gives {result}")
     return shape
 
 
@@ -319,7 +320,7 @@ def call(x: Any, blocks: Sequence[Block], residual: Any = None) -> None:
     _channels(x, blocks[0].units[0])
     shape: Sequence[int] = x.shape
     for k, block in enumerate(blocks):
-        shape = _block(x, shape, block, f"{k}." if len(blocks) > 1 else "")
+        shape = _block(x, shape, block, k == 0)
     if residual is not None:
         _alike("residual", residual, x, (x.dtype,))
         if residual.shape != torch.Size(shape):

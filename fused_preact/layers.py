@@ -28,7 +28,7 @@ class Layers(NamedTuple):
     """The layers of a block. ``container`` is the shortcut's convolution or the nn.Sequential of it, if it has one.
 
     ``boxes`` are the modules that the others are in, where they are not the block's own children, with what else is in
-    there, as a ReLU; these are not called.
+    there, as a ReLU; these are not called. ``prefix`` is what errors of a call put in front of names.
     """
 
     pairs: list[Pair]
@@ -36,6 +36,7 @@ class Layers(NamedTuple):
     container_name: str = ""
     container: nn.Module | None = None
     boxes: Sequence[tuple[str, nn.Module]] = ()
+    prefix: str = ""
 
     def obstacle(self) -> str | None:
         """Why the layers must run one after the other, or None where they can be fused."""
@@ -73,11 +74,12 @@ class Layers(NamedTuple):
     def block(self) -> Block:
         """What a fused call reads."""
         units = [_unit(pair.bn, pair.conv) for pair in self.pairs]
+        names = [(self.prefix + pair.bn_name, self.prefix + pair.conv_name) for pair in self.pairs]
         if self.container is None:
-            return Block(units, Shortcut(self.shortcut))
-        projection = self.projection()
+            return Block(units, Shortcut(self.shortcut), names)
+        projection, name = self.projection(), self.prefix + self.container_name
         weight = _parameters(projection)["weight"]
-        return Block(units, Shortcut(self.shortcut, weight, conv_geometry(projection)))
+        return Block(units, Shortcut(self.shortcut, weight, conv_geometry(projection), name), names)
 
     def overwritable(self) -> bool:
         """Whether ReLU and addition may overwrite what each of the layers returns."""

@@ -103,9 +103,9 @@ class PreActStage(nn.Sequential):
     def _parts(self) -> Iterator[_Alone | _Part]:
         """The blocks in order: runs of those that are one node, and by itself each that cannot be in one."""
         part: list[tuple[Block, Layers]] = []
-        for block in self._modules.values():
+        for name, block in self._modules.items():
             reason = _why_alone(block)
-            layers = block._layers() if reason is None else None
+            layers = block._layers()._replace(prefix=f"{name}.") if reason is None else None
             alone = layers is None or block._obstacle(layers) is not None
             if part and (alone or block.backend != part[-1][0].backend):
                 yield _Part.of(part)
@@ -162,13 +162,15 @@ class _Alone(NamedTuple):
 class _Part(NamedTuple):
     """Consecutive blocks of a stage that run as one node."""
 
-    blocks: list[Block]
+    blocks: tuple[Block, ...]
+    layers: tuple[Layers, ...]
     run: Run
     pieces: dict[int, tuple[_Part, _Part]]
 
     @classmethod
     def of(cls, part: list[tuple[Block, Layers]]) -> _Part:
-        return cls([block for block, _ in part], Run.of(part[0][0].backend, [layers for _, layers in part]), {})
+        blocks, layers = zip(*part, strict=True)
+        return cls(blocks, layers, Run.of(blocks[0].backend, layers), {})
 
     def frozen(self, x: Any) -> int:
         """How many blocks come before the first that a gradient leads to, or 0 where all may be needed."""
@@ -179,7 +181,7 @@ class _Part(NamedTuple):
     def cut(self, count: int) -> tuple[_Part, _Part]:
         """The first ``count`` blocks, and the others."""
         if count not in self.pieces:
-            part = [(block, block._layers()) for block in self.blocks]
+            part = [*zip(self.blocks, self.layers, strict=True)]
             self.pieces[count] = _Part.of(part[:count]), _Part.of(part[count:])
         return self.pieces[count]
 

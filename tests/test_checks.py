@@ -1,10 +1,12 @@
+from collections import OrderedDict
+
 import numpy as np
 import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_map_only
 
-from fused_preact import BNReLUConv2d, PreActBlock, PreActStage, bn_relu_conv2d, checks, explain
+from fused_preact import BNReLUConv2d, DenseLayer, PreActBlock, PreActStage, bn_relu_conv2d, checks, explain
 from fused_preact.backends import NAMES
 
 
@@ -269,6 +271,35 @@ def test_a_stage_names_its_own_attributes():
     stage[1].shortcut[0].stride = (1, 1)
     with pytest.raises(ValueError, match=r"1.shortcut must give the shape of the output, \(2, 8, 4, 4\)"):
         stage(torch.randn(2, 4, 7, 7))
+
+
+def hooked(block):
+    block.register_forward_hook(lambda *_: None)
+
+
+def frozen(block):
+    block.requires_grad_(False)
+
+
+@pytest.mark.parametrize("apart", [hooked, frozen])
+def test_a_block_behind_others_that_run_apart_is_named_as_the_stage_names_it(apart):
+    """Its place in what runs as one node is another."""
+    stage = PreActStage(OrderedDict((name, PreActBlock(4, 4)) for name in "abc"))
+    apart(stage.a)
+    stage.c.bn2.eps = 0.0
+    with pytest.raises(ValueError, match=r"^c.bn2.eps must be positive"):
+        stage(torch.randn(2, 4, 5, 5))
+
+
+def test_layers_of_other_names_are_called_by_these():
+    """Those of torchvision's DenseNet, of a unit, of a projection."""
+    layer, unit, block = DenseLayer(4, 2), BNReLUConv2d(4, 4, 1), PreActBlock(4, 8, shortcut_name="downsample")
+    layer.norm2.eps = unit.bn.eps = 0.0
+    block.downsample[0].stride = (2, 2)
+    messages = r"^norm2.eps must be positive", r"^bn.eps must be positive", r"^downsample must give the shape"
+    for module, message in zip((layer, unit, block), messages, strict=True):
+        with pytest.raises(ValueError, match=message):
+            module(torch.randn(2, 4, 5, 5))
 
 
 def test_a_bias_has_the_type_of_x():
