@@ -104,7 +104,7 @@ class PreActResNet(nn.Module):
             for j in range(count):
                 kind = first_block if first_block is not None and i == j == 0 else block
                 blocks.append(kind(channels, width << i, 2 if i > 0 and j == 0 else 1, **like, **block_options))
-                channels = (width << i) * block.expansion
+                channels = (width << i) * kind.expansion
             self.add_module(name, PreActStage(*blocks, memory=memory))
         self.bn = nn.BatchNorm2d(channels, **like) if head_norm else None
         self.linear = nn.Linear(channels, num_classes, **like)

@@ -105,6 +105,12 @@ def test_the_first_block_has_no_projection():
         models.create("resnet20", stem_width=8)
 
 
+def test_a_first_block_of_another_width():
+    """What follows takes the channels that it gives."""
+    net = models.PreActResNet(PreActBottleneck, [2, 1], width=4, first_block=models.FirstPreActBlock)
+    assert net(torch.randn(2, 3, 8, 8)).shape == (2, 10)
+
+
 def test_hooks_in_the_first_block_run():
     """Its layers are called or stepped down to like those of any block."""
     block, calls = models.FirstPreActBlock(4, 4), []
