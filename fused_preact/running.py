@@ -92,7 +92,7 @@ def _update(mean, var, counts, rows, units, momentum) -> None:
     """The same by torch's functions of lists, for devices and counts that the operator does not serve."""
     if counts:
         torch._foreach_add_(counts, 1)
-    weight = 1.0 / counts[0].double() if momentum is None and counts else momentum or 0.0
+    weight = 1.0 / counts[0].double().squeeze() if momentum is None and counts else momentum or 0.0
     # Of a type of their own each: checks.py allows a batch norm in float32 among others in 16 bits.
     buffers, wide, batch = mean + var, [], []
     for row, ts in (MEAN, mean), (VARIANCE, var):

@@ -210,6 +210,13 @@ def test_counts_that_are_no_int64():
         assert bn.running_mean.abs().sum() > 0
 
 
+def test_an_average_by_a_count_that_is_a_list_of_one():
+    """Of whatever type: the mean of all batches, as in plain layers."""
+    mean, var, count = torch.zeros(2), torch.ones(2), torch.tensor([3.0])
+    running.update([mean], [var], [count], [torch.full((5, 2), 8.0)], [0], None)
+    assert (mean.tolist(), var.tolist(), count.tolist()) == ([2.0, 2.0], [2.75, 2.75], [4.0])
+
+
 def test_a_count_on_another_device():
     """It counts where it is, and the buffers beside it move, as those of plain layers do."""
     mean, var = torch.zeros(2), torch.ones(2)
