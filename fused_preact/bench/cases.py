@@ -196,10 +196,10 @@ def default_cases() -> list[Case]:
 def full_cases() -> list[Case]:
     """The long version: other batches, every dtype, the larger nets."""
     blocks = [case for batch, dtype in product((1, 16, 64), USUAL) for case in bottlenecks(batch, dtype)]
-    for batch, dtype in product((1, 16), USUAL):
-        blocks += basics("ResNet-110 block", (16, 32, 64), batch, dtype)
-        blocks += basics("PreActResNet-18 block", (64, 128, 256, 512), batch, dtype) + denses(batch, dtype)
-        blocks += groups(batch, dtype)
+    narrow = partial(basics, "ResNet-110 block", (16, 32, 64))
+    wide = partial(basics, "PreActResNet-18 block", (64, 128, 256, 512))
+    for some in narrow, wide, denses, groups:
+        blocks += [case for batch, dtype in product((1, 16), USUAL) for case in some(batch, dtype)]
     nets = [net("ResNet-110", "resnet110", 128), net("PreActResNet-18", "preactresnet18", 16)]
     nets += [net("ResNet-164", "resnet164", 16, dtype) for dtype in USUAL]
     return blocks + nets + [resnet1001(batch) for batch in (8, 16, 64)] + [resnet1001(8, "bf16"), host_cost()]
@@ -210,11 +210,11 @@ def table_cases() -> list[Case]:
     shapes = [(C, C, 3, 1, H) for C, H in ((16, 32), (32, 16), (64, 8))]
     shapes += [(C, C, 3, 1, H) for C, H in ((64, 32), (128, 16), (256, 8), (512, 4))]
     shapes += [(C, C, 3, 1, H) for C, H in ((160, 32), (320, 16), (640, 8))]
+    shapes += [(128, 32, 3, 1, H) for H in (32, 16, 8)]
     shapes += [(C, 2 * C, 3, 2, H) for C, H in ((16, 32), (64, 32), (128, 16), (256, 8))]
     shapes += [(4 * M, M, 1, 1, H) for M, H in ((16, 32), (32, 16), (64, 8), (128, 16), (512, 4))]
     shapes += [(M, 4 * M, 1, 1, H) for M, H in ((16, 32), (32, 16), (64, 8), (128, 16), (512, 4))]
     shapes += [(C, 128, 1, 1, H) for C, H in ((64, 32), (256, 32), (256, 16), (512, 16), (512, 8), (1024, 8))]
-    shapes += [(128, 32, 3, 1, H) for H in (32, 16, 8)]
     shapes += [(C, 2 * C, 1, 2, H) for C, H in ((64, 32), (128, 16), (256, 8))]
     return [
         Case(

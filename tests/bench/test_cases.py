@@ -1,5 +1,6 @@
 import re
 from collections import Counter
+from itertools import groupby
 
 import pytest
 
@@ -13,6 +14,13 @@ LISTS = [cases.default_cases, cases.full_cases, cases.table_cases]
 def test_names_are_unique(make):
     """A result row can be told from every other."""
     assert Counter(case.name for case in make()).most_common(1)[0][1] == 1
+
+
+@pytest.mark.parametrize("make", LISTS)
+def test_cases_of_a_group_follow_each_other(make):
+    """The report has one table, and the picture one heading, for each."""
+    groups = [group for group, _ in groupby(case.group for case in make())]
+    assert len(groups) == len(set(groups))
 
 
 @pytest.mark.parametrize("make", LISTS)
