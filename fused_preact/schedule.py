@@ -26,12 +26,6 @@ csrc/schedule.h has the same number.
 """
 
 
-def convolutions(geometry: Sequence[int]) -> list[Conv]:
-    """The operators' ``geometry`` by convolution."""
-    size = len(Conv._fields)
-    return [Conv(*geometry[i : i + size]) for i in range(0, len(geometry), size)]
-
-
 @dataclass(slots=True)
 class Chain:
     """One block: its units from ``first`` on, and a shortcut whose convolution, if it is one, is the last of all."""
@@ -51,12 +45,13 @@ class Chain:
 def chains(weight, shortcut_weight, geometry, units, shortcut) -> list[Chain]:
     """The blocks that the operators' arguments of these names describe."""
     blocks, first = [], 0
-    convs, projections = iter(convolutions(geometry)), iter(shortcut_weight)
+    numbers, projections = iter(geometry), iter(shortcut_weight)
     for count, kind in zip(units, (SHORTCUTS[code] for code in shortcut), strict=True):
         weights = list(weight[first : first + count])
         if kind in ("activated", "raw"):
             weights.append(next(projections))
-        blocks.append(Chain(first, count, kind, [next(convs) for _ in weights], weights))
+        convs = [Conv(*islice(numbers, len(Conv._fields))) for _ in weights]
+        blocks.append(Chain(first, count, kind, convs, weights))
         first += count
     return blocks
 
