@@ -48,7 +48,6 @@ def draw(document: dict[str, Any], path: Path) -> None:
     _legend(figure, has_goals)
     figure.suptitle(_title(document), color=TEXT, fontsize=9)
     figure.tight_layout(rect=(0, 0.35 / figure.get_figheight(), 1, 1))
-    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
         figure.savefig(file, format="png", transparent=True)
 
