@@ -1,7 +1,7 @@
 """Loads the compiled operators into `torch.ops.fused_preact`, once, when imported.
 
 `unavailable` is None where they are there, else the reason in one sentence. The binary has no Python module in it: it
-registers `forward`, `backward` and the operators of the instruction set with torch when it is loaded.
+registers operators with torch when it is loaded.
 """
 
 from pathlib import Path

@@ -74,7 +74,7 @@ def handled(numbers: Iterable[int], handler: Callable[[int, Handlers], None]) ->
 
 
 def _run(arguments: list[str]) -> int:
-    """The same; what the user can put right becomes one line on stderr."""
+    """Run the command; what the user can put right becomes one line on stderr, and exit code 2."""
     try:
         parser = _parser(arguments)
         parsed, unknown = parser.parse_known_args(arguments)

@@ -66,6 +66,9 @@ def explain(target: torch.nn.Module | Callable[..., torch.Tensor], *args: Any, *
     Meanwhile what was compiled runs as it was written, in all threads, and no other thread may call ``target``, whose
     tensors are the fake ones.
 
+    Returns:
+        The choices (`backends.Choice`) in the order of the calls: ``where``, ``backend``, and ``others``, the reasons.
+
     Raises:
         TypeError, ValueError: ``target`` is something else, or what the call itself would raise for its arguments.
     """

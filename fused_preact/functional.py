@@ -35,6 +35,8 @@ def bn_relu_conv2d(
 ) -> Tensor:
     """conv2d(relu(batch_norm(x)), weight, bias) + residual, as one autograd node that keeps only x for backward.
 
+    Under autocast x, weight, bias and residual may differ in dtype: what is not float64 is cast to autocast's.
+
     He, Zhang, Ren, Sun, "Identity Mappings in Deep Residual Networks", 2016, arXiv 1603.05027, figure 1(b); batch norm:
     Ioffe, Szegedy, "Batch Normalization", 2015, arXiv 1502.03167.
 

@@ -124,7 +124,7 @@ class BNReLUConv2d(Fused):
 
         Raises:
             TypeError: bn is neither an nn.BatchNorm2d nor an nn.SyncBatchNorm, or conv no nn.Conv2d.
-            ValueError: bn does not have the channels that conv reads.
+            ValueError: bn does not have the channels that conv reads, or there is no backend of that name.
         """
         if not isinstance(bn, (nn.BatchNorm2d, nn.SyncBatchNorm)):
             raise TypeError(f"bn must be an nn.BatchNorm2d or nn.SyncBatchNorm, got {type(bn).__name__}")

@@ -89,7 +89,7 @@ def _serves_cuda(device: torch.device) -> bool:
 
 
 def _update(mean, var, counts, rows, units, momentum) -> None:
-    """The same by torch's functions of lists, for devices and counts that the operator does not serve."""
+    """Do what the operator does by torch's functions of lists, for devices and counts that it does not serve."""
     if counts:
         torch._foreach_add_(counts, 1)
     weight = 1.0 / counts[0].double().squeeze() if momentum is None and counts else momentum or 0.0

@@ -130,7 +130,7 @@ def _is_tile(entry: Any) -> bool:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The same, and empty, with a warning, where it holds something else."""
+    """What `_parse` gives, and empty, with a warning, where the file holds something else."""
     try:
         return _parse(path)
     except _UNREADABLE as error:
@@ -143,7 +143,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _own(path: Path) -> dict[str, Any]:
-    """The same of a user's file, and empty, with a warning, where another version of the package measured it."""
+    """What `_read` gives, and empty, with a warning, where another version of the package measured it."""
     document = _read(path)
     if _is_current(document):
         return document

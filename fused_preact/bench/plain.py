@@ -10,7 +10,10 @@ from fused_preact.modules import Fused
 
 
 def plain(module: nn.Module) -> nn.Module:
-    """The module with ordinary ones in the place of all that are fused; parameters, buffers and keys are the same."""
+    """The module with ordinary ones in the place of all that are fused; parameters, buffers and keys are the same.
+
+    Not for a `Transition`, nor a `DenseLayer` of other options than the default: what they do beside is left out.
+    """
     if isinstance(module, Fused):
         return Plain(module)
     if isinstance(module, PreActStage):

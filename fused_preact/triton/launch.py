@@ -59,12 +59,12 @@ def index_type(*tensors: Tensor) -> tl.dtype:
 
 
 def nhwc(t: Tensor | None) -> Tensor | None:
-    """T [N, C, H, W] with its values in the order N, H, W, C; a copy only where they are in another."""
+    """t [N, C, H, W] with its values in the order N, H, W, C; a copy only where they are in another."""
     return None if t is None else t.contiguous(memory_format=torch.channels_last)
 
 
 def vector(t: Tensor | None) -> Tensor | None:
-    """T [C] with its values side by side."""
+    """t [C] with its values side by side."""
     return None if t is None else t.contiguous()
 
 

@@ -20,7 +20,7 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 @triton.jit
 def narrow(v, dtype: tl.constexpr):
-    """V rounded to the nearest of dtype; the interpreter's own conversion to bf16 truncates."""
+    """v rounded to the nearest of dtype; the interpreter's own conversion to bf16 truncates."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = v.to(tl.uint32, bitcast=True)
         nearest = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
@@ -49,7 +49,7 @@ def multiply(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def nearest_tf32(v):
-    """V with the ten bits of mantissa that tensor cores read of it rounded to nearest, ties away; they cut off."""
+    """v with the ten bits of mantissa that tensor cores read of it rounded to nearest, ties away; they cut off."""
     nearest = (v.to(tl.uint32, bitcast=True) + 0x1000).to(tl.float32, bitcast=True)
     return tl.where(v == v, nearest, v)
 
