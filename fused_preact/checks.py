@@ -217,10 +217,14 @@ def convolution(name: str, weight: Any, conv: Conv, shape: Sequence[int], x: Ten
     """Shape of the output of the convolution of an input of ``shape`` by ``weight``, called ``name`` in messages.
 
     Raises:
-        TypeError, ValueError: they do not fit each other.
+        TypeError, ValueError: they do not fit each other, or the geometry is none.
     """
     _alike(name, weight, x, (x.dtype,))
     filters(name, weight)
+    layer = name.removesuffix("weight")
+    for setting, least in ("stride", 1), ("padding", 0), ("dilation", 1):
+        pair(layer + setting, getattr(conv, setting), least)
+    positive(layer + "groups", conv.groups)
     K, channels, R, S = weight.shape
     C = shape[1]
     if C % conv.groups or K % conv.groups:

@@ -350,3 +350,25 @@ def test_a_projection_by_itself_trains_its_block():
     assert len(explain(stage, torch.randn(2, 6, 5, 4))) == 1
     stage[0].requires_grad_(False)
     assert len(explain(stage, torch.randn(2, 6, 5, 4))) == 2
+
+
+@pytest.mark.parametrize("backend", ["auto", "cpu", "library", "reference"])
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("stride", (0, 0), r"stride must be at least 1, got \(0, 0\)"),
+        ("stride", (1.0, 1.0), r"stride must be an integer or a pair of integers, got \(1.0, 1.0\)"),
+        ("padding", (1, -1), r"padding must be at least 0, got \(1, -1\)"),
+        ("dilation", (0, 1), r"dilation must be at least 1, got \(0, 1\)"),
+        ("groups", 0, "groups must be at least 1, got 0"),
+    ],
+    ids=["no-stride", "float-stride", "negative-padding", "no-dilation", "no-groups"],
+)
+def test_settings_of_a_convolution(setting, value, message, backend):
+    """nn.Conv2d takes most of these when it is made, and anything later; the call refuses them, whoever serves."""
+    unit = BNReLUConv2d(4, 4, 3, padding=1, backend=backend)
+    block = PreActBlock(4, 6, backend=backend)
+    for module, layer, name in (unit, unit.conv, ""), (block, block.conv2, "conv2."):
+        setattr(layer, setting, value)
+        with pytest.raises((TypeError, ValueError), match=f"^{name}{message}"):
+            module(torch.randn(2, 4, 5, 5))
