@@ -17,6 +17,7 @@ from torch import Tensor
 from .kernels import Conv, accumulation_type
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_MOST = 2**31 - 1  # of a setting; csrc/ops.cpp has the same
 
 
 class Unit(NamedTuple):
@@ -82,7 +83,7 @@ def pair(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
 
     Raises:
         TypeError: value is not an integer or two.
-        ValueError: an integer is less than ``least``.
+        ValueError: an integer is less than ``least``, or 2^31 or more.
     """
     if _is_integer(value):
         result = (value, value)
@@ -93,6 +94,8 @@ def pair(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
             raise TypeError(f"{name} must be an integer or a pair of integers, got {value!r}")
     if min(result) < least:
         raise ValueError(f"{name} must be at least {least}, got {value!r}")
+    if max(result) > _MOST:
+        raise ValueError(f"{name} must be at most {_MOST}, got {value!r}")
     return int(result[0]), int(result[1])
 
 
@@ -144,12 +147,14 @@ def positive(name: str, value: Any) -> int:
 
     Raises:
         TypeError: it is not an integer.
-        ValueError: it is less than 1.
+        ValueError: it is less than 1, or 2^31 or more.
     """
     if not _is_integer(value):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value!r}")
+    if value > _MOST:
+        raise ValueError(f"{name} must be at most {_MOST}, got {value!r}")
     return int(value)
 
 

@@ -83,6 +83,8 @@ BAD = {
     "stride has a truth value": ({"stride": (1, np.True_)}, TypeError, "stride must be an integer or a pair.*True"),
     "stride is a triple": ({"stride": (1, 1, 1)}, TypeError, r"stride must be an integer or a pair.*\(1, 1, 1\)"),
     "padding is negative": ({"padding": (1, -1)}, ValueError, r"padding must be at least 0, got \(1, -1\)"),
+    "padding is too large": ({"padding": 1 << 31}, ValueError, "padding must be at most 2147483647, got 2147483648"),
+    "groups are too many": ({"groups": 1 << 63}, ValueError, "groups must be at most 2147483647, got 9223372036854"),
     "padding is a bad word": ({"padding": "full"}, ValueError, "padding must be.*'same' or 'valid', got 'full'"),
     "padding='same' with a stride": (
         {"padding": "same", "stride": 2},
@@ -361,8 +363,9 @@ def test_a_projection_by_itself_trains_its_block():
         ("padding", (1, -1), r"padding must be at least 0, got \(1, -1\)"),
         ("dilation", (0, 1), r"dilation must be at least 1, got \(0, 1\)"),
         ("groups", 0, "groups must be at least 1, got 0"),
+        ("padding", (0, 1 << 40), r"padding must be at most 2147483647, got \(0, 1099511627776\)"),
     ],
-    ids=["no-stride", "float-stride", "negative-padding", "no-dilation", "no-groups"],
+    ids=["no-stride", "float-stride", "negative-padding", "no-dilation", "no-groups", "too-large"],
 )
 def test_settings_of_a_convolution(setting, value, message, backend):
     """nn.Conv2d takes most of these when it is made, and anything later; the call refuses them, whoever serves."""
