@@ -6,7 +6,7 @@ Zagoruyko, Komodakis, "Wide Residual Networks", 2016, arXiv 1605.07146.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .blocks import PreActBlock, PreActBottleneck
-from .checks import one_of
+from .checks import flag, one_of, positive
 from .layers import Layers, normalize, overwritable
 from .stage import PreActStage
 
@@ -72,8 +72,9 @@ class PreActResNet(nn.Module):
         block_options: keyword arguments for every block, such as shortcut_input, backend and of bottlenecks stride_on.
 
     Raises:
-        TypeError: the blocks have no option of that name.
-        ValueError: ``stem`` is none of the two, or the blocks or stages refuse an option's value.
+        TypeError: the blocks have no option of that name, or a number is none, or ``block`` no class of blocks.
+        ValueError: ``stem`` is none of the two, a number is less than 1, or the blocks or stages refuse an option's
+            value.
     """
 
     def __init__(
@@ -94,9 +95,17 @@ class PreActResNet(nn.Module):
     ) -> None:
         super().__init__()
         one_of("stem", stem, ("cifar", "imagenet"))
+        flag("head_norm", head_norm)
+        if not (isinstance(block, type) and hasattr(block, "expansion")):
+            raise TypeError(f"block must be a class of blocks, such as PreActBlock, got {block!r}")
+        if not isinstance(num_blocks, Iterable):
+            raise TypeError(f"num_blocks must be integers, one for each stage, got {num_blocks!r}")
+        num_blocks = [positive(f"num_blocks[{i}]", count) for i, count in enumerate(num_blocks)]
+        num_classes, width = positive("num_classes", num_classes), positive("width", width)
+        stem_width = width if stem_width is None else positive("stem_width", stem_width)
         size, stride = (3, 1) if stem == "cifar" else (7, 2)
         self.pool = stem == "imagenet"
-        channels, like = width if stem_width is None else stem_width, {"device": device, "dtype": dtype}
+        channels, like = stem_width, {"device": device, "dtype": dtype}
         self.conv1 = nn.Conv2d(3, channels, size, stride, padding=size // 2, bias=False, **like)
         self.stages = [f"layer{i + 1}" for i in range(len(num_blocks))]
         for i, (name, count) in enumerate(zip(self.stages, num_blocks, strict=True)):

@@ -171,3 +171,23 @@ def test_device_and_dtype_are_of_all_parameters():
     assert {p.dtype for p in net.parameters()} == {torch.float64}
     assert net(torch.randn(2, 3, 8, 8, dtype=torch.float64)).dtype == torch.float64
     assert {t.device.type for t in models.create("resnet164", device="meta").state_dict().values()} == {"meta"}
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (dict(block=PreActBlock(4, 4)), TypeError, "block must be a class of blocks.*got PreActBlock"),
+        (dict(num_blocks=2), TypeError, "num_blocks must be integers, one for each stage, got 2"),
+        (dict(num_blocks=[1, -1]), ValueError, r"num_blocks\[1\] must be at least 1, got -1"),
+        (dict(num_classes="10"), TypeError, "num_classes must be an integer, got '10'"),
+        (dict(num_classes=0), ValueError, "num_classes must be at least 1, got 0"),
+        (dict(width=1.5), TypeError, "width must be an integer, got 1.5"),
+        (dict(stem_width=0), ValueError, "stem_width must be at least 1, got 0"),
+        (dict(head_norm="yes"), TypeError, "head_norm must be True or False, got 'yes'"),
+    ],
+    ids=["block", "no-list", "negative-count", "word", "no-classes", "half-a-plane", "no-stem", "head-norm"],
+)
+def test_options_that_are_no_net(options, error, message):
+    """Each is named before torch is asked for tensors of such sizes."""
+    with pytest.raises(error, match=message):
+        models.PreActResNet(**dict(block=PreActBlock, num_blocks=[1]) | options)
