@@ -274,6 +274,8 @@ def batch_norm(unit: Unit, shape: Sequence[int], x: Tensor, name: Callable[[str]
     if unit.batch and shape[0] * shape[2] * shape[3] < 2:
         where = name("x")
         raise ValueError(f"{where} must have more than one value per channel in training, got shape {tuple(shape)}")
+    if unit.eps is None or isinstance(unit.eps, str):  # a layer's may be an array of one number
+        raise TypeError(f"{name('eps')} must be a number, got {unit.eps!r}")
     if not unit.eps >= 0 or (unit.batch and unit.eps == 0):
         expected = "must be positive in training" if unit.batch else "must not be negative"
         raise ValueError(f"{name('eps')} {expected}, got {unit.eps}")

@@ -304,6 +304,15 @@ def test_layers_of_other_names_are_called_by_these():
             module(torch.randn(2, 4, 5, 5))
 
 
+@pytest.mark.parametrize("eps", [None, "1e-5"])
+def test_an_eps_that_is_no_number(eps):
+    """nn.BatchNorm2d takes anything when it is made."""
+    block = PreActBlock(4, 4)
+    block.bn2.eps = eps
+    with pytest.raises(TypeError, match=f"^bn2.eps must be a number, got {eps!r}"):
+        block(torch.randn(2, 4, 5, 5))
+
+
 def test_a_bias_has_the_type_of_x():
     """Unlike the batch norm's parameters, which may be wider."""
     given = {key: t.bfloat16() for key, t in arguments().items() if key in ("x", "weight")}
@@ -371,7 +380,7 @@ def test_settings_of_a_convolution(setting, value, message, backend):
     """nn.Conv2d takes most of these when it is made, and anything later; the call refuses them, whoever serves."""
     unit = BNReLUConv2d(4, 4, 3, padding=1, backend=backend)
     block = PreActBlock(4, 6, backend=backend)
-    for module, layer, name in (unit, unit.conv, ""), (block, block.conv2, "conv2."):
+    for module, layer, name in (unit, unit.conv, "conv."), (block, block.conv2, "conv2."):
         setattr(layer, setting, value)
         with pytest.raises((TypeError, ValueError), match=f"^{name}{message}"):
             module(torch.randn(2, 4, 5, 5))
