@@ -334,5 +334,16 @@ def call(x: Any, blocks: Sequence[Block], residual: Any = None) -> None:
         shape = _block(x, shape, block, k == 0)
     if residual is not None:
         _alike("residual", residual, x, (x.dtype,))
-        if residual.shape != torch.Size(shape):
-            raise ValueError(f"residual must have the shape of the output, {tuple(shape)}; got {tuple(residual.shape)}")
+        addend(residual, shape)
+
+
+def addend(residual: Any, shape: Sequence[int]) -> None:
+    """Check that ``residual`` can be added to an output of ``shape`` as it is.
+
+    Raises:
+        TypeError: it is no tensor.
+        ValueError: it has another shape.
+    """
+    tensor("residual", residual)
+    if residual.shape != torch.Size(shape):
+        raise ValueError(f"residual must have the shape of the output, {tuple(shape)}; got {tuple(residual.shape)}")

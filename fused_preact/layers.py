@@ -96,6 +96,8 @@ class Layers(NamedTuple):
             if i == 0 and self.container is not None:
                 across = self.container(y if self.shortcut == "activated" else x)
             y = conv(y)
+        if residual is not None and isinstance(y, Tensor):  # not in symbolic tracing, which calls with no tensors
+            checks.addend(residual, y.shape)
         return y if across is None else add(y, across, inplace)
 
 

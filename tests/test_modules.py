@@ -97,9 +97,9 @@ def test_the_running_statistics_move_once_a_forward(backend):
     assert unit.bn.num_batches_tracked == 2
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, "eager"])
 def test_a_residual_is_added(backend):
-    """The residual is added to the result and gets its gradient."""
+    """It gets its gradient, and is never broadcast, by plain layers neither."""
     unit, plain = twins(backend)
     x, residual = torch.randn(2, 8, 4, 5), torch.randn(2, 5, 4, 5, requires_grad=True)
     y = unit(x, residual)
