@@ -54,6 +54,12 @@ def test_least_bytes_of_a_kernel(kernel, expected):
     assert cuda.minimum_bytes(kernel, x=2, y=5) == expected
 
 
+def test_a_kernel_counts_from_the_end_of_the_one_in_front():
+    """From SM 9.0 on it has begun before that, and waits; where it began later, the time between is nobody's."""
+    kernels = [("b", 3.0, 14.0), ("a", 2.0, 10.0), ("a", 20.0, 26.0), ("b", 21.0, 32.0)]
+    assert cuda.kernel_seconds(kernels) == pytest.approx({"a": 7e-6, "b": 5e-6})
+
+
 def test_units_are_those_of_a_bottleneck():
     """Three convolutions a stage, whose outputs are what the next one reads."""
     labels = [case.label for case in cuda.units()]
