@@ -105,7 +105,7 @@ def assert_blocks_fit(kernel: Kernel) -> None:
 def assert_instructions(kernel: Kernel) -> None:
     """Tensor cores multiply in the type that was asked for, and only there; copies bypass the registers.
 
-    No fence orders all memory of a GPU: where blocks meet, `arrive` orders what it must.
+    Where blocks meet, `arrive` releases and acquires: no fence is stronger.
     """
     assert "MEMBAR.SC" not in kernel.code, kernel.name
     for name, instruction in PRODUCTS.items():
