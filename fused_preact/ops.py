@@ -229,13 +229,16 @@ class _Stage(torch.autograd.Function):
         _save(ctx, backend, facts, arguments, x, y, kept, rows, parts)
         # Not by save_for_backward: to change beta in place before backward is no error with plain layers.
         ctx.norms = [t for t in (*arguments.bn_weight, *arguments.bn_bias) if t.requires_grad]
+        ctx.set_materialize_grads(False)  # where none arrives none leaves: an optimizer decays what has one of zeros
         found += rows
         return y
 
     @staticmethod
-    def backward(ctx, dy: Tensor):
+    def backward(ctx, dy: Tensor | None):
         *_, n, biases, projections = ctx.counts
         need_x, need_residual, *flat = _needed(ctx)
+        if dy is None:
+            return *[None] * 7, *[None] * len(flat)
         wanted = _cut(flat, (n, biases, n, n, projections))
         saved = ctx.saved_tensors  # with autograd: a checkpoint's forward, which makes them again, may need it
         with torch._C._AutoDispatchBelowAutograd():

@@ -266,3 +266,24 @@ def test_a_second_derivative_is_there_in_eager():
     (dx,) = torch.autograd.grad(plain(x).square().sum(), x, create_graph=True)
     dx.square().sum().backward()
     assert x.grad.isfinite().all()
+
+
+class Nothing(torch.autograd.Function):
+    """A function that gives no gradient back, as those do that hold a branch out of backward."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        return None
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "eager"])
+def test_where_no_gradient_arrives_none_leaves(backend):
+    """Gradients of zeros in their place would have an optimizer decay the weights, and take a backward to make."""
+    block = PreActBlock(4, 4, backend=backend)
+    x = torch.randn(2, 4, 5, 5, requires_grad=True)
+    Nothing.apply(block(x)).sum().backward()
+    assert all(t.grad is None for t in (x, *block.parameters()))
