@@ -128,7 +128,9 @@ class PreActResNet(nn.Module):
         Raises:
             TypeError, ValueError, RuntimeError: the images do not fit.
         """
-        x = self.conv1(x.contiguous(memory_format=torch.channels_last))
+        if not torch._C._are_functorch_transforms_active():  # vmap knows no such layout
+            x = x.contiguous(memory_format=torch.channels_last)
+        x = self.conv1(x)
         if self.pool:
             x = F.max_pool2d(x, 3, 2, 1)
         for stage in self.stages:

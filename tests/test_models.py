@@ -149,6 +149,21 @@ def test_it_runs_channels_last_inside():
     assert seen[0].is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("stem", ["cifar", "imagenet"])
+def test_gradients_of_each_image(stem):
+    """By vmap over the images, which knows no channels_last; so is a Jacobian."""
+    net = models.PreActResNet(PreActBlock, [1, 1], width=4, head_norm=True, stem=stem).double().eval()
+    x, parameters = torch.randn(3, 3, 16, 16, dtype=torch.float64), dict(net.named_parameters())
+
+    def loss(parameters, image):
+        return torch.func.functional_call(net, parameters, (image[None],)).square().sum()
+
+    together = torch.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
+    apart = torch.autograd.grad(loss(parameters, x[1]), [*parameters.values()])
+    assert_close([grad[1] for grad in together.values()], [*apart])
+    assert_close(torch.func.jacrev(net)(x[:1]), torch.autograd.functional.jacobian(net, x[:1]))
+
+
 def test_stems_and_options():
     """The ImageNet stem divides the size by four; options reach every block; wrong names are listed."""
     net = models.create("preactresnet50", 7, stem="imagenet", width=4, stride_on="first", backend="library")
