@@ -191,13 +191,14 @@ __device__ __forceinline__ void correlate_block(const Correlation<Op, Source>& p
   };
 
   Epilogue epilogue(output);
+#pragma unroll 1
+  for (int t = begin; t < begin + 2; ++t) index_source(t);
   if (threadIdx.x < Columns) m.totals[threadIdx.x] = Total{};
+  take_turn();  // what comes before reads shared memory and arguments alone
   Block acc[2][Columns / 16];
   int loaded_window = -1, loaded_chunk = -1, unstored = 0;
   bool stored = false;
   if (!Op::kRounds && p.resident && p.filter.along && begin < end) copy_slabs(p, n0, m.slabs), loaded_window = 0;
-#pragma unroll 1
-  for (int t = begin; t < begin + 2; ++t) index_source(t);
   __syncthreads();
   // Each step queues the copies of the next chunk, or tile, and multiplies those that the step before it queued.
   for (int t = begin - 1, chunk = p.chunks - 1, which = 1; t < end; which ^= 1) {
@@ -240,7 +241,6 @@ __global__ __launch_bounds__(kThreads,
                              resident_blocks(Columns)) void correlate(const __grid_constant__ Correlation<Op, Source> p,
                                                                       const __grid_constant__
                                                                       typename Epilogue::Output output) {
-  take_turn();
   correlate_block<Columns, Op, Source, Epilogue>(p, output, static_cast<int>(blockIdx.x));
 }
 

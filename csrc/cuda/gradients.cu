@@ -19,7 +19,6 @@ __global__ __launch_bounds__(kThreads, kWgradBlocks) void gradients_kernel(
     const __grid_constant__ Correlation<Op, GradientSource<Op>> d,
     const __grid_constant__ typename DgradEpilogue<Op>::Output output, const __grid_constant__ WgradParams<Op> w,
     int wgrad_blocks) {
-  take_turn();
   const int block = static_cast<int>(blockIdx.x);
   if (block < wgrad_blocks)
     wgrad_block<Op, Taps>(w, block);

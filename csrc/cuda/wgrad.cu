@@ -18,7 +18,6 @@ namespace {
 
 template <class Op, int Taps>
 __global__ __launch_bounds__(kThreads, kWgradBlocks) void wgrad_kernel(const __grid_constant__ WgradParams<Op> p) {
-  take_turn();
   wgrad_block<Op, Taps>(p, static_cast<int>(blockIdx.x));
 }
 

@@ -262,6 +262,7 @@ __device__ __forceinline__ void wgrad_block(const WgradParams<Op>& p, int block)
   const bool with_bias = p.bias_slots != nullptr && c0 == 0;
 #pragma unroll 1
   for (int t = begin; t < begin + 2; ++t) m.index(t);
+  take_turn();  // what comes before reads shared memory and arguments alone
   __syncthreads();
   // Each step queues the copies of the next tile, and multiplies the one that the step before it queued.
   for (int t = begin - 1, which = 1; t < end; ++t, which ^= 1) {
