@@ -61,7 +61,10 @@ from test_running import (  # noqa: F401  (run by pytest)
     test_many_batch_norms,
     test_what_is_infinite_stays_so,
 )
-from test_statistics import test_a_mean_is_rounded_without_moving_its_channel  # noqa: F401  (run by pytest)
+from test_statistics import (  # noqa: F401  (run by pytest)
+    test_a_mean_is_rounded_without_moving_its_channel,
+    test_an_infinite_running_mean_makes_no_nan,
+)
 from tf32 import eager_tf32
 
 pytestmark = pytest.mark.skipif(cuda_toolkit.home() is None, reason=cuda_toolkit.NO_NVCC)

@@ -36,3 +36,11 @@ def test_an_infinite_gamma_makes_no_nan(backend):
     x, gamma = torch.tensor([-1.0, 1.0, -1.0, 1.0]).view(4, 1, 1, 1), torch.full((1,), torch.inf)
     y = bn_relu_conv2d(x, torch.ones(1, 1, 1, 1), gamma, torch.ones(1), training=True, backend=backend)
     assert y.flatten().tolist() == [0, torch.inf, 0, torch.inf]
+
+
+@pytest.mark.parametrize("mean", [torch.inf, -torch.inf])
+def test_an_infinite_running_mean_makes_no_nan(backend, mean):
+    """Nothing of it is lost where it is rounded: all of its channel is infinitely far below it, or above."""
+    x, one = torch.tensor([-1.0, 2.0]).view(2, 1, 1, 1), torch.ones(1)
+    y = bn_relu_conv2d(x, one.view(1, 1, 1, 1), one, one, torch.full((1,), mean), one, backend=backend)
+    assert y.flatten().tolist() == [max(-mean, 0)] * 2

@@ -14,7 +14,8 @@ void norm_rows(T* rows, int64_t C, int64_t c, double mean, double variance, doub
   rows[kRstd * C + c] = T(rstd);
   rows[kVariance * C + c] = T(unbiased);
   rows[kScale * C + c] = T(scale);
-  rows[kShift * C + c] = T(lost == 0 ? beta : beta + scale * lost);  // an infinite scale makes no NaN of nothing lost
+  // Of an infinite mean nothing is lost, and an infinite scale makes no NaN of that.
+  rows[kShift * C + c] = T(lost > 0 || lost < 0 ? beta + scale * lost : beta);
 }
 
 // The statistics of one group of tiles, for channels padded to whole vectors.

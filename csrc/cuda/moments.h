@@ -76,8 +76,8 @@ __device__ __forceinline__ void write_norm_rows(float* rows, int64_t C, int64_t 
   rows[kRstd * C + c] = static_cast<float>(rstd);
   rows[kVariance * C + c] = static_cast<float>(unbiased);
   rows[kScale * C + c] = static_cast<float>(scale);
-  // An infinite scale makes no NaN of nothing lost.
-  rows[kShift * C + c] = lost == 0 ? beta : static_cast<float>(beta + scale * lost);
+  // Of an infinite mean nothing is lost, and an infinite scale makes no NaN of that.
+  rows[kShift * C + c] = lost > 0 || lost < 0 ? static_cast<float>(beta + scale * lost) : beta;
 }
 
 // Moments of every group and channel in global memory, and the rows that come of them.
