@@ -22,7 +22,7 @@ class Case:
     Args:
         group: heading it is listed under.
         label: what it is called there; unique in its group, batch and dtype included.
-        make: make(backend) builds the module.
+        make: make(backend=name) builds the module.
         shape: (N, C, H, W) of the input.
         dtype: of DTYPES; but for "fp32", of an input under autocast, parameters in fp32.
         net: classifies images: a step is cross entropy, backward and the update by SGD with momentum.
@@ -36,7 +36,7 @@ class Case:
 
     group: str
     label: str
-    make: Callable[[str], nn.Module]
+    make: Callable[..., nn.Module]
     shape: tuple[int, int, int, int]
     dtype: str = "fp32"
     net: bool = False
@@ -56,17 +56,6 @@ class Case:
         return replace(self, shape=(batch, *self.shape[1:]))
 
 
-def make_block(kind: str, in_planes: int, planes: int, stride: int, backend: str) -> nn.Module:
-    """PreActBlock ("basic") or PreActBottleneck ("bottleneck")."""
-    block = {"basic": PreActBlock, "bottleneck": PreActBottleneck}[kind]
-    return block(in_planes, planes, stride, backend=backend)
-
-
-def make_dense(channels: int, growth: int, backend: str) -> nn.Module:
-    """A layer of a DenseNet, which gives the new features."""
-    return DenseLayer(channels, growth, backend=backend)
-
-
 def make_grouped(channels: int, width: int, groups: int, backend: str) -> nn.Module:
     """A PreActBottleneck of another width, whose 3x3 convolution has groups, as in ResNeXt."""
     block = PreActBottleneck(channels, channels // 4, backend=backend)
@@ -76,14 +65,9 @@ def make_grouped(channels: int, width: int, groups: int, backend: str) -> nn.Mod
     return block
 
 
-def make_net(model: str, backend: str) -> nn.Module:
-    """A net of fused_preact.models, for ten classes."""
-    return models.create(model, num_classes=10, backend=backend)
-
-
-def make_unit(channels: int, out_channels: int, kernel: int, stride: int, backend: str) -> nn.Module:
-    """One BNReLUConv2d, padded to keep the size (at stride 1)."""
-    return BNReLUConv2d(channels, out_channels, kernel, stride, kernel // 2, backend=backend)
+def unit(channels: int, out_channels: int, kernel: int, stride: int = 1) -> Callable[..., nn.Module]:
+    """What makes one BNReLUConv2d, padded to keep the size (at stride 1)."""
+    return partial(BNReLUConv2d, channels, out_channels, kernel, stride, kernel // 2)
 
 
 def bottlenecks(batch: int, dtype: str) -> list[Case]:
@@ -98,7 +82,7 @@ def bottlenecks(batch: int, dtype: str) -> list[Case]:
         Case(
             "ResNet-1001 bottleneck",
             f"{C}x{H}x{H}, N={batch}, {dtype}",
-            partial(make_block, "bottleneck", C, M, 1),
+            partial(PreActBottleneck, C, M),
             (batch, C, H, H),
             dtype,
             goals={"fast": goal[dtype]} if batch == 16 else {},
@@ -113,7 +97,7 @@ def basics(group: str, widths: tuple[int, ...], batch: int, dtype: str) -> list[
         Case(
             group,
             f"{C}x{32 >> i}x{32 >> i}, N={batch}, {dtype}",
-            partial(make_block, "basic", C, C, 1),
+            partial(PreActBlock, C, C),
             (batch, C, 32 >> i, 32 >> i),
             dtype,
         )
@@ -127,7 +111,7 @@ def denses(batch: int, dtype: str) -> list[Case]:
         Case(
             "DenseNet-121 layer",
             f"{C}x{H}x{H}, N={batch}, {dtype}",
-            partial(make_dense, C, 32),
+            partial(DenseLayer, C, 32),
             (batch, C, H, H),
             dtype,
         )
@@ -154,7 +138,7 @@ def net(title: str, model: str, batch: int, dtype: str = "fp32") -> Case:
     return Case(
         "Training step",
         f"{title}, N={batch}, {dtype}",
-        partial(make_net, model),
+        partial(models.create, model),
         (batch, 3, 32, 32),
         dtype,
         net=True,
@@ -220,7 +204,7 @@ def table_cases() -> list[Case]:
         Case(
             f"Unit {kernel}x{kernel}, stride {stride}",
             f"{C}->{K}, {H}x{H}, N={batch}, {dtype}, {layout}",
-            partial(make_unit, C, K, kernel, stride),
+            unit(C, K, kernel, stride),
             (batch, C, H, H),
             dtype,
             backends=("cpu", "library", "auto", "eager"),

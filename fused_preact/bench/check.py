@@ -36,7 +36,7 @@ def pose(case: Case, seed: int = 0, device: str = "cpu") -> Problem:
 
 
 def _pose(case: Case, device: str) -> Problem:
-    reference = case.make("eager").train()
+    reference = case.make(backend="eager").train()
     for module in reference.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)

@@ -52,7 +52,7 @@ def contenders(case: Case, compiled: bool = False, device: str = "cpu") -> list[
 def build(contender: Contender, problem: Problem) -> nn.Module:
     """The contender's module, in training mode, with the problem's parameters."""
     ordinary = contender.backend in ("eager", "compiled")
-    module = problem.case.make("eager" if ordinary else contender.backend)
+    module = problem.case.make(backend="eager" if ordinary else contender.backend)
     module.load_state_dict(problem.state)
     if ordinary:
         module = plain(module)

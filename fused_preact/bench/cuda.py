@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
-from functools import partial
 from operator import itemgetter
 from statistics import fmean
 from typing import Any
@@ -28,7 +27,7 @@ from fused_preact import backends
 from fused_preact.errors import UserError
 
 from . import cuda_net, environment
-from .cases import Case, bottlenecks, make_unit
+from .cases import Case, bottlenecks, unit
 from .check import pose, verify
 from .contenders import Contender, build
 from .device import call_of, samples, seconds
@@ -82,7 +81,7 @@ def _only(case: Case) -> Case:
 def units() -> list[Case]:
     """The three convolutions of a bottleneck of each stage of ResNet-1001, bf16."""
     return [
-        _only(Case("Unit", f"{C}->{K}, {R}x{R}, {H}x{H}", partial(make_unit, C, K, R, 1), (BATCH, C, H, H), "bf16"))
+        _only(Case("Unit", f"{C}->{K}, {R}x{R}, {H}x{H}", unit(C, K, R), (BATCH, C, H, H), "bf16"))
         for M, H in ((16, 32), (32, 16), (64, 8))
         for C, K, R in ((4 * M, M, 1), (M, M, 3), (M, 4 * M, 1))
     ]

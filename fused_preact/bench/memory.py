@@ -26,7 +26,7 @@ def peak_rss(case: Case, contender: Contender) -> int | None:
 
 
 def _measure(case: Case, contender: Contender) -> int:
-    module = case.make("eager")
+    module = case.make(backend="eager")
     target = torch.zeros(case.shape[0], dtype=torch.int64)
     problem = Problem(case, torch.randn(case.shape), target, module.state_dict())
     trial = step(contender, problem, build(contender, problem))

@@ -4,22 +4,20 @@ from functools import partial
 
 import pytest
 
-from fused_preact import PreActBlock
-from fused_preact.bench.cases import Case, make_block, make_net
+from fused_preact import PreActBlock, models
+from fused_preact.bench.cases import Case
 
 
 @pytest.fixture
 def block():
     """A basic block of 8 channels."""
-    return Case(
-        "Tiny", "block", partial(make_block, "basic", 8, 8, 1), (4, 8, 8, 8), goals={"fast": {"saved_bytes": 1.5}}
-    )
+    return Case("Tiny", "block", partial(PreActBlock, 8, 8), (4, 8, 8, 8), goals={"fast": {"saved_bytes": 1.5}})
 
 
 @pytest.fixture
 def small_net():
     """A training step of ResNet-20 on two images."""
-    return Case("Tiny", "net", partial(make_net, "resnet20"), (2, 3, 8, 8), net=True, layouts=("channels_last",))
+    return Case("Tiny", "net", partial(models.create, "resnet20"), (2, 3, 8, 8), net=True, layouts=("channels_last",))
 
 
 @pytest.fixture

@@ -75,5 +75,5 @@ def test_modules_fit_their_inputs():
     for make in LISTS:
         for case in make():
             if not case.net and case.shape[0] == 1:
-                first = next(m for m in case.make("eager").modules() if hasattr(m, "num_features"))
+                first = next(m for m in case.make(backend="eager").modules() if hasattr(m, "num_features"))
                 assert first.num_features == case.shape[1], case.name

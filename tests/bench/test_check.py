@@ -10,7 +10,7 @@ from fused_preact.bench.contenders import Contender, build
 
 def pre_activations(problem):
     """Values that enter the ReLUs of the eager module, in float64."""
-    module = problem.case.make("eager")
+    module = problem.case.make(backend="eager")
     module.load_state_dict(problem.state)
     module.double().train()
     found = []

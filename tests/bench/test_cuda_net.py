@@ -130,4 +130,4 @@ def test_the_other_nets_are_those_that_they_are_called():
     """Each can be made, and takes the images of its case."""
     for case in cuda_net.others():
         with FakeTensorMode():
-            assert case.make("auto")(torch.empty(2, *case.shape[1:])).shape == (2, 10)
+            assert case.make(backend="auto")(torch.empty(2, *case.shape[1:])).shape == (2, 10)
