@@ -106,7 +106,7 @@ def _grouped(conv: Conv) -> str | None:
 
 
 def _not_taken(conv: Conv, weight: tuple[int, ...]) -> str | None:
-    """Why a convolution is torch's own in `cpu` and `cuda`, as csrc/library.cpp says; None where it is a kernel's."""
+    """Why `cpu` and `cuda` leave a convolution to torch, as csrc/convolution.cpp says; None where it is a kernel's."""
     _, _, R, S = weight
     if (R, S) not in ((1, 1), (3, 3)):
         return f"it has filters of 1x1 and 3x3, not {R}x{S}"
@@ -187,15 +187,15 @@ def obstacle(name: str, problem: Problem, by_rule: bool = False) -> str | None:
     if problem.transformed and name != "eager":
         return "it knows no transforms of torch.func, no forward-mode derivatives and no torch.jit.trace"
     reason = _OBSTACLES[name](problem)
-    if reason is None and by_rule and problem.rounded and name != "eager":
+    if reason is not None or not by_rule:
+        return reason
+    if problem.rounded and name != "eager":
         return f"autocast would have it round x to {problem.dtype} in front of the batch norm; ask for it by name"
-    if reason is None and by_rule and problem.saves_memory:
+    if problem.saves_memory:
         return (
             "it keeps all that its layers keep, and a mode that keeps less was asked for" if name == "eager" else None
         )
-    if reason is None and by_rule and name in _AUTO_OBSTACLES:
-        reason = _AUTO_OBSTACLES[name](problem)
-    return reason
+    return _AUTO_OBSTACLES[name](problem) if name in _AUTO_OBSTACLES else None
 
 
 def autocasts(x: torch.Tensor) -> bool:
