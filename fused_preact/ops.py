@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _extension, backends, library, reference, schedule
+from . import _extension, backends, schedule
 from .checks import Block
 from .kernels import accumulation_type, memory_format
 
@@ -33,7 +33,7 @@ BACKWARD = (
     "int memory, bool tf32, bool[] needs) -> (Tensor dx, Tensor[] dweight, Tensor[] dbias, Tensor[] dbn_weight, "
     "Tensor[] dbn_bias, Tensor[] dshortcut_weight)"
 )
-TABLES: dict[str, Any] = {"reference": reference, "library": library, "triton": ".triton.table"}
+TABLES = {"reference": ".reference", "library": ".library", "triton": ".triton.table"}
 OPERATORS: dict[str, tuple[Any, Any]] = {}
 """Forward and backward of each backend that is built."""
 
@@ -41,9 +41,8 @@ _library = torch.library.Library("fused_preact", "FRAGMENT")
 
 
 def table(backend: str) -> Any:
-    """The kernels of a backend in Python; a module given by its name is imported here, for Triton may be missing."""
-    kernels = TABLES[backend]
-    return importlib.import_module(kernels, __package__) if isinstance(kernels, str) else kernels
+    """The kernels of a backend in Python: a module that is imported only here, for Triton may be missing."""
+    return importlib.import_module(TABLES[backend], __package__)
 
 
 def _over(backend: str, run: Callable[..., Any], *args: Any) -> Any:
