@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ class Branch(Fused):
     """BN-ReLU-Conv units one after the other, of layers that it knows by their ``_names``."""
 
     _names: list[tuple[str, str]]
-    _boxes: list[str]  # modules that layers are in, where they are no children
+    _boxes: Sequence[str] = ()  # modules that layers are in, where they are no children
 
     @classmethod
     def of(cls, layers: Layers, children: dict[str, nn.Module], backend: str = "auto", **settings: Any) -> Branch:
@@ -95,7 +96,7 @@ class Block(Branch):
         one_of("shortcut_input", shortcut_input, ("activated", "raw"))
         one_of("shortcut_name", shortcut_name, SHORTCUT_NAMES)
         self.shortcut_input, self.shortcut_name = shortcut_input, shortcut_name
-        self._names, self._boxes = [(f"bn{i}", f"conv{i}") for i in range(1, self._units + 1)], []
+        self._names = [(f"bn{i}", f"conv{i}") for i in range(1, self._units + 1)]
         channels, like = in_planes, {"device": device, "dtype": dtype}
         for (bn, conv), (width, size, step) in zip(self._names, self._layout(planes, stride), strict=True):
             self.add_module(bn, nn.BatchNorm2d(channels, **like))

@@ -63,7 +63,7 @@ class DenseLayer(Branch):
             raise ValueError(f"drop_rate must be between 0 and 1, got {drop_rate!r}")
         one_of("returns", returns, RETURNS)
         self.drop_rate, self.memory_efficient, self.returns = drop_rate, memory_efficient, returns
-        self._names, self._boxes = [("norm1", "conv1"), ("norm2", "conv2")], []
+        self._names = [("norm1", "conv1"), ("norm2", "conv2")]
         like = {"device": device, "dtype": dtype}
         self.norm1 = nn.BatchNorm2d(channels, **like)
         self.conv1 = nn.Conv2d(channels, width, 1, bias=False, **like)
@@ -120,7 +120,7 @@ class Transition(Branch):
         super().__init__(backend)
         channels = positive("num_input_features", num_input_features)
         width = positive("num_output_features", num_output_features)
-        self._names, self._boxes = [("norm", "conv")], []
+        self._names = [("norm", "conv")]
         self.norm = nn.BatchNorm2d(channels, device=device, dtype=dtype)
         self.conv = nn.Conv2d(channels, width, 1, bias=False, device=device, dtype=dtype)
 
