@@ -55,7 +55,7 @@ class Branch(Fused):
         return module
 
 
-class Block(Branch):
+class ResidualBlock(Branch):
     """Units bn1-conv1, bn2-conv2, ... and a shortcut, which has a 1x1 convolution only where the shape changes.
 
     He, Zhang, Ren, Sun, "Identity Mappings in Deep Residual Networks", 2016, arXiv 1603.05027, figure 1(b).
@@ -107,7 +107,7 @@ class Block(Branch):
             self.add_module(shortcut_name, projection if shortcut_name == "convShortcut" else nn.Sequential(projection))
 
     @classmethod
-    def of(cls, layers: Layers, children: dict[str, nn.Module], backend: str = "auto") -> Block:
+    def of(cls, layers: Layers, children: dict[str, nn.Module], backend: str = "auto") -> ResidualBlock:
         """The block of layers that exist; the names that they come with lead to them from its ``children``."""
         source = "raw" if layers.shortcut == "raw" else "activated"
         return super().of(layers, children, backend, shortcut_name=layers.container_name, shortcut_input=source)
@@ -126,10 +126,10 @@ class Block(Branch):
 
 def _documented(summary: str | None) -> str | None:
     """The summary of a block's class with what holds of all blocks; None where Python left docstrings out."""
-    return summary and summary.rstrip() + "\n" + Block.__doc__.partition("\n")[2]
+    return summary and summary.rstrip() + "\n" + ResidualBlock.__doc__.partition("\n")[2]
 
 
-class PreActBlock(Block):
+class PreActBlock(ResidualBlock):
     """Basic block: 3x3, 3x3. ``PreActBlock(in_planes, planes, stride=1, ...)``; the first 3x3 has the stride."""
 
     __doc__ = _documented(__doc__)
@@ -140,7 +140,7 @@ class PreActBlock(Block):
         return [(planes, 3, stride), (planes, 3, 1)]
 
 
-class PreActBottleneck(Block):
+class PreActBottleneck(ResidualBlock):
     """Bottleneck: 1x1, 3x3, 1x1, four times ``planes`` out. ``PreActBottleneck(in_planes, planes, stride=1, ...)``.
 
     ``stride_on`` says which convolution has the stride: "3x3", or "first", the first 1x1 (resnet-1k-layers).

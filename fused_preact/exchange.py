@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from . import backends, trial
-from .blocks import Block, Branch, PreActBlock, PreActBottleneck
+from .blocks import Branch, PreActBlock, PreActBottleneck, ResidualBlock
 from .checks import one_of
 from .dense import RETURNS, DenseLayer, Transition
 from .layers import Layers, Pair
@@ -23,7 +23,7 @@ from .stage import MEMORY, PreActStage
 from .watch import has_own_forward, hooked
 
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
-_KINDS: dict[int, tuple[type[Block], ...]] = {1: (), 2: (PreActBlock, FirstPreActBlock), 3: (PreActBottleneck,)}
+_KINDS: dict[int, tuple[type[ResidualBlock], ...]] = {1: (), 2: (PreActBlock, FirstPreActBlock), 3: (PreActBottleneck,)}
 _RESIDUAL = 0
 
 
@@ -114,7 +114,7 @@ class _Exchange:
         for key, child in module._modules.items():
             children[key] = None if child is None else self._of(child, dense, f"{name}.{key}" if name else key)
         changes = [(module, key, child) for key, child in children.items() if child is not module._modules[key]]
-        if type(module) is nn.Sequential and children and all(isinstance(child, Block) for child in children.values()):
+        if type(module) is nn.Sequential and children and all(isinstance(c, ResidualBlock) for c in children.values()):
             new = module if _why_called(module) else PreActStage(OrderedDict(children), memory=self.memory)
         else:
             new = module if changes else self._block(module, dense, name) or module
@@ -220,7 +220,7 @@ def _block_of(old: nn.Module, layers: Layers, candidates: Iterable[_Candidate]) 
         nearest = max(nearest, agreeing := trial.agreement(theirs, ours))
         if agreeing < len(theirs):
             continue
-        if isinstance(block, Block):
+        if isinstance(block, ResidualBlock):
             if takes_x:
                 return block
             continue
@@ -277,7 +277,7 @@ def _layers(old: nn.Module) -> Layers | None:
 
 
 def _shortcut(across: tuple[str, nn.Module] | None) -> tuple[str, nn.Module | None]:
-    """Name and module of a shortcut's convolution as `Block` has it: itself, or in an nn.Sequential."""
+    """Name and module of a shortcut's convolution as `ResidualBlock` has it: itself, or in an nn.Sequential."""
     if across is None:
         return "shortcut", None
     (name, _, key), conv = across[0].partition("."), across[1]

@@ -11,7 +11,7 @@ import torch.fx
 from torch import Tensor, nn
 
 from . import backends, schedule
-from .blocks import Block
+from .blocks import ResidualBlock
 from .checks import one_of
 from .layers import Layers
 from .runs import Run, lasting_state, remembered
@@ -94,7 +94,7 @@ class PreActStage(nn.Sequential):
         if self.memory != "min":
             return
         for name, block in self._modules.items():
-            if isinstance(block, Block) and block._units < 3:
+            if isinstance(block, ResidualBlock) and block._units < 3:
                 raise ValueError(
                     f"memory='min' needs blocks of three convolutions or more; block {name} is a "
                     f"{type(block).__name__} of {block._units}, which keeps one tensor with memory='lean' already"
@@ -102,7 +102,7 @@ class PreActStage(nn.Sequential):
 
     def _parts(self) -> Iterator[_Alone | _Part]:
         """The blocks in order: runs of those that are one node, and by itself each that cannot be in one."""
-        part: list[tuple[Block, Layers]] = []
+        part: list[tuple[ResidualBlock, Layers]] = []
         for name, block in self._modules.items():
             reason = _why_alone(block)
             layers = block._layers()._replace(prefix=f"{name}.") if reason is None else None
@@ -136,9 +136,9 @@ class PreActStage(nn.Sequential):
 
 def _why_alone(block: nn.Module) -> str | None:
     """Why a module of a stage runs by itself, its layers apart, or None."""
-    if not isinstance(block, Block):
+    if not isinstance(block, ResidualBlock):
         return f"it is of type {type(block).__name__}, no PreActBlock and no PreActBottleneck"
-    if type(block).forward is not Block.forward or has_own_forward(block):
+    if type(block).forward is not ResidualBlock.forward or has_own_forward(block):
         return "it has a forward of its own"
     if hooked(block):
         return "it has hooks, which run only when the block itself is called"
@@ -162,13 +162,13 @@ class _Alone(NamedTuple):
 class _Part(NamedTuple):
     """Consecutive blocks of a stage that run as one node."""
 
-    blocks: tuple[Block, ...]
+    blocks: tuple[ResidualBlock, ...]
     layers: tuple[Layers, ...]
     run: Run
     pieces: dict[int, tuple[_Part, _Part]]
 
     @classmethod
-    def of(cls, part: list[tuple[Block, Layers]]) -> _Part:
+    def of(cls, part: list[tuple[ResidualBlock, Layers]]) -> _Part:
         blocks, layers = zip(*part, strict=True)
         return cls(blocks, layers, Run.of(blocks[0].backend, layers), {})
 
