@@ -1,8 +1,8 @@
-"""The plain layers of a block: whether they can be fused, what the fused call reads of them, what it writes back."""
+"""The plain layers of a block: whether they can be fused, and what the fused call reads of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch.nn.functional as F
@@ -205,45 +205,3 @@ def _unit(bn: nn.BatchNorm2d, conv: nn.Conv2d) -> Unit:
     return Unit(
         filters["weight"], filters["bias"], affine["weight"], affine["bias"], mean, var, batch, bn.eps, geometry
     )
-
-
-class RunningUpdate(NamedTuple):
-    """Batch norms whose running statistics are updated together: each layer once, all with one momentum."""
-
-    momentum: float | None  # None, the cumulative average, is of one layer
-    counts: list[Tensor]
-    units: list[int]  # of which the statistics come
-    mean: list[Tensor]
-    var: list[Tensor]
-
-
-def running_updates(pairs: Iterable[Pair]) -> list[RunningUpdate]:
-    """What a call of these layers updates, in order: buffers that are met twice take one batch after the other."""
-    updates: list[RunningUpdate] = []
-    by_momentum: dict[float | None, RunningUpdate] = {}
-    seen: set[Tensor] = set()
-    for i, (_, bn, _, _) in enumerate(pairs):
-        if not (bn.training and bn.track_running_stats):
-            continue
-        own = [t for t in bn._buffers.values() if t is not None]
-        if any(t in seen for t in own):
-            by_momentum.clear(), seen.clear()
-        seen.update(own)
-        if bn.momentum is None or bn.momentum not in by_momentum:
-            by_momentum[bn.momentum] = RunningUpdate(bn.momentum, [], [], [], [])
-            updates.append(by_momentum[bn.momentum])
-        update, buffers = by_momentum[bn.momentum], bn._buffers
-        mean, var, count = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
-        if count is not None:
-            update.counts.append(count)
-        if mean is not None:  # then var is there too, or the call is refused
-            update.units.append(i)
-            update.mean.append(mean)
-            update.var.append(var)
-    return updates
-
-
-def update(updates: Iterable[RunningUpdate], rows: Sequence[Tensor]) -> None:
-    """Update the running statistics as nn.BatchNorm2d does, from the rows that a fused call made of this batch."""
-    for momentum, counts, units, mean, var in updates:
-        running.update(mean, var, counts, rows, units, momentum)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from . import _extension, backends, checks
@@ -30,6 +31,42 @@ def copy(t: Tensor | None) -> Tensor | None:
     """A copy that no mode sees: a selective checkpoint would look for it among what its first forward did."""
     with _disable_current_modes():
         return None if t is None else t.clone()
+
+
+class Update(NamedTuple):
+    """Batch norms whose running statistics are updated together: each layer once, all with one momentum."""
+
+    mean: list[Tensor]
+    var: list[Tensor]
+    counts: list[Tensor]
+    units: list[int]  # of which the statistics come
+    momentum: float | None  # None, the cumulative average, is of one layer
+
+
+def updates(norms: Iterable[nn.Module]) -> list[Update]:
+    """What a call of these batch norms updates, in order: buffers that are met twice take one batch after the other."""
+    found: list[Update] = []
+    by_momentum: dict[float | None, Update] = {}
+    seen: set[Tensor] = set()
+    for i, bn in enumerate(norms):
+        if not (bn.training and bn.track_running_stats):
+            continue
+        own = [t for t in bn._buffers.values() if t is not None]
+        if any(t in seen for t in own):
+            by_momentum.clear(), seen.clear()
+        seen.update(own)
+        if bn.momentum is None or bn.momentum not in by_momentum:
+            by_momentum[bn.momentum] = Update([], [], [], [], bn.momentum)
+            found.append(by_momentum[bn.momentum])
+        group, buffers = by_momentum[bn.momentum], bn._buffers
+        mean, var, count = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
+        if count is not None:
+            group.counts.append(count)
+        if mean is not None:  # then var is there too, or the call is refused
+            group.mean.append(mean)
+            group.var.append(var)
+            group.units.append(i)
+    return found
 
 
 def update(

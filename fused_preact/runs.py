@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import backends, checks
-from .layers import Layers, RunningUpdate, running_updates, update
+from . import backends, checks, running
+from .layers import Layers
 from .ops import Arguments
 from .plans import Plan, Plans, call_key, execute, make_plan
 from .watch import Watch
@@ -19,7 +19,7 @@ class Run(NamedTuple):
     """All that the calls of one node have in common. It names the layers, not the modules that own them."""
 
     backend: str
-    running: list[RunningUpdate]
+    updates: list[running.Update]
     blocks: list[checks.Block]
     arguments: Arguments
     plans: Plans
@@ -28,8 +28,8 @@ class Run(NamedTuple):
     def of(cls, backend: str, run: Sequence[Layers]) -> Run:
         """That of the layers of consecutive blocks."""
         blocks = [layers.block() for layers in run]
-        running = running_updates(pair for layers in run for pair in layers.pairs)
-        return cls(backend, running, blocks, Arguments.of(blocks), Plans(32))
+        updates = running.updates(pair.bn for layers in run for pair in layers.pairs)
+        return cls(backend, updates, blocks, Arguments.of(blocks), Plans(32))
 
     def __call__(
         self,
@@ -51,7 +51,8 @@ class Run(NamedTuple):
         if plan.backend == "eager":
             return None
         y, rows = execute(plan, x, self.arguments, residual, parts)
-        update(self.running, rows)
+        for mean, var, counts, units, momentum in self.updates:
+            running.update(mean, var, counts, rows, units, momentum)
         return y
 
     def choice(self, where: Any, x: Tensor, memory: str) -> backends.Choice:
