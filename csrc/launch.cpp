@@ -32,6 +32,12 @@ Affine raw(const Launch::Affine& affine) {
 }
 Affine raw(const std::optional<Launch::Affine>& affine) { return affine ? raw(*affine) : Affine{}; }
 
+// Of no image.
+void set_to_zero(std::initializer_list<std::optional<Tensor>> sums) {
+  for (std::optional<Tensor> sum : sums)
+    if (sum) torch::stable::zero_(*sum);
+}
+
 int64_t pixels(const Tensor& x) { return x.size(0) * x.size(2) * x.size(3); }
 
 }  // namespace
@@ -57,49 +63,28 @@ std::pair<Tensor, std::optional<Tensor>> Launch::forward(const Convolution& conv
   return {y, rows};
 }
 
-Launch::Gradient Launch::dgrad(const Convolution& conv, const Gradient& dy, const Tensor& weight, const Activation& x,
-                               const std::optional<Tensor>& add, bool batch) const {
-  if (!takes(conv)) return library_dgrad(conv, dy, weight, x, add, batch);
-  const Gradient result = empty_dgrad(conv, x, batch);
-  if (conv.N > 0) {
-    device_.kernels.dgrad(conv, dtype_, raw(dy), filter(weight), raw(x), pointer(add), result.g.mutable_data_ptr(),
-                          sums(result), Scope(*device_.scratch));
-  } else {
-    for (std::optional<Tensor> sum : {result.dgamma, result.dbeta, result.grad})
-      if (sum) torch::stable::zero_(*sum);
-  }
-  return result;
-}
-
-Launch::WeightGradient Launch::wgrad(const Convolution& conv, const Gradient& dy, const Activation& x,
-                                     const Tensor& weight, bool need_bias) const {
-  if (!takes(conv)) return library_wgrad(conv, dy, x, weight, need_bias);
-  WeightGradient result = empty_wgrad(conv, weight, need_bias);
-  if (conv.N > 0) {
-    device_.kernels.wgrad(conv, dtype_, raw(dy), raw(x), filter_gradient(result.dweight), mutable_pointer(result.dbias),
-                          Scope(*device_.scratch));
-  } else {
-    torch::stable::zero_(result.dweight);
-    if (need_bias) torch::stable::zero_(*result.dbias);
-  }
-  return result;
-}
-
-std::pair<Launch::Gradient, Launch::WeightGradient> Launch::gradients(const Convolution& conv, const Gradient& dy,
-                                                                      const Tensor& weight, const Activation& x,
-                                                                      const std::optional<Tensor>& add, bool batch,
-                                                                      bool need_bias) const {
-  if (!takes(conv)) return library_gradients(conv, dy, weight, x, add, batch, need_bias);
-  if (conv.N == 0) {
-    const WeightGradient of_weight = wgrad(conv, dy, x, weight, need_bias);
-    return {dgrad(conv, dy, weight, x, add, batch), of_weight};
-  }
-  const Gradient result = empty_dgrad(conv, x, batch);
-  const WeightGradient of_weight = empty_wgrad(conv, weight, need_bias);
-  device_.kernels.gradients(conv, dtype_, raw(dy), filter(weight), raw(x), pointer(add), result.g.mutable_data_ptr(),
-                            sums(result), filter_gradient(of_weight.dweight), mutable_pointer(of_weight.dbias),
-                            Scope(*device_.scratch));
-  return {result, of_weight};
+Launch::Gradients Launch::gradients(const Convolution& conv, const Gradient& dy, const Tensor& weight,
+                                    const Activation& x, const std::optional<Tensor>& add, bool batch,
+                                    const std::array<bool, 3>& wanted) const {
+  if (!takes(conv)) return library_gradients(conv, dy, weight, x, add, batch, wanted);
+  const auto [need_x, need_weight, need_bias] = wanted;
+  Gradients made;
+  if (need_x) made.of_x = empty_dgrad(conv, x, batch);
+  if (need_weight) made.of_weight = empty_wgrad(conv, weight, need_bias);
+  if (conv.N == 0) return made;
+  const Kernels& kernels = device_.kernels;
+  const Scope scope(*device_.scratch);
+  if (need_x && need_weight)
+    kernels.gradients(conv, dtype_, raw(dy), filter(weight), raw(x), pointer(add), made.of_x->g.mutable_data_ptr(),
+                      sums(*made.of_x), filter_gradient(made.of_weight->dweight),
+                      mutable_pointer(made.of_weight->dbias), scope);
+  else if (need_x)
+    kernels.dgrad(conv, dtype_, raw(dy), filter(weight), raw(x), pointer(add), made.of_x->g.mutable_data_ptr(),
+                  sums(*made.of_x), scope);
+  else if (need_weight)
+    kernels.wgrad(conv, dtype_, raw(dy), raw(x), filter_gradient(made.of_weight->dweight),
+                  mutable_pointer(made.of_weight->dbias), scope);
+  return made;
 }
 
 Tensor Launch::statistics(const Tensor& x, const Affine& next) const {
@@ -173,8 +158,7 @@ Launch::Gradient Launch::activate_backward(const Tensor& da, const Activation& x
   const ScalarType type = accumulation_type(type_);
   Tensor dgamma = empty(da, type, {C}), dbeta = empty(da, type, {C});
   if (da.numel() == 0) {
-    torch::stable::zero_(dgamma);
-    torch::stable::zero_(dbeta);
+    set_to_zero({dgamma, dbeta});
   } else {
     std::optional<Tensor> rows;
     if (batch) rows = empty_rows(da, kGradRows, C);
@@ -212,12 +196,14 @@ Launch::Gradient Launch::empty_dgrad(const Conv& conv, const Activation& x, bool
   const ScalarType type = accumulation_type(type_);
   Gradient result{dz, x.x, x.norm, std::nullopt, empty(x.x, type, {conv.C}), empty(x.x, type, {conv.C})};
   if (batch) result.grad = empty_rows(x.x, kGradRows, conv.C);
+  if (conv.N == 0) set_to_zero({result.dgamma, result.dbeta, result.grad});
   return result;
 }
 
 Launch::WeightGradient Launch::empty_wgrad(const Conv& conv, const Tensor& weight, bool need_bias) const {
   WeightGradient result{empty_gradient(weight, device_.pool), std::nullopt};
   if (need_bias) result.dbias = empty(weight, type_, {conv.K});
+  if (conv.N == 0) set_to_zero({result.dweight, result.dbias});
   return result;
 }
 

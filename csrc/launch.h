@@ -1,6 +1,7 @@
 // The table of kernels on tensors: the same functions, which allocate their results. A convolution that the kernels do
 // not take is torch's, between what they do around theirs (library.cpp).
 #pragma once
+#include <array>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -53,21 +54,18 @@ class Launch {
                                                    const std::optional<Tensor>& bias,
                                                    const std::optional<Tensor>& residual,
                                                    const std::optional<Affine>& next) const;
+
   struct WeightGradient {
     Tensor dweight;
     std::optional<Tensor> dbias;
   };
-
-  // dz with what forms the gradient of x from it; where x has no norm, the gradient of x itself.
-  Gradient dgrad(const Convolution&, const Gradient& dy, const Tensor& weight, const Activation& x,
-                 const std::optional<Tensor>& add, bool batch) const;
-  // dweight, and dbias where asked for.
-  WeightGradient wgrad(const Convolution&, const Gradient& dy, const Activation& x, const Tensor& weight,
-                       bool need_bias) const;
-  // Both, which read the same tensors.
-  std::pair<Gradient, WeightGradient> gradients(const Convolution&, const Gradient& dy, const Tensor& weight,
-                                                const Activation& x, const std::optional<Tensor>& add, bool batch,
-                                                bool need_bias) const;
+  struct Gradients {
+    std::optional<Gradient> of_x;  // dz with what forms the gradient of x from it; where x has no norm, that itself
+    std::optional<WeightGradient> of_weight;
+  };
+  // wanted: the gradient of x, that of the weight, and with it that of a bias.
+  Gradients gradients(const Convolution&, const Gradient& dy, const Tensor& weight, const Activation& x,
+                      const std::optional<Tensor>& add, bool batch, const std::array<bool, 3>& wanted) const;
   Tensor statistics(const Tensor& x, const Affine& next) const;
   Tensor running(const Tensor& mean, const Tensor& variance, const Affine& next) const;
   // Puts a copy of the type in place of each tensor that has another.
@@ -95,6 +93,7 @@ class Launch {
   Tensor laid_out_like(const Tensor& x, const Tensor& y) const;
 
  private:
+  // Uninitialised, but for sums over no image.
   Gradient empty_dgrad(const Conv&, const Activation& x, bool batch) const;
   WeightGradient empty_wgrad(const Conv&, const Tensor& weight, bool need_bias) const;
   Tensor empty_rows(const Tensor& like, int64_t rows, int64_t C) const;
@@ -107,13 +106,8 @@ class Launch {
                                                            const std::optional<Tensor>& bias,
                                                            const std::optional<Tensor>& residual,
                                                            const std::optional<Affine>& next) const;
-  Gradient library_dgrad(const Convolution&, const Gradient& dy, const Tensor& weight, const Activation& x,
-                         const std::optional<Tensor>& add, bool batch) const;
-  WeightGradient library_wgrad(const Convolution&, const Gradient& dy, const Activation& x, const Tensor& weight,
-                               bool need_bias) const;
-  std::pair<Gradient, WeightGradient> library_gradients(const Convolution&, const Gradient& dy, const Tensor& weight,
-                                                        const Activation& x, const std::optional<Tensor>& add,
-                                                        bool batch, bool need_bias) const;
+  Gradients library_gradients(const Convolution&, const Gradient& dy, const Tensor& weight, const Activation& x,
+                              const std::optional<Tensor>& add, bool batch, const std::array<bool, 3>& wanted) const;
   // Of the gradient of an activation, or of x itself where it has no norm, da; `add` belongs to it. Overwrites da.
   Gradient behind_product(const Tensor& da, const Activation& x, const std::optional<Tensor>& add, bool batch) const;
 

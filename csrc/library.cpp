@@ -38,28 +38,16 @@ std::pair<Tensor, std::optional<Tensor>> Launch::library_forward(const Convoluti
   return {y, rows};
 }
 
-Launch::Gradient Launch::library_dgrad(const Convolution& conv, const Gradient& dy, const Tensor& weight,
-                                       const Activation& x, const std::optional<Tensor>& add, bool batch) const {
+Launch::Gradients Launch::library_gradients(const Convolution& conv, const Gradient& dy, const Tensor& weight,
+                                            const Activation& x, const std::optional<Tensor>& add, bool batch,
+                                            const std::array<bool, 3>& wanted) const {
+  // Without a gradient of the weight of x the shape alone is read.
   const auto [da, dweight, dbias] =
-      convolve_backward(conv, dx(dy, std::nullopt), x.x, weight, {true, false, false});  // of x the shape alone is read
-  return behind_product(*da, x, add, batch);
-}
-
-Launch::WeightGradient Launch::library_wgrad(const Convolution& conv, const Gradient& dy, const Activation& x,
-                                             const Tensor& weight, bool need_bias) const {
-  const auto [da, dweight, dbias] =
-      convolve_backward(conv, dx(dy, std::nullopt), activate(x), weight, {false, true, need_bias});
-  return {laid_out_as(weight, *dweight, device_.pool), dbias};
-}
-
-std::pair<Launch::Gradient, Launch::WeightGradient> Launch::library_gradients(const Convolution& conv,
-                                                                              const Gradient& dy, const Tensor& weight,
-                                                                              const Activation& x,
-                                                                              const std::optional<Tensor>& add,
-                                                                              bool batch, bool need_bias) const {
-  const auto [da, dweight, dbias] =
-      convolve_backward(conv, dx(dy, std::nullopt), activate(x), weight, {true, true, need_bias});
-  return {behind_product(*da, x, add, batch), {laid_out_as(weight, *dweight, device_.pool), dbias}};
+      convolve_backward(conv, dx(dy, std::nullopt), wanted[1] ? activate(x) : x.x, weight, wanted);
+  Gradients made;
+  if (da) made.of_x = behind_product(*da, x, add, batch);
+  if (dweight) made.of_weight = WeightGradient{laid_out_as(weight, *dweight, device_.pool), dbias};
+  return made;
 }
 
 Launch::Gradient Launch::behind_product(const Tensor& da, const Activation& x, const std::optional<Tensor>& add,

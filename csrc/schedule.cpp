@@ -1,7 +1,6 @@
 #include "schedule.h"
 
 #include <algorithm>
-#include <tuple>
 #include <utility>
 
 namespace fused_preact {
@@ -189,13 +188,13 @@ class Backward {
     const Chain& chain = stage_.blocks[k];
     const Tensor dy = narrowed_ ? *std::exchange(narrowed_, std::nullopt) : convert(dstream, stage_.type);
     const Tensor& x = inputs_[0];
-    const auto shortcut_dgrad = [&] {
-      return kernels_.dgrad(chain.conv.back(), {dy}, chain.weight.back(), {x, std::nullopt}, std::nullopt, false).g;
+    const auto of_shortcut = [&](const std::optional<Tensor>& norm, bool need_x, bool need_weight) {
+      return kernels_.gradients(chain.conv.back(), {dy}, chain.weight.back(), {x, norm}, std::nullopt, false,
+                                {need_x, need_weight, false});
     };
+    const auto shortcut_dgrad = [&] { return of_shortcut(std::nullopt, true, false).of_x->g; };
     const auto shortcut_wgrad = [&](const std::optional<Tensor>& norm) {
-      if (needs_.shortcut_weight[k])
-        dshortcut_weight_[projection_] =
-            kernels_.wgrad(chain.conv.back(), {dy}, {x, norm}, chain.weight.back(), false).dweight;
+      if (needs_.shortcut_weight[k]) dshortcut_weight_[projection_] = of_shortcut(norm, false, true).of_weight->dweight;
     };
 
     Launch::Gradient g{dy};
@@ -236,26 +235,17 @@ class Backward {
   Launch::Gradient unit(const Chain& chain, size_t i, const Launch::Gradient& dy, const std::optional<Tensor>& add,
                         bool wanted) {
     const size_t unit = chain.first + i;
-    const Convolution& conv = chain.conv[i];
-    const Tensor& weight = chain.weight[i];
-    const Launch::Activation a{inputs_[i], rows_[unit]};
-    const bool batch = stage_.training[unit], need_bias = needs_.bias[unit];
-    std::optional<Launch::Gradient> g;
-    std::optional<Launch::WeightGradient> of_weight;
-    if (!needs_.weight[unit] && !need_bias) {
-      if (wanted) g = kernels_.dgrad(conv, dy, weight, a, add, batch);
-    } else if (wanted) {
-      std::tie(g, of_weight) = kernels_.gradients(conv, dy, weight, a, add, batch, need_bias);
-    } else {
-      of_weight = kernels_.wgrad(conv, dy, a, weight, need_bias);
-    }
+    const bool need_bias = needs_.bias[unit], need_weight = need_bias || needs_.weight[unit];
+    if (!wanted && !need_weight) return dy;
+    const auto [of_x, of_weight] = kernels_.gradients(chain.conv[i], dy, chain.weight[i], {inputs_[i], rows_[unit]},
+                                                      add, stage_.training[unit], {wanted, need_weight, need_bias});
     if (needs_.weight[unit]) dweight_[unit] = of_weight->dweight;
     if (need_bias) dbias_[unit] = of_weight->dbias;
     if (needs_.norm[unit]) {
-      dbn_weight_[unit] = g->dgamma;
-      dbn_bias_[unit] = g->dbeta;
+      dbn_weight_[unit] = of_x->dgamma;
+      dbn_bias_[unit] = of_x->dbeta;
     }
-    return g ? *g : dy;
+    return of_x ? *of_x : dy;
   }
 
   const Launch& kernels_;
