@@ -2,7 +2,7 @@
 //
 // Layout: of each tensor `count` values in a row. One job is a run of kRun values of all tensors, one after the other.
 // Bytes: each value read once and written once.
-#include "tile.h"
+#include "jobs.h"
 
 namespace fused_preact::cpu::FUSED_PREACT_ISA {
 

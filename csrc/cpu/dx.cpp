@@ -2,8 +2,8 @@
 //
 // Layout: all [pixels][C]. One job is a run of kRunPixels pixels; dx may be dy.g.
 // Bytes: dz, x and add read once, dx written once.
+#include "jobs.h"
 #include "source.h"
-#include "tile.h"
 
 namespace fused_preact::cpu::FUSED_PREACT_ISA {
 

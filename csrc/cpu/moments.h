@@ -1,6 +1,6 @@
 // Batch statistics: (count, mean, M2) a channel, merged by Chan's formula in a fixed order.
 #pragma once
-#include "tile.h"
+#include "jobs.h"
 #include "wide.h"
 
 namespace fused_preact::cpu::FUSED_PREACT_ISA {

@@ -5,7 +5,7 @@
 // lane are next to each other.
 #pragma once
 #include "gemm.h"
-#include "tile.h"
+#include "jobs.h"
 
 namespace fused_preact::cpu::FUSED_PREACT_ISA {
 

@@ -5,7 +5,7 @@
 // shorter: so reads or writes are whole rows, and the others as many streams as the shorter dimension has lines.
 // Values are moved, not computed with: no bit changes, whatever type they are of.
 // Bytes: each value read once and written once.
-#include "tile.h"
+#include "jobs.h"
 
 namespace fused_preact::cpu::FUSED_PREACT_ISA {
 

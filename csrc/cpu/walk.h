@@ -1,6 +1,6 @@
 // A kernel call as the tiles that it walks over, so that two calls that read the same tensors can take turns on them.
 #pragma once
-#include "tile.h"
+#include "jobs.h"
 
 namespace fused_preact::cpu::FUSED_PREACT_ISA {
 
