@@ -124,8 +124,8 @@ void activate(Dtype dtype, int64_t pixels, int64_t C, const Activation& x, void*
     constexpr int kPixelsAThread = 4;
     const ActivationSource<Elementwise<S>> source(x, C);
     const ActivateParams<S> p{source, static_cast<S*>(a), PieceGrid::of(s, pixels, C, kPixelsAThread),
-                              source.aligned && is_aligned(a)};
-    launch(activate_kernel<S>, p.grid.blocks(), kPieceThreads, 0, static_cast<cudaStream_t>(workspace.stream), p);
+                              source.aligned && are_aligned(a)};
+    launch(activate_kernel<S>, p.grid.blocks(), kPieceThreads, 0, workspace.stream, p);
   });
 }
 
@@ -134,18 +134,16 @@ void activate_backward(Dtype dtype, int64_t pixels, int64_t C, const void* da, c
   with_storage(dtype, [&](auto s) {
     using S = decltype(s);
     constexpr int kPixelsAThread = 4;
-    const auto queue = static_cast<cudaStream_t>(workspace.stream);
     const ActivationSource<Elementwise<S>> source(x, C);
-    const MaskedGradient<S> p{static_cast<const S*>(da), source,
-                              source.aligned && is_aligned(da) && is_aligned(dx) && is_aligned(grad.rows)};
+    const MaskedGradient<S> p{static_cast<const S*>(da), source, source.aligned && are_aligned(da, dx, grad.rows)};
     const PieceGrid grid = PieceGrid::of(s, pixels, C, kPixelsAThread, kBackwardBlocks);
     const Summed<GradSlots> summed(s, grid, workspace, [&](int groups) {
       return GradSlots{static_cast<double*>(workspace.take(GradSlots::bytes(groups, C))), source.norm, grad, C,
                        1.0 / static_cast<double>(pixels)};
     });
-    launch(norm_grad_kernel<S>, grid.blocks(), kPieceThreads, summed.shared_bytes(s), queue, p, summed);
-    launch(activate_dx_kernel<S>, grid.blocks(), kPieceThreads, 0, queue, p, grid, static_cast<const float*>(grad.rows),
-           static_cast<S*>(dx));
+    launch(norm_grad_kernel<S>, grid.blocks(), kPieceThreads, summed.shared_bytes(s), workspace.stream, p, summed);
+    launch(activate_dx_kernel<S>, grid.blocks(), kPieceThreads, 0, workspace.stream, p, grid,
+           static_cast<const float*>(grad.rows), static_cast<S*>(dx));
   });
 }
 

@@ -55,8 +55,7 @@ void launch_all(const Conversion* tensors, int64_t count, const Workspace& works
       if (runs > INT32_MAX) throw std::runtime_error("too many values for the CUDA kernels to convert");
     }
     p.first_run[p.count] = static_cast<int>(runs);
-    launch(convert_kernel<From, To>, static_cast<unsigned>(runs), kThreads, 0,
-           static_cast<cudaStream_t>(workspace.stream), p);
+    launch(convert_kernel<From, To>, static_cast<unsigned>(runs), kThreads, 0, workspace.stream, p);
   }
 }
 

@@ -266,8 +266,8 @@ void launch_correlate(Correlation<Op, Source>& c, Workspace& workspace, const Ma
     constexpr int kColumns = decltype(columns)::value;
     const int64_t blocks = static_cast<int64_t>(multiprocessors()) * resident_blocks(kColumns);
     const Plan<Epilogue> of = plan<kColumns, Epilogue>(c, workspace, blocks, make_output);
-    launch(correlate<kColumns, Op, Source, Epilogue>, of.blocks, kThreads, of.shared_bytes,
-           static_cast<cudaStream_t>(workspace.stream), c, of.output);
+    launch(correlate<kColumns, Op, Source, Epilogue>, of.blocks, kThreads, of.shared_bytes, workspace.stream, c,
+           of.output);
   };
   if (is_narrow(c))
     with_columns(std::integral_constant<int, 16>());

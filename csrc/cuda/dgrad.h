@@ -102,8 +102,7 @@ auto dgrad_output(const Conv& conv, const Activation& x, const void* add, void* 
   return [&, add, dz](const Teams& teams) {
     using S = typename Op::Storage;
     const bool sums = x.norm != nullptr;
-    const bool aligned =
-        conv.C % kLanes<S> == 0 && is_aligned(dz) && is_aligned(x.x) && is_aligned(add) && is_aligned(x.norm);
+    const bool aligned = conv.C % kLanes<S> == 0 && are_aligned(dz, x.x, add, x.norm);
     double* slots = nullptr;
     if (sums) slots = static_cast<double*>(workspace.take(GradSlots::bytes(teams.groups, conv.C)));
     return typename DgradEpilogue<Op>::Output{

@@ -63,9 +63,8 @@ void dx(Dtype dtype, int64_t pixels, int64_t C, const Gradient& dy, const void* 
     constexpr int kPixelsAThread = 2;
     const GradientSource<Elementwise<S>> source(dy, C);
     const DxParams<S> p{source, static_cast<const S*>(add), static_cast<S*>(to),
-                        PieceGrid::of(s, pixels, C, kPixelsAThread),
-                        source.aligned && is_aligned(add) && is_aligned(to)};
-    launch(dx_kernel<S>, p.grid.blocks(), kPieceThreads, 0, static_cast<cudaStream_t>(workspace.stream), p);
+                        PieceGrid::of(s, pixels, C, kPixelsAThread), source.aligned && are_aligned(add, to)};
+    launch(dx_kernel<S>, p.grid.blocks(), kPieceThreads, 0, workspace.stream, p);
   });
 }
 

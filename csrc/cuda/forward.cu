@@ -76,7 +76,7 @@ void forward(const Conv& conv, Dtype dtype, const Activation& x, const Weight& w
         {weight.data, weight.stride_k, weight.stride_c, weight.stride_r, weight.stride_s, conv, K, C}};
     c.windows[0] = forward_window(conv);
     c.window_count = 1;
-    const bool aligned = conv.K % kLanes<S> == 0 && is_aligned(y) && is_aligned(residual);
+    const bool aligned = conv.K % kLanes<S> == 0 && are_aligned(y, residual);
     launch_correlate<ForwardEpilogue<Op>>(c, workspace, [&](const Teams& teams) {
       return typename ForwardEpilogue<Op>::Output{
           static_cast<const S*>(bias),

@@ -39,8 +39,7 @@ bool launch_gradients(const Conv& conv, const Gradient& dy, const Weight& weight
   with_wgrad<Op>(conv, dy, x, dweight, dbias, workspace, half, taken,
                  [&](const auto& w, auto taps, int wgrad_blocks, size_t wgrad_shared) {
                    launch(gradients_kernel<decltype(taps)::value, Op>, of.blocks + wgrad_blocks, kThreads,
-                          maximum(of.shared_bytes, wgrad_shared), static_cast<cudaStream_t>(workspace.stream), d,
-                          of.output, w, wgrad_blocks);
+                          maximum(of.shared_bytes, wgrad_shared), workspace.stream, d, of.output, w, wgrad_blocks);
                  });
   return true;
 }

@@ -108,12 +108,11 @@ void launch_join(S s, int64_t pixels, int64_t C, const float* stream, const Grad
                         subtract ? -1.0f : 1.0f,
                         joined,
                         static_cast<S*>(narrowed),
-                        source.aligned && is_aligned(stream) && is_aligned(joined) && is_aligned(narrowed)};
+                        source.aligned && are_aligned(stream, joined, narrowed)};
   const PieceGrid grid = PieceGrid::of(s, pixels, C, kPixelsAThread, kJoinBlocks);
-  const auto queue = static_cast<cudaStream_t>(workspace.stream);
-  if (next_rows == nullptr) return launch(join_kernel<S>, grid.blocks(), kPieceThreads, 0, queue, p, grid);
+  if (next_rows == nullptr) return launch(join_kernel<S>, grid.blocks(), kPieceThreads, 0, workspace.stream, p, grid);
   const Summed<MomentSlots> summed = summed_moments(s, grid, C, next, next_rows, workspace);
-  launch(join_statistics_kernel<S>, grid.blocks(), kPieceThreads, summed.shared_bytes(s), queue, p, summed);
+  launch(join_statistics_kernel<S>, grid.blocks(), kPieceThreads, summed.shared_bytes(s), workspace.stream, p, summed);
 }
 
 }  // namespace

@@ -72,7 +72,7 @@ void move(const Running* norms, int64_t count, const double* momentum, Workspace
     MoveParams p{{}, momentum != nullptr ? *momentum : 0.0, momentum == nullptr};
     const int64_t n = minimum<int64_t>(count - begin, kMostNorms);
     for (int64_t i = 0; i < n; ++i) p.norms[i] = norms[begin + i];
-    launch(move_kernel, static_cast<unsigned>(n), kThreads, 0, static_cast<cudaStream_t>(workspace.stream), p);
+    launch(move_kernel, static_cast<unsigned>(n), kThreads, 0, workspace.stream, p);
   }
 }
 

@@ -159,9 +159,9 @@ inline bool takes_turns() {
   return false;
 }
 
-// Queues kernel(arguments...) on the stream; throws std::runtime_error where the device does not accept it.
+// Queues kernel(arguments...) on a cudaStream_t; throws std::runtime_error where the device does not accept it.
 template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), dim3 grid, unsigned block, size_t shared_bytes, cudaStream_t stream,
+void launch(void (*kernel)(Parameters...), dim3 grid, unsigned block, size_t shared_bytes, void* stream,
             const Arguments&... arguments) {
   constexpr size_t kWithoutAsking = 48 * 1024;
   constexpr int kMost = 99 * 1024;  // the same for every launch: host threads may launch a kernel at the same time
@@ -173,7 +173,7 @@ void launch(void (*kernel)(Parameters...), dim3 grid, unsigned block, size_t sha
   config.gridDim = grid;
   config.blockDim = block;
   config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
+  config.stream = static_cast<cudaStream_t>(stream);
   cudaLaunchAttribute early{};
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;

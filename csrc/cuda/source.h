@@ -30,7 +30,7 @@ struct ActivationSource {
       : x(static_cast<const S*>(a.x)),
         norm(static_cast<const float*>(a.norm)),
         C(static_cast<int>(channels)),
-        aligned(channels % L == 0 && is_aligned(a.x) && is_aligned(a.norm)) {}
+        aligned(channels % L == 0 && are_aligned(a.x, a.norm)) {}
 
   __host__ __device__ int tensors() const { return 1; }
   __device__ bool forms() const { return norm != nullptr || Op::kRounds; }
@@ -83,8 +83,7 @@ struct GradientSource {
         norm(static_cast<const float*>(dy.norm)),
         grad(static_cast<const float*>(dy.grad)),
         C(static_cast<int>(channels)),
-        aligned(channels % L == 0 && is_aligned(dy.g) && is_aligned(dy.x) && is_aligned(dy.norm) &&
-                is_aligned(dy.grad)) {}
+        aligned(channels % L == 0 && are_aligned(dy.g, dy.x, dy.norm, dy.grad)) {}
 
   // x is read beside g where the batch's statistics depend on it; its piece lies `second` bytes behind that of g.
   __host__ __device__ int tensors() const { return grad != nullptr ? 2 : 1; }

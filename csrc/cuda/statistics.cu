@@ -52,10 +52,9 @@ void statistics(Dtype dtype, int64_t pixels, int64_t C, const void* x, const Aff
     using S = decltype(s);
     constexpr int kPixelsAThread = 8;
     const PieceGrid grid = PieceGrid::of(s, pixels, C, kPixelsAThread);
-    const StatisticsParams<S> p{static_cast<const S*>(x), C % kLanes<S> == 0 && is_aligned(x),
+    const StatisticsParams<S> p{static_cast<const S*>(x), C % kLanes<S> == 0 && are_aligned(x),
                                 summed_moments(s, grid, C, next, rows, workspace)};
-    launch(statistics_kernel<S>, grid.blocks(), kPieceThreads, p.summed.shared_bytes(s),
-           static_cast<cudaStream_t>(workspace.stream), p);
+    launch(statistics_kernel<S>, grid.blocks(), kPieceThreads, p.summed.shared_bytes(s), workspace.stream, p);
   });
 }
 
@@ -63,8 +62,8 @@ void running(Dtype, int64_t C, const void* mean, const void* variance, const Aff
              Workspace& workspace) {
   const RunningParams p{static_cast<const float*>(mean), static_cast<const float*>(variance), next,
                         static_cast<float*>(rows), C};
-  launch(running_kernel, static_cast<unsigned>(ceil_div<int64_t>(C, kPieceThreads)), kPieceThreads, 0,
-         static_cast<cudaStream_t>(workspace.stream), p);
+  launch(running_kernel, static_cast<unsigned>(ceil_div<int64_t>(C, kPieceThreads)), kPieceThreads, 0, workspace.stream,
+         p);
 }
 
 }  // namespace fused_preact::cuda

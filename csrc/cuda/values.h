@@ -130,7 +130,11 @@ inline int log2_ceil(int64_t n, int most) {
   return log;
 }
 
-inline bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % kPieceBytes == 0; }
+// Whether each of them is to a piece.
+template <class... Pointers>
+bool are_aligned(const Pointers*... pointers) {
+  return ((reinterpret_cast<uintptr_t>(pointers) % kPieceBytes == 0) && ...);
+}
 
 // max(z, 0) that keeps NaN.
 __device__ __forceinline__ float relu(float z) { return z <= 0.0f ? 0.0f : z; }

@@ -30,8 +30,7 @@ void wgrad(const Conv& conv, Dtype dtype, const Gradient& dy, const Activation& 
     const int64_t most = static_cast<int64_t>(multiprocessors()) * kWgradBlocks;
     with_wgrad<Op>(conv, dy, x, dweight, dbias, workspace, most, 0,
                    [&](const auto& p, auto taps, int blocks, size_t shared) {
-                     launch(wgrad_kernel<Op, decltype(taps)::value>, blocks, kThreads, shared,
-                            static_cast<cudaStream_t>(workspace.stream), p);
+                     launch(wgrad_kernel<Op, decltype(taps)::value>, blocks, kThreads, shared, workspace.stream, p);
                    });
   });
 }

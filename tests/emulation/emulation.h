@@ -208,7 +208,7 @@ inline uint32_t to_tf32(float x) {
 }
 
 template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), dim3 grid, unsigned block, size_t shared_bytes, cudaStream_t,
+void launch(void (*kernel)(Parameters...), dim3 grid, unsigned block, size_t shared_bytes, void*,
             const Arguments&... arguments) {
   emulation::run([&] { kernel(arguments...); }, grid, block, shared_bytes);
 }
