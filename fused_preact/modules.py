@@ -17,8 +17,8 @@ from .runs import Run, lasting_state, remembered
 from .watch import replaced
 
 
-class _Parts(NamedTuple):
-    """The children of a fused module, and the run that they make or the reason why they make none."""
+class _Gathered(NamedTuple):
+    """The layers of a fused module, and the run that they make or the reason why they make none."""
 
     layers: Layers
     reason: str | None
@@ -59,7 +59,7 @@ class Fused(nn.Module):
 
         Backward keeps ``parts``, if any, in the place of x, which they make when they are joined along the channels.
         """
-        layers, reason, run = remembered(self, self._parts)
+        layers, reason, run = remembered(self, self._gather)
         if run is not None and not isinstance(x, torch.fx.Proxy):  # of symbolic tracing, which calls with no tensors
             y = run(self, x, residual, parts=parts)
             return layers.plain(x, residual, not running.watched()) if y is None else y
@@ -67,10 +67,10 @@ class Fused(nn.Module):
             backends.record(backends.Choice(self, "eager", dict.fromkeys(backends.FUSED, reason)))
         return layers.plain(x, residual, layers.overwritable())
 
-    def _parts(self) -> _Parts:
+    def _gather(self) -> _Gathered:
         layers = self._layers()
         reason = self._obstacle(layers)
-        return _Parts(layers, reason, Run.of(self.backend, [layers]) if reason is None else None)
+        return _Gathered(layers, reason, Run.of(self.backend, [layers]) if reason is None else None)
 
     def extra_repr(self) -> str:
         """The backend, where it is not the default."""
