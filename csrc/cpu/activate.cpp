@@ -4,7 +4,7 @@
 // Layout: all [pixels][C]. One job is a run of kRunPixels pixels; of the sums, which come first, a group of runs. The
 // groups depend on the shape alone. dx may be da.
 // Bytes: x read once, a written once; da and x read twice, dx written once.
-#include "moments.h"
+#include "jobs.h"
 #include "norm_grad.h"
 #include "source.h"
 
@@ -100,7 +100,7 @@ void activate_backward(Dtype dtype, int64_t pixels, int64_t C, const void* da, c
     const ActivateBackward<S> backward{static_cast<const S*>(da), static_cast<const S*>(x.x),
                                        static_cast<const T*>(x.norm), C};
     const int64_t runs = ceil_div(pixels, kRunPixels), groups = minimum(runs, kMostGroups);
-    const auto start = [&](int64_t g) { return minimum(cut(runs, groups, g) * kRunPixels, pixels); };
+    const auto start = [&](int64_t g) { return minimum(part_begin(runs, groups, g) * kRunPixels, pixels); };
     const NormSums<T> sums(groups, C, workspace);
     parallel(groups, [&](int64_t g) { backward.sum_up(sums, g, start(g), start(g + 1)); });
     sums.finish(backward.norm, grad, double(pixels));

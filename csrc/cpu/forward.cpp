@@ -136,7 +136,7 @@ void forward_of(const Conv& conv, const Activation& x, const Weight& weight, con
   parallel(groups * splits, [&](int64_t job) {
     const int64_t g = job / splits, part = job % splits;
     int64_t count = 0;
-    for (int64_t t = cut(tiles, groups, g); t < cut(tiles, groups, g + 1); ++t) {
+    for (int64_t t = part_begin(tiles, groups, g); t < part_begin(tiles, groups, g + 1); ++t) {
       const Tile tile = product.tiling[t];
       const int64_t n = tile.pixels(), first = (tile.n * product.w.P + tile.i0) * product.w.Q + tile.j0;
       const typename Product<E>::Strip strip(product, tile, source, part);
@@ -155,7 +155,7 @@ void forward_of(const Conv& conv, const Activation& x, const Weight& weight, con
         output.moments, groups, conv.K,
         [&](int64_t g) {
           int64_t count = 0;
-          for (int64_t t = cut(tiles, groups, g); t < cut(tiles, groups, g + 1); ++t)
+          for (int64_t t = part_begin(tiles, groups, g); t < part_begin(tiles, groups, g + 1); ++t)
             count += product.tiling[t].pixels();
           return count;
         },

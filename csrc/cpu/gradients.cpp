@@ -16,8 +16,8 @@ constexpr int64_t kMostFilterBytes = 1 << 17;
 class Turns {
  public:
   Turns(const Walk& walk, int64_t jobs, int64_t job)
-      : walk_(walk), group_(cut(walk.groups, jobs, job)), begin_(walk.first_tile(group_)), tile_(begin_) {
-    end_ = walk.first_tile(cut(walk.groups, jobs, job + 1));
+      : walk_(walk), group_(part_begin(walk.groups, jobs, job)), begin_(walk.first_tile(group_)), tile_(begin_) {
+    end_ = walk.first_tile(part_begin(walk.groups, jobs, job + 1));
     if (!is_done()) walk_.start(walk_.call, group_, 0);
   }
 

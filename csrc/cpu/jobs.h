@@ -5,8 +5,8 @@
 
 namespace fused_preact::cpu::FUSED_PREACT_ISA {
 
-// Parts of [0, n): part i of `parts` is [cut(n, parts, i), cut(n, parts, i + 1)).
-inline int64_t cut(int64_t n, int64_t parts, int64_t i) { return n * i / parts; }
+// Parts of [0, n): part i of `parts` is [part_begin(n, parts, i), part_begin(n, parts, i + 1)).
+inline int64_t part_begin(int64_t n, int64_t parts, int64_t i) { return n * i / parts; }
 
 // body(job) for each job of [0, jobs). A thread takes the jobs of its own share first, which from kernel to kernel is
 // about the same part of the tensors, and so in its cache; then those that are left of the others', so that one that
@@ -19,13 +19,13 @@ void parallel(int64_t jobs, const Body& body) {
     int64_t jobs, shares;
     int64_t next[kMostShares];
   } queue{body, jobs, minimum(minimum(jobs, num_threads()), kMostShares), {}};
-  for (int64_t share = 0; share < queue.shares; ++share) queue.next[share] = cut(jobs, queue.shares, share);
+  for (int64_t share = 0; share < queue.shares; ++share) queue.next[share] = part_begin(jobs, queue.shares, share);
   parallel_for(
       minimum(jobs, num_threads()),
       [](void* context, int64_t thread, int64_t) {
         Queue& shared = *static_cast<Queue*>(context);
         for (int64_t i = 0; i < shared.shares; ++i) {
-          const int64_t share = (thread + i) % shared.shares, end = cut(shared.jobs, shared.shares, share + 1);
+          const int64_t share = (thread + i) % shared.shares, end = part_begin(shared.jobs, shared.shares, share + 1);
           for (int64_t job; (job = __atomic_fetch_add(&shared.next[share], 1, __ATOMIC_RELAXED)) < end;)
             shared.body(job);
         }

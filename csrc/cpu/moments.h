@@ -91,19 +91,6 @@ void finish_moments(void* base, int64_t groups, int64_t C, const Count& values_i
 // The origin of a tile's sums is the mean of its first kAround pixels.
 constexpr int64_t kStatisticsPixels = 64, kAround = 8, kFew = 32, kStatisticsGroups = 64;
 
-// add(i, which) for each i of [first, last), `which` of four sums side by side: that hides the latency of an addition,
-// and keeps each sum short.
-template <class Add>
-FUSED_PREACT_INLINE void side_by_side(int64_t first, int64_t last, const Add& add) {
-  for (; first + 4 <= last; first += 4) add(first, 0), add(first + 1, 1), add(first + 2, 2), add(first + 3, 3);
-  for (; first < last; ++first) add(first, 0);
-}
-
-template <class V>
-FUSED_PREACT_INLINE V total(const V (&sums)[4]) {
-  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
-}
-
 // The rows of `next` from the batch statistics of values [pixels][C]. One job is a group of tiles of kStatisticsPixels
 // pixels; the groups depend on the shape alone. prepare(p, run, c, n) comes before n channels from c on of `run` pixels
 // from p on are read.
@@ -112,7 +99,7 @@ void statistics_of(int64_t pixels, int64_t C, const S* values, const Affine& nex
                    const Prepare& prepare) {
   using T = Accumulate<S>;
   const int64_t tiles = ceil_div(pixels, kStatisticsPixels), groups = minimum(tiles, kStatisticsGroups);
-  const auto start = [&](int64_t g) { return minimum(cut(tiles, groups, g) * kStatisticsPixels, pixels); };
+  const auto start = [&](int64_t g) { return minimum(part_begin(tiles, groups, g) * kStatisticsPixels, pixels); };
   void* moments = workspace.take(groups * Moments<T>::bytes(C));
   parallel(groups, [&](int64_t g) {
     for (int64_t p = start(g); p < start(g + 1); p += kStatisticsPixels)

@@ -44,7 +44,7 @@ class Product : public ProductCut<E> {
         packed_(packed(filter, workspace)) {}
 
   // The first panel of a part, and of the one behind the last the end.
-  int64_t first_panel(int64_t part) const { return cut(panels.count(), splits, part); }
+  int64_t first_panel(int64_t part) const { return part_begin(panels.count(), splits, part); }
 
   // The operand of one tile, in the scratch memory of the thread, for the panels of a part.
   class Strip {

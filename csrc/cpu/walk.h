@@ -23,7 +23,7 @@ struct Walk {
           static_cast<const Call*>(c)->run(group, part, tile);
         }) {}
 
-  int64_t first_tile(int64_t group) const { return cut(tiles, groups, group); }
+  int64_t first_tile(int64_t group) const { return part_begin(tiles, groups, group); }
 };
 
 // What is to be done with a walk: a reference to a function.

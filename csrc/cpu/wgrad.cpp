@@ -252,7 +252,7 @@ class Wgrad {
     const Window& w = plan_.w;
     const Panels<T>& panels = plan_.panels;
     const Tile tile = plan_.tiling[t];
-    const bool is_first = t == cut(tiles(), groups(), g);
+    const bool is_first = t == part_begin(tiles(), groups(), g);
     if constexpr (std::is_same_v<E, T>)
       if (plan_.is(Method::kQuads)) return run_quads(p, tile, is_first);
     if constexpr (kHasMatrices && std::is_same_v<E, BFloat16Pair>)
@@ -275,8 +275,8 @@ class Wgrad {
 
     Part(const Wgrad& call, int64_t g, int64_t part) {
       const Panels<T>& panels = call.plan_.panels;
-      first_panel = cut(panels.count(), call.plan_.splits, part);
-      last_panel = cut(panels.count(), call.plan_.splits, part + 1);
+      first_panel = part_begin(panels.count(), call.plan_.splits, part);
+      last_panel = part_begin(panels.count(), call.plan_.splits, part + 1);
       begin = panels.first_channel(first_panel);
       width = minimum(panels.first_channel(last_panel), panels.padded_channels()) - begin;
       dw = call.partial_ + g * panels.size();

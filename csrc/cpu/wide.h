@@ -77,4 +77,17 @@ struct LongSum {
   }
 };
 
+// add(i, which) for each i of [first, last), `which` of four sums side by side: that hides the latency of an addition,
+// and keeps each sum short.
+template <class Add>
+FUSED_PREACT_INLINE void side_by_side(int64_t first, int64_t last, const Add& add) {
+  for (; first + 4 <= last; first += 4) add(first, 0), add(first + 1, 1), add(first + 2, 2), add(first + 3, 3);
+  for (; first < last; ++first) add(first, 0);
+}
+
+template <class V>
+FUSED_PREACT_INLINE V total(const V (&sums)[4]) {
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
 }  // namespace fused_preact::cpu::FUSED_PREACT_ISA
