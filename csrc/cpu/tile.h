@@ -107,8 +107,8 @@ int64_t image_stride(const Window& w) {
   return (ceil_div(ceil_div(w.H * w.W * w.C, kLine) - 9, 16) * 16 + 9) * kLine;
 }
 
-// A row of so many tiles' pixels or more is cut: its strip would leave the second level cache. Each part reads the rows
-// that the filter reaches by itself, where tiles of whole rows share them.
+// A row longer than so many tiles is cut: its strip would leave the second level cache. Each part reads the rows that
+// the filter reaches by itself, where tiles of whole rows share them.
 constexpr int64_t kTilesOfLongRow = 4;
 
 // Cuts a window into tiles of about `pixels` output pixels, or by position into tiles of so many images. Small images
@@ -116,7 +116,7 @@ constexpr int64_t kTilesOfLongRow = 4;
 // an image; there is room for multiples of `step` everywhere. The cut depends on the shape alone.
 class Tiling {
  public:
-  Tiling(const Window& w, int64_t pixels, int64_t images_by_position = 0, int64_t step = 1)
+  Tiling(const Window& w, int64_t pixels, int64_t images_by_position, int64_t step)
       : window_(w), by_position_(images_by_position > 0), step_(step) {
     if (by_position_) {
       rows_ = w.P, cols_ = w.Q, down_ = across_ = 1, images_ = images_by_position;

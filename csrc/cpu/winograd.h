@@ -30,8 +30,8 @@ inline int64_t position_rows(int64_t C) { return C + 1; }
 
 // With fewer channels than this the transforms cost what the products save. With fewer quads the filter's does: more
 // are needed of one that is read from the cache of all cores, or from memory.
-constexpr int64_t kMostRowBytes = int64_t{1} << 20;  // of a row of quads, which are all of a tile's at once
 constexpr int64_t kLeastChannels = 16, kLeastQuads = 48, kLeastQuadsOfLarge = 128, kLargeFilterBytes = int64_t{8} << 20;
+constexpr int64_t kMostRowBytes = int64_t{1} << 20;  // of a row of quads, which are all of a tile's at once
 
 template <class E>
 int64_t transformed_filter_bytes(const Window& w, int64_t outer) {
