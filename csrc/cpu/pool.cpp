@@ -19,14 +19,6 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-// AddressSanitizer sees what is used after it was freed, and past its end: there nothing waits, and every block is an
-// allocation.
-#if defined(__SANITIZE_ADDRESS__)
-constexpr bool kKeep = false;
-#else
-constexpr bool kKeep = true;
-#endif
-
 // Blocks of one size are cut from slabs of so many bytes or blocks, whichever are fewer, or of one block; from two
 // megabytes on a slab is in huge pages. In pages of 4 KB, of which a tensor by itself is made, a kernel that walks down
 // a column of cache lines misses the TLB every few lines.
@@ -39,7 +31,7 @@ constexpr size_t kStagger = 576, kPage = 4096;
 
 // Eight sizes for each power of two: blocks serve tensors up to an eighth smaller than they are.
 size_t size_class(size_t bytes) {
-  if (!kKeep) return bytes;
+  if (kSanitized) return bytes;
   size_t step = 64;
   while (step * 16 <= bytes) step *= 2;
   return (bytes + step - 1) / step * step;
@@ -123,7 +115,7 @@ struct TensorPool::State {
 
  private:
   void open_slab(Blocks& blocks, size_t size, size_t count) {
-    Slab slab = Slab::of(size, count, kKeep ? turn % (kPage / kStagger) * kStagger : 0);
+    Slab slab = Slab::of(size, count, kSanitized ? 0 : turn % (kPage / kStagger) * kStagger);
     blocks.idle.reserve(blocks.room + count);
     const char* const begin = slab.memory.data();
     blocks.open = &slabs.emplace(begin, std::move(slab)).first->second;
@@ -160,7 +152,7 @@ void* TensorPool::take(size_t bytes) {
   const size_t size = size_class(bytes);
   const std::lock_guard lock(state_.mutex);
   try {
-    return state_.take(size, kKeep ? kSlab : 0);
+    return state_.take(size, kSanitized ? 0 : kSlab);
   } catch (const std::bad_alloc&) {
     state_.drop_before(Clock::time_point::max());
     return state_.take(size, 0);
@@ -171,7 +163,7 @@ void TensorPool::give_back(void* data, size_t bytes) noexcept {
   const std::lock_guard lock(state_.mutex);
   const Clock::time_point now = Clock::now();
   state_.give_back(static_cast<char*>(data), size_class(bytes), now);
-  if (!kKeep) return state_.drop_before(now);
+  if (kSanitized) return state_.drop_before(now);
   while (state_.idle_bytes > kMostIdle * state_.most_used_bytes && state_.drop_longest_idle()) {
   }
   if (now - state_.checked < std::chrono::seconds(1)) return;

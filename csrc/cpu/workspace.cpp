@@ -18,13 +18,6 @@ constexpr size_t kAlignment = 64, kHugePage = size_t{2} << 20;
 // More than any call takes but those of very many channels.
 constexpr size_t kMostThreadScratch = size_t{16} << 20;
 
-// AddressSanitizer watches the ends of an allocation: there, every piece is one.
-#if defined(__SANITIZE_ADDRESS__)
-constexpr bool kPiecesApart = true;
-#else
-constexpr bool kPiecesApart = false;
-#endif
-
 size_t aligned(size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
 std::align_val_t alignment(size_t bytes) { return std::align_val_t(bytes < kHugePage ? kAlignment : kHugePage); }
@@ -62,8 +55,8 @@ Block& Block::operator=(Block&& other) noexcept {
 Block::~Block() { ::operator delete(data_, alignment(bytes_)); }
 
 void* BlockScratch::take(size_t bytes) {
-  if (!kPiecesApart) bytes = aligned(bytes);
-  if (kPiecesApart || blocks_.empty() || blocks_.back().bytes() - used_ < bytes) {
+  if (!kSanitized) bytes = aligned(bytes);
+  if (kSanitized || blocks_.empty() || blocks_.back().bytes() - used_ < bytes) {
     blocks_.push_back(scratch_block(std::max(bytes, std::exchange(next_, 0))));
     used_ = 0;
   }
@@ -76,7 +69,7 @@ void BlockScratch::release() noexcept {
   used_ = 0;
   size_t total = 0;
   for (const Block& block : blocks_) total += block.bytes();
-  if (kPiecesApart) return blocks_.clear();
+  if (kSanitized) return blocks_.clear();
   if (blocks_.size() > 1 || total > kMostKept) {
     blocks_.clear();
     if (total <= kMostKept) next_ = total;
@@ -90,7 +83,7 @@ Scratch& scratch() {
 
 void* thread_scratch(size_t bytes) {
   Block& block = thread_block();
-  if (kPiecesApart || block.bytes() < bytes) {
+  if (kSanitized || block.bytes() < bytes) {
     block = Block();
     block = scratch_block(bytes);
   }

@@ -6,6 +6,14 @@
 
 namespace fused_preact::cpu {
 
+// AddressSanitizer sees what is used past the end of an allocation, and after it was freed: there every piece and every
+// tensor is one, and nothing is kept.
+#if defined(__SANITIZE_ADDRESS__)
+constexpr bool kSanitized = true;
+#else
+constexpr bool kSanitized = false;
+#endif
+
 // An owned, 64-byte aligned, uninitialised piece of memory: from the size of one on in huge pages, where there are any.
 class Block {
  public:
