@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 MEAN, RSTD, VARIANCE, SCALE, SHIFT = range(5)  # the rows of a batch norm
-DGAMMA, DBETA, SLOPE, OFFSET = range(4)  # those of a gradient
 
 
 class Conv(NamedTuple):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .kernels import DBETA, DGAMMA, Activation, Affine, Conv, Gradient, accumulation_type, memory_format
+from .kernels import Activation, Affine, Conv, Gradient, accumulation_type, memory_format
 
 SHORTCUTS = ("none", "identity", "activated", "raw")  # in the order of their codes
 MEMORY = ("fast", "lean", "min", "none")  # likewise; "none" where there is no backward
@@ -320,7 +320,7 @@ class _Backward:
             return dy
         g = kernels.dgrad(conv, dy, weight, a, add, self.stage.training[unit])
         if needs.bn[unit]:
-            self.dbn_weight[unit], self.dbn_bias[unit] = g.grad[DGAMMA], g.grad[DBETA]
+            self.dbn_weight[unit], self.dbn_bias[unit], *_ = g.grad
         return g
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fused_preact import reference
-from fused_preact.kernels import OFFSET, SLOPE, Activation, Affine, Conv, Gradient, accumulation_type
+from fused_preact.kernels import Activation, Affine, Conv, Gradient, accumulation_type
 
 TABLE = (
     "forward", "dgrad", "wgrad", "statistics", "running", "dx", "gradients", "convert", "permute", "join", "move",
@@ -90,7 +90,7 @@ class RawTable(ABC):
         if dy.norm is None:
             return self.place_words(self._place(dy.g), 0, 0, 0)
         # With running statistics slope and offset are 0, and the kernels get no rows of them.
-        rows = torch.stack([dy.grad[SLOPE], dy.grad[OFFSET]])
+        rows = torch.stack([*dy.grad[2:]])
         grad = rows if rows.any() else None
         return self.place_words(*(self._place(t) for t in (dy.g, dy.x, dy.norm, grad)))
 
