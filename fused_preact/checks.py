@@ -9,54 +9,16 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral, Real
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .kernels import Conv, accumulation_type
+from .units import Block, Unit
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _MOST = 2**31 - 1  # of a setting; csrc/ops.cpp has the same
-
-
-class Unit(NamedTuple):
-    """One BN-ReLU-Conv unit. ``batch``: whether it normalises by batch statistics."""
-
-    weight: Tensor
-    bias: Tensor | None
-    bn_weight: Tensor | None
-    bn_bias: Tensor | None
-    running_mean: Tensor | None
-    running_var: Tensor | None
-    batch: bool
-    eps: float
-    conv: Conv
-
-
-class Shortcut(NamedTuple):
-    """Shortcut of a block: one of schedule.SHORTCUTS, and of its convolution, if any, weight, geometry and name."""
-
-    kind: str = "none"
-    weight: Tensor | None = None
-    conv: Conv | None = None
-    name: str = ""
-
-
-class Block(NamedTuple):
-    """A chain of units and its shortcut; the function is one of a single unit.
-
-    ``names`` are those of the batch norm and the convolution of each unit, for messages; the function has none.
-    """
-
-    units: list[Unit]
-    shortcut: Shortcut = Shortcut()
-    names: Sequence[tuple[str, str]] = ()
-
-    def trains(self) -> bool:
-        """Whether a parameter requires a gradient."""
-        parameters = [*(t for unit in self.units for t in unit[:4]), self.shortcut.weight]
-        return any(t is not None and t.requires_grad for t in parameters)
 
 
 def constant(running_mean: Iterable[Tensor | None], running_var: Iterable[Tensor | None]) -> None:

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import checks, running
-from .checks import Block, Unit
 from .layers import add
 from .ops import Arguments
 from .plans import Plan, Plans, call_key, execute, make_plan
+from .units import Block, Unit
 
 
 def bn_relu_conv2d(

@@ -11,7 +11,8 @@ from torch.nn.modules import module as nn_module
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import backends, checks, running, tracing
-from .checks import Block, Shortcut, Unit
+from .kernels import Conv
+from .units import Block, Shortcut, Unit
 from .watch import PARAMETERS, has_own_forward, hooked
 
 
@@ -92,7 +93,7 @@ class Layers(NamedTuple):
         """
         across, y = residual if self.shortcut == "none" else x, x
         for i, (_, bn, _, conv) in enumerate(self.pairs):
-            y = F.relu(normalize(bn, y), inplace)
+            y = F.relu(normalise(bn, y), inplace)
             if i == 0 and self.container is not None:
                 across = self.container(y if self.shortcut == "activated" else x)
             y = conv(y)
@@ -161,7 +162,7 @@ def _torch_function(kind: type) -> Any:
 _TORCH_FUNCTIONS = (None, *map(_torch_function, (Tensor, nn.Parameter)))
 
 
-def normalize(bn: nn.Module, x: Tensor) -> Tensor:
+def normalise(bn: nn.Module, x: Tensor) -> Tensor:
     """What the layer makes of x; its running statistics stay as they are where a checkpoint repeats the call."""
     if not (isinstance(bn, nn.modules.batchnorm._BatchNorm) and running.recomputing()):
         return bn(x)
@@ -188,12 +189,12 @@ def add(y: Tensor, residual: Tensor, inplace: bool) -> Tensor:
     return y.add_(residual) if inplace and not backends.is_transforming() else (y + residual).to(y.dtype)
 
 
-def conv_geometry(conv: nn.Conv2d) -> checks.Conv:
+def conv_geometry(conv: nn.Conv2d) -> Conv:
     """Geometry of a plain convolution layer."""
     settings = conv.stride, conv.padding, conv.dilation
     if not all(isinstance(setting, tuple) and len(setting) == 2 for setting in settings):
         return checks.geometry(*settings, conv.groups, _parameters(conv)["weight"])
-    return checks.Conv(*conv.stride, *conv.padding, *conv.dilation, conv.groups)
+    return Conv(*conv.stride, *conv.padding, *conv.dilation, conv.groups)
 
 
 def _unit(bn: nn.BatchNorm2d, conv: nn.Conv2d) -> Unit:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .blocks import PreActBlock, PreActBottleneck
 from .checks import flag, one_of, positive
-from .layers import Layers, normalize, overwritable
+from .layers import Layers, normalise, overwritable
 from .stage import PreActStage
 
 
@@ -43,7 +43,7 @@ class FirstPreActBlock(PreActBlock):
             TypeError, ValueError: x does not fit.
         """
         bn, conv = map(self._layer, self._names[0])
-        a = F.relu(normalize(bn, x), overwritable(bn))
+        a = F.relu(normalise(bn, x), overwritable(bn))
         return self._dispatch(conv(a), a)
 
     def _layers(self) -> Layers:
@@ -136,7 +136,7 @@ class PreActResNet(nn.Module):
         for stage in self.stages:
             x = self._modules[stage](x)
         if self.bn is not None:
-            x = F.relu(normalize(self.bn, x), overwritable(self.bn))
+            x = F.relu(normalise(self.bn, x), overwritable(self.bn))
         return self.linear(x.mean((2, 3)))
 
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from . import _extension, backends, schedule
-from .checks import Block
 from .kernels import accumulation_type, memory_format
+from .units import Block
 
 # No strings: torch's stable conversion of a string argument leaks it.
 FORWARD = (

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from . import backends, checks, ops, tables
-from .checks import Block
 from .kernels import memory_format
 from .schedule import MEMORY, SHORTCUTS
+from .units import Block
 
 
 class Plan(NamedTuple):

@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import backends, checks, running
+from . import backends, running
 from .layers import Layers
 from .ops import Arguments
 from .plans import Plan, Plans, call_key, execute, make_plan
+from .units import Block
 from .watch import Watch
 
 
@@ -20,7 +21,7 @@ class Run(NamedTuple):
 
     backend: str
     updates: list[running.Update]
-    blocks: list[checks.Block]
+    blocks: list[Block]
     arguments: Arguments
     plans: Plans
 

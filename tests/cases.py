@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_preact import _extension, backends, ops, plans, reference
-from fused_preact.checks import Block, Shortcut, Unit
 from fused_preact.kernels import Activation, Conv, Gradient, accumulation_type
+from fused_preact.units import Block, Shortcut, Unit
 
 Results = dict[str, Tensor]
 # For what does not depend on the instruction set; the fixture `backend` adds each of those.

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from cases import BY_ID, OTHER_FILTERS, Case, Layer, Results, Sample, assert_no_worse, eager, errors, fused, laid_out
 from fused_preact import PreActBottleneck, PreActStage, backends
-from fused_preact.checks import Block
 from fused_preact.stage import MEMORY
 from fused_preact.train.graph import CudaGraph
+from fused_preact.units import Block
 from test_cuda import CASES, PRODUCTS
 from test_stage import assert_as_close_as_eager_under_autocast
 from tf32 import eager_tf32

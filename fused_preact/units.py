@@ -1,0 +1,49 @@
+"""What a call is made of: units, and blocks of units with a shortcut."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from .kernels import Conv
+
+
+class Unit(NamedTuple):
+    """One BN-ReLU-Conv unit. ``batch``: whether it normalises by batch statistics."""
+
+    weight: Tensor
+    bias: Tensor | None
+    bn_weight: Tensor | None
+    bn_bias: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    batch: bool
+    eps: float
+    conv: Conv
+
+
+class Shortcut(NamedTuple):
+    """Shortcut of a block: one of schedule.SHORTCUTS, and of its convolution, if any, weight, geometry and name."""
+
+    kind: str = "none"
+    weight: Tensor | None = None
+    conv: Conv | None = None
+    name: str = ""
+
+
+class Block(NamedTuple):
+    """A chain of units and its shortcut; the function is one of a single unit.
+
+    ``names`` are those of the batch norm and the convolution of each unit, for messages; the function has none.
+    """
+
+    units: list[Unit]
+    shortcut: Shortcut = Shortcut()
+    names: Sequence[tuple[str, str]] = ()
+
+    def trains(self) -> bool:
+        """Whether a parameter requires a gradient."""
+        parameters = [*(t for unit in self.units for t in unit[:4]), self.shortcut.weight]
+        return any(t is not None and t.requires_grad for t in parameters)
