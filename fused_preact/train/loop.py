@@ -126,6 +126,9 @@ class Trainer:
         try:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
+            for parameter, kept in self.optimizer.state.items():
+                if kept["momentum_buffer"].shape != parameter.shape:  # SGD would write beyond its end
+                    raise ValueError
             for group in self.optimizer.param_groups:
                 group["lr"] = self.lr
             torch.set_rng_state(state["rng"]["cpu"])

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..cli import MOST_THREADS
 from ..errors import UserError
 from ..stage import MEMORY
 
@@ -60,8 +61,8 @@ LARGEST = torch.finfo(torch.float32).max
 class Settings:
     """Everything that decides what a run computes.
 
-    `resolve` checks `recipe` and `batch_size`, which it reckons with; `threads` is for torch, and `model` and `backend`
-    are for the trainer to check.
+    `resolve` checks `recipe` and `batch_size`, which it reckons with; `model` and `backend` are for the trainer to
+    check.
     `milestones`: iterations after which `lr` is divided by 10. `warmup`: iterations at `warmup_lr` before that.
     `amp`: "none" or "bf16". `memory`: a mode of `PreActStage`. `cuda_graph`: steps are replayed from one. `eval_every`
     and `save_every` are in iterations.
@@ -104,6 +105,7 @@ class Settings:
             self._expect(name, getattr(self, name) >= 1, "at least 1")
         for name in ("momentum", "weight_decay", "warmup", "padding", "seed"):
             self._expect(name, getattr(self, name) >= 0, "at least 0")
+        self._expect("threads", 1 <= self.threads <= MOST_THREADS, f"from 1 to {MOST_THREADS}")
         self._expect("seed", self.seed < 2**63, "less than 2^63")
         self._expect("padding", self.padding <= 32, "at most 32, the size of the images")
         for name in ("lr", "warmup_lr"):

@@ -277,6 +277,17 @@ def test_a_checkpoint_with_something_else_in_it(wrong, dataset, tmp_path):
         one.load_state_dict({**one.state_dict(), **wrong}, tmp_path / "checkpoint.pt")
 
 
+@pytest.mark.parametrize("momentum", [None, torch.zeros(3)], ids=["none", "of another shape"])
+def test_a_momentum_that_is_not_of_its_weight(momentum, dataset, tmp_path):
+    """It is refused: torch's fused SGD would look at no shape, and write where other memory is."""
+    one = trainer(dataset)
+    one.step()
+    state = one.state_dict()
+    state["optimizer"]["state"][0] = {"momentum_buffer": momentum}
+    with pytest.raises(UserError, match=r"checkpoint.pt: of another net than resnet20, or damaged"):
+        one.load_state_dict(state, tmp_path / "checkpoint.pt")
+
+
 def test_a_checkpoint_of_another_net(dataset, tmp_path):
     """Other names or shapes are one clear error, and so is another data set."""
     state = trainer(dataset, model="resnet56").state_dict()

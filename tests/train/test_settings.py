@@ -94,6 +94,8 @@ def test_a_run_of_one_iteration_is_at_the_full_rate():
         ({"padding": -1}, "--padding: expected at least 0, got -1"),
         ({"padding": 33}, "--padding: expected at most 32, the size of the images, got 33"),
         ({"save_every": 0}, "--save-every: expected at least 1, got 0"),
+        ({"threads": 0}, "--threads: expected from 1 to 1024, got 0"),
+        ({"threads": 1025}, "--threads: expected from 1 to 1024, got 1025"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
