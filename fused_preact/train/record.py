@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
 from ..files import replacing
+
+# What each kind of row must have for the summary and the curve.
+FIGURES = {"train": ("iteration", "loss"), "test": ("iteration", "loss", "error")}
 
 
 class Recorder:
@@ -31,20 +36,29 @@ class Recorder:
         self._writer: Any | None = None
 
     def add(self, split: str, iteration: int, **figures: float) -> None:
-        """Record figures of one split after `iteration` iterations."""
+        """Record figures of one split after `iteration` iterations.
+
+        Raises:
+            UserError: they cannot be written.
+        """
         row = {"split": split, "iteration": iteration, **figures}
         self.rows.append(row)
-        with self._path.open("a", encoding="utf-8") as file:
+        with _naming(self._path), self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, allow_nan=False) + "\n")
         if self._wanted:
-            self._writer = self._writer or _writer(self._events, self._start)
-            for name, value in figures.items():
-                self._writer.add_scalar(f"{split}/{name}", value, iteration)
+            with _naming(self._events):
+                self._writer = self._writer or _writer(self._events, self._start)
+                for name, value in figures.items():
+                    self._writer.add_scalar(f"{split}/{name}", value, iteration)
 
     def sync(self) -> None:
-        """Make the lines so far last through a power cut."""
+        """Make the lines so far last through a power cut.
+
+        Raises:
+            UserError: they cannot be written.
+        """
         if self._path.exists():
-            with self._path.open("ab") as file:
+            with _naming(self._path), self._path.open("ab") as file:
                 os.fsync(file.fileno())
 
     def of(self, split: str) -> list[dict[str, Any]]:
@@ -52,9 +66,23 @@ class Recorder:
         return [row for row in self.rows if row["split"] == split]
 
     def close(self) -> None:
-        """Hand the last events to TensorBoard."""
+        """Hand the last events to TensorBoard.
+
+        Raises:
+            UserError: they cannot be written.
+        """
         if self._writer is not None:
-            self._writer.close()
+            with _naming(self._events):
+                self._writer.close()
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """What the system says of a file that cannot be written, with its name, which it leaves out of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
 def _keep(path: Path, start: int) -> list[dict[str, Any]]:
@@ -68,6 +96,7 @@ def _keep(path: Path, start: int) -> list[dict[str, Any]]:
                 row = json.loads(line) if line.endswith(b"\n") else None
                 if row is None or row["iteration"] > start:
                     break
+                sum(row[name] for name in FIGURES[row["split"]])  # they are there, and numbers
             except (ValueError, TypeError, KeyError) as error:
                 raise UserError(
                     f"{path}: line {len(rows) + 1} is none that fused-preact train wrote; delete that line, "

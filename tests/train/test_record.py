@@ -47,7 +47,19 @@ def test_a_line_without_its_end_is_not_written_on(tmp_path):
     assert [row["iteration"] for row in lines(tmp_path)] == [1, 3]
 
 
-@pytest.mark.parametrize("line", ["", "{}", "[1]", "7"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "",
+        "{}",
+        "[1]",
+        "7",
+        '{"iteration": 1}',
+        '{"split": "held out", "iteration": 1}',
+        '{"split": "train", "iteration": 1}',
+        '{"split": "test", "iteration": 1, "loss": 1.0, "error": null}',
+    ],
+)
 def test_a_line_of_somebody_else(line, tmp_path):
     """Metrics that were edited end in an error that names the line."""
     (tmp_path / "metrics.jsonl").write_text(f'{{"split": "train", "iteration": 1, "loss": 1.0}}\n{line}\n')
@@ -60,6 +72,14 @@ def test_what_is_no_number_is_not_written(tmp_path):
     with pytest.raises(ValueError, match="not JSON compliant"):
         Recorder(tmp_path, tensorboard=False).add("train", 1, loss=float("nan"))
     assert lines(tmp_path) == []
+
+
+def test_a_disk_that_is_full(tmp_path):
+    """The message names the file, which the system leaves out: the disk may be that of a log."""
+    recorder = Recorder(tmp_path, tensorboard=False)
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"metrics.jsonl: cannot be written: No space left on device"):
+        recorder.add("train", 1, loss=1.0)
 
 
 def test_no_events_where_they_are_not_wanted(tmp_path):
