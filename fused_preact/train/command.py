@@ -28,7 +28,8 @@ from .loop import Run, Summary, Trainer
 from .record import Recorder, check_tensorboard, draw
 
 # What a run writes into its folder; the folder, whose removal may fail halfway, comes first.
-PRODUCTS = ("tensorboard", "checkpoint.pt", "checkpoint.pt.tmp", "metrics.jsonl", "curve.png")
+HALF = "checkpoint.pt.tmp"  # of a run that was killed as it saved: alone, of one that had not begun
+PRODUCTS = ("tensorboard", "checkpoint.pt", HALF, "metrics.jsonl", "curve.png")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -182,7 +183,7 @@ def _check_empty(folder: Path, overwrite: bool) -> None:
     """Raise UserError where a new run must not go."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out {folder}: not a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+    if folder.is_dir() and any(entry.name != HALF for entry in folder.iterdir()) and not overwrite:
         raise UserError(f"{folder}: not empty; --resume goes on with the run there, --overwrite discards it")
 
 

@@ -98,6 +98,13 @@ def test_a_run_that_could_not_begin_leaves_nothing(tmp_path, monkeypatch, capsys
     assert train(*arguments) == 0
 
 
+def test_a_run_that_was_killed_before_it_began_is_not_in_the_way(tmp_path):
+    """Of half of a first checkpoint --resume says to begin without it; the same command does, without --overwrite."""
+    (tmp_path / "checkpoint.pt.tmp").write_bytes(b"half")
+    assert train(*QUICK, "--iterations", 1, "--out", tmp_path) == 0
+    assert not (tmp_path / "checkpoint.pt.tmp").exists()
+
+
 def test_two_runs_do_not_share_a_folder(whole, capsys):
     """Neither --resume nor --overwrite comes between a run that is going on and its checkpoints."""
     before = (whole / "checkpoint.pt").read_bytes()
