@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import importlib
+import io
 import math
 import signal
 import sys
@@ -30,11 +31,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     0 for success, 2 for what the user can put right, 130 for Ctrl-C, 143 for SIGTERM.
     """
+    _escape_output()
     try:
         with _stoppable():
             return _run(list(sys.argv[1:] if arguments is None else arguments))
     except KeyboardInterrupt as stop:
         return 128 + (stop.args[0] if stop.args else signal.SIGINT)
+
+
+def _escape_output() -> None:
+    """What standard output cannot encode, such as a letter in a path, is escaped, as on standard error."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 @contextlib.contextmanager

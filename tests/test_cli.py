@@ -1,5 +1,6 @@
 """The command line: exit codes and messages are what scripts and people rely on."""
 
+import io
 import signal
 import subprocess
 import sys
@@ -85,6 +86,16 @@ def test_memory_that_runs_out_is_one_line(said, monkeypatch, capsys):
     said = "a defect"
     with pytest.raises(RuntimeError, match=said):
         cli.main(["info"])
+
+
+def test_what_cannot_be_encoded_is_escaped(monkeypatch):
+    """A path is printed in a locale without its letters, and one that is no UTF-8 in any."""
+    output = io.TextIOWrapper(io.BytesIO(), "latin-1")
+    monkeypatch.setattr(sys, "stdout", output)
+    monkeypatch.setattr(info, "run", lambda _arguments: print("\xfc/\u2713/\udcff") or 0)
+    assert cli.main(["info"]) == 0
+    output.flush()
+    assert output.buffer.getvalue() == b"\xfc/\\u2713/\\udcff\n"
 
 
 def test_only_the_command_that_is_asked_for_is_imported():
