@@ -115,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
         console.print(_heading(trainer, folder), soft_wrap=True)
         with _signals() as stopped, _progress(trainer, console) as show:
             summary = Run(trainer, folder, recorder, show).until_done(stop=lambda: bool(stopped))
-    console.print(_conclusion(summary))
+    console.print(_conclusion(summary), soft_wrap=True)
     if draw(recorder.rows, folder / "curve.png", f"{trainer.settings.model} on {trainer.dataset.name}"):
         console.print(f"Learning curve: {folder / 'curve.png'}", soft_wrap=True)
     if not summary.finished:
