@@ -67,8 +67,7 @@ def merge(
         tl.store(rows + SCALE * C + c, scale.to(ACC), mask=known)
         lost = mean.to(ACC).to(tl.float64) - mean
         shift = tl.load(beta + c, mask=known, other=0.0).to(tl.float64)
-        # Of an infinite mean nothing is lost, and an infinite scale makes no NaN of that.
-        shift = tl.where((lost > 0.0) | (lost < 0.0), shift + scale * lost, shift)
+        shift = tl.where(lost == 0.0, shift, shift + scale * lost)  # an infinite scale makes no NaN of nothing lost
         tl.store(rows + SHIFT * C + c, shift.to(ACC), mask=known)
 
 
