@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -115,9 +116,36 @@ def assert_instructions(kernel: Kernel) -> None:
             assert "LDGSTS" in kernel.code, kernel.name
 
 
+def before_the_wait(code: str) -> set[str]:
+    """The instructions that some way from the entry of a kernel meets before ACQBULK."""
+    lines: list[tuple[str, str, str, str]] = []
+    labels: dict[str, int] = {}
+    line = r"^(\.L_x_\d+):|/\*[0-9a-f]{4,}\*/ +(@\S+ +)?([A-Z]\w+)([^;`]*)(?:`\((\.L_x_\d+)\))?"
+    for label, *instruction in re.findall(line, code, re.MULTILINE):
+        if label:
+            labels[label] = len(lines)
+        else:
+            lines.append(tuple(instruction))
+    met, ahead = set(), [0]
+    while ahead:
+        at = ahead.pop()
+        guard, name, operands, target = lines[at]
+        if at in met or name == "ACQBULK":
+            continue
+        met.add(at)
+        assert name not in ("BRX", "JMX"), "a jump to anywhere"
+        if target:
+            ahead.append(labels[target])
+        if guard or name not in ("BRA", "EXIT", "RET") or (name == "BRA" and operands.strip()):
+            ahead.append(at + 1)
+    return {lines[at][1] for at in met}
+
+
 def assert_takes_turns(kernel: Kernel, overlaps: bool) -> None:
     """Where launches overlap, a kernel waits for those before, lets the next begin, and touches memory after that."""
     names = re.findall(r"\b(ACQBULK|PREEXIT|LDGSTS|LDG|STG|LD|ST|ATOMG?|REDG?)\b", kernel.code)
-    assert names[:2] == ["ACQBULK", "PREEXIT"] if overlaps else not {"ACQBULK", "PREEXIT"} & {*names}, kernel.name
+    if overlaps:
+        assert not before_the_wait(kernel.code) & {"EXIT", *names}, kernel.name
+        assert all(then == "PREEXIT" for name, then in pairwise(names) if name == "ACQBULK"), kernel.name
     ways = 2 if "gradients_kernel" in kernel.name else 1  # blocks of dgrad and blocks of wgrad
-    assert names.count("ACQBULK") == overlaps * ways, kernel.name
+    assert names.count("ACQBULK") == names.count("PREEXIT") == overlaps * ways, kernel.name
