@@ -32,7 +32,7 @@ Affine raw(const Launch::Affine& affine) {
 }
 Affine raw(const std::optional<Launch::Affine>& affine) { return affine ? raw(*affine) : Affine{}; }
 
-// Of no image.
+// Sums over no image.
 void set_to_zero(std::initializer_list<std::optional<Tensor>> sums) {
   for (std::optional<Tensor> sum : sums)
     if (sum) torch::stable::zero_(*sum);
