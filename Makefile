@@ -26,10 +26,11 @@ format:
 docs:  ## the reference of the public functions and classes, from their docstrings: build/docs/index.html
 	pdoc --docformat google --output-directory build/docs fused_preact
 
-# A build of its own in build/asan, and the suite on it. Leaks are left out: python never frees all it has. New memory is
-# filled with NaN (all bits one), so that a value used before it is written shows too. The C++ library is loaded early
-# because AddressSanitizer looks for its exceptions when it starts, and python alone does not bring it. The build has only
-# the kernels that this processor runs, so there are none to emulate for AVX-512; and it has no pool of memory to test.
+# A build of its own in build/asan, and the suite on it. Leaks are left out: python never frees all it has. New memory
+# is filled with NaN (all bits one), so that a value used before it is written shows too. The C++ library is loaded
+# early because AddressSanitizer looks for its exceptions when it starts, and python alone does not bring it. The build
+# has only the kernels that this processor runs, so there are none to emulate for AVX-512; and it has no pool of memory
+# to test.
 ASAN_TESTS ?= tests --ignore=tests/test_pool.py --ignore=tests/test_workspace.py --ignore-glob='tests/test_avx512*.py'
 SUPPORTED = $(PYTHON) -c 'from fused_preact import _extension as e; print(",".join(e.instruction_sets().supported))'
 asan:
