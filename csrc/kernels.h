@@ -141,9 +141,9 @@ struct Kernels {
                   Workspace&);
 
   // joined = stream + branch, or minus it, in f32 over [pixels][C]: branches of 16 bits on a stream that stays in f32.
-  // The branch is formed as dy above. narrowed, which may be null, is the same rounded to the storage type; where
-  // next_rows is not null, narrowed neither is and the branch has no norm: also the rows of `next` from the statistics
-  // of narrowed.
+  // The branch is formed as dy above. narrowed, which may be null, is the same rounded to the storage type. Where
+  // next_rows is not null, also the rows of `next` from the statistics of narrowed: then narrowed is not null, and the
+  // branch has no norm.
   void (*join)(Dtype, int64_t pixels, int64_t C, const void* stream, const Gradient& branch, bool subtract,
                void* joined, void* narrowed, const Affine& next, void* next_rows, Workspace&);
 

@@ -108,7 +108,8 @@ class Launch {
                                                            const std::optional<Affine>& next) const;
   Gradients library_gradients(const Convolution&, const Gradient& dy, const Tensor& weight, const Activation& x,
                               const std::optional<Tensor>& add, bool batch, const std::array<bool, 3>& wanted) const;
-  // Of the gradient of an activation, or of x itself where it has no norm, da; `add` belongs to it. Overwrites da.
+  // What comes of da + add, the gradient of the activation: that of x, which it is itself where x has no norm.
+  // Overwrites da.
   Gradient behind_product(const Tensor& da, const Activation& x, const std::optional<Tensor>& add, bool batch) const;
 
   Device device_;

@@ -41,7 +41,7 @@ std::pair<Tensor, std::optional<Tensor>> Launch::library_forward(const Convoluti
 Launch::Gradients Launch::library_gradients(const Convolution& conv, const Gradient& dy, const Tensor& weight,
                                             const Activation& x, const std::optional<Tensor>& add, bool batch,
                                             const std::array<bool, 3>& wanted) const {
-  // Without a gradient of the weight of x the shape alone is read.
+  // Where no gradient of the weight is wanted, only the shape of x is read.
   const auto [da, dweight, dbias] =
       convolve_backward(conv, dx(dy, std::nullopt), wanted[1] ? activate(x) : x.x, weight, wanted);
   Gradients made;

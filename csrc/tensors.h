@@ -18,7 +18,7 @@ size_t element_size(ScalarType);  // bytes, of a type that a kernel has
 Dtype kernel_dtype(ScalarType);   // throws for a type that no kernel has
 
 // Uninitialised, on the device of `like`: an activation [N, C, H, W] in dense NHWC or NCHW, and a contiguous tensor.
-// All but small ones of four dimensions are taken from the pool, where there is one.
+// Where there is a pool, those of four dimensions are taken from it, but for small ones.
 Tensor empty_nhwc(const Tensor& like, ScalarType, int64_t N, int64_t C, int64_t H, int64_t W, Pool*);
 Tensor empty_nchw(const Tensor& like, ScalarType, int64_t N, int64_t C, int64_t H, int64_t W, Pool*);
 Tensor empty(const Tensor& like, ScalarType, std::initializer_list<int64_t> sizes);
