@@ -1,4 +1,4 @@
-"""Forward and backward of one block: ResNet-1001's bottlenecks, ResNet-110's and PreActResNet-18's basic blocks."""
+"""Forward and backward of one block: bottlenecks, basic blocks and dense layers of the default cases."""
 
 from fused_preact.bench.cases import default_cases
 
