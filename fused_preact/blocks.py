@@ -65,8 +65,8 @@ class ResidualBlock(Branch):
         planes: width; the block has planes*expansion channels out.
         stride: of the block, one integer for both directions.
         shortcut_input: what the shortcut's convolution reads: "activated", relu(bn1(x)), as in the paper, or "raw", x.
-        shortcut_name: "shortcut" or "downsample", of that convolution's nn.Sequential in the state_dict, or
-            "convShortcut", as in wide ResNets of its own.
+        shortcut_name: in the state_dict: "shortcut" or "downsample", of an nn.Sequential of that convolution, or
+            "convShortcut", of the convolution itself, as in wide ResNets.
         backend: one of `backends.NAMES`; "eager" is the plain layers.
         device, dtype: of the parameters.
 

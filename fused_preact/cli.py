@@ -29,7 +29,8 @@ Handlers = Mapping[int, Any]  # of signals by their numbers, as signal.getsignal
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code.
 
-    0 for success, 2 for what the user can put right, 130 for Ctrl-C, 143 for SIGTERM.
+    0 for success, 1 where `bench` finds a result wrong, 2 for what the user can put right; 130 for Ctrl-C, 143 for
+    SIGTERM, and of `train` 129 for SIGHUP.
     """
     _escape_output()
     try:

@@ -1,7 +1,4 @@
-"""What DenseNets are made of; signatures and state_dict keys are torchvision's.
-
-Huang, Liu, van der Maaten, Weinberger, "Densely Connected Convolutional Networks", 2017, arXiv 1608.06993: DenseNet-BC.
-"""
+"""What DenseNets are made of; signatures and state_dict keys are torchvision's."""
 
 from __future__ import annotations
 
@@ -23,6 +20,9 @@ class DenseLayer(Branch):
     It keeps x and what conv1 gives, half of what the plain layers keep. With ``memory_efficient`` it keeps the features
     that x is made of, which the layers share, and joins them again in backward: memory grows with the depth and not
     with its square, and nothing is done twice but the copy.
+
+    Huang, Liu, van der Maaten, Weinberger, "Densely Connected Convolutional Networks", 2017, arXiv 1608.06993:
+    DenseNet-BC.
 
     Args:
         num_input_features: channels of x.
@@ -98,6 +98,8 @@ class DenseLayer(Branch):
 class Transition(Branch):
     """conv(relu(norm(x))), a 1x1 convolution, as one node, and the mean over squares of 2x2: half of height and width.
 
+    Of the paper that `DenseLayer` names.
+
     Args:
         num_input_features, num_output_features: channels of x and of y.
         backend: one of `backends.NAMES`; "eager" is the plain layers.
@@ -129,6 +131,7 @@ class Transition(Branch):
 
         Raises:
             TypeError, ValueError: x does not fit.
+            RuntimeError: it has a single row or column.
         """
         return F.avg_pool2d(self._dispatch(x), 2)
 

@@ -91,7 +91,7 @@ class BNReLUConv2d(Fused):
         device, dtype: of the parameters.
 
     Raises:
-        ValueError: there is no backend of that name, or nn.Conv2d refuses an argument.
+        TypeError, ValueError: nn.BatchNorm2d or nn.Conv2d refuses an argument, or there is no backend of that name.
     """
 
     def __init__(

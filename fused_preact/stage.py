@@ -41,6 +41,7 @@ class PreActStage(nn.Sequential):
         memory: "fast", "lean" or "min".
 
     Raises:
+        TypeError: a block is no module.
         ValueError: ``memory`` is none of the three, or is one that a block does not allow.
     """
 
