@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--threads",
         type=thread_count,
         metavar="COUNT",
-        help="torch's threads, for which a CPU's table is (default: its own choice)",
+        help="torch's threads: a CPU's table is for one number of them (default: its own choice)",
     )
     parser.add_argument(
         "--budget", type=positive(float), default=1.0, metavar="SECONDS", help="for each call (default: 1)"

@@ -25,6 +25,10 @@ from .check import CheckError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `fused-preact bench`."""
+    parser.description = (
+        "Times what is fused against eager torch on this machine, once both are found to compute the same; prints "
+        "tables, and writes them as JSON and as a picture."
+    )
     extent = parser.add_mutually_exclusive_group()
     extent.add_argument("--full", action="store_true", help="the long version: more cases, torch.compile, both mallocs")
     extent.add_argument("--table", action="store_true", help="time every backend over a grid of units (backend='auto')")
@@ -37,7 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--threads", type=thread_count, metavar="COUNT", help="torch's threads (default: its own choice)"
     )
     parser.add_argument(
-        "--budget", type=positive(float), metavar="SECONDS", help="for a case (default: 1, full: 5, table: 0.5)"
+        "--budget",
+        type=positive(float),
+        metavar="SECONDS",
+        help="for a block, a net takes three times as long (default: 1, full: 5, table: 0.5)",
     )
     parser.add_argument("--memory", action="store_true", help="also the peak resident memory of each net")
     parser.add_argument(

@@ -68,7 +68,7 @@ def _add_recipe(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--momentum", type=float, metavar="SHARE", help=f"of SGD; default: {of_recipes.momentum:g}")
     group.add_argument("--nesterov", action=argparse.BooleanOptionalAction, default=None, help="Nesterov's momentum")
     group.add_argument("--weight-decay", type=float, metavar="RATE", help=f"default: {of_recipes.weight_decay:g}")
-    warmup = f"iterations at --warmup-lr first; default: {usual['warmup']}, the paper's warm-up: 400"
+    warmup = f"iterations at --warmup-lr first; default: {usual['warmup']}; 400 is the paper's warm-up"
     group.add_argument("--warmup", type=int, metavar="N", help=warmup)
     group.add_argument("--warmup-lr", type=float, metavar="RATE", help=f"default: {usual['warmup_lr']:g}")
     padding = f"border of the random crop; default: {of_recipes.padding}"

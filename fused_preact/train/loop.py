@@ -164,7 +164,7 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros((), device=device).item()  # meta tensors have a shape alone
     except (RuntimeError, AssertionError, ImportError) as error:
-        raise UserError(f"--device: expected a device of this machine, such as cpu or cuda, got {name}") from error
+        raise UserError(f"--device: expected a device that torch finds here, such as cpu, got {name}") from error
     return device
 
 

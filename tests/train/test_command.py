@@ -282,7 +282,7 @@ def test_a_run_that_is_lengthened_stays_so(tmp_path, monkeypatch):
             ["--model", "resnet20", "--device", "cpu", "--cuda-graph"],
             "--cuda-graph: expected --device cuda with it, got --device cpu",
         ),
-        (["--model", "resnet20", "--device", "meta"], "--device: expected a device of this machine, such as cpu or"),
+        (["--model", "resnet20", "--device", "meta"], "--device: expected a device that torch finds here, such as cpu"),
         (
             ["--model", "resnet20", "--backend", "cuda", "--device", "cpu"],
             "--backend cuda --batch-size 32 --device cpu: backend='cuda' cannot serve this call: it runs on CUDA dev",

@@ -308,9 +308,9 @@ def test_other_data_with_fewer_images_than_a_batch(dataset, tmp_path):
     ("given", "message"),
     [
         ({"model": "resnet21"}, "--model resnet21 --memory fast: name must be one of 'resnet20', 'resnet56'"),
-        ({"device": "gpu"}, "--device: expected a device of this machine, such as cpu or cuda, got gpu"),
-        ({"device": "meta"}, "--device: expected a device of this machine, such as cpu or cuda, got meta"),
-        ({"device": "hpu"}, "--device: expected a device of this machine, such as cpu or cuda, got hpu"),
+        ({"device": "gpu"}, "--device: expected a device that torch finds here, such as cpu, got gpu"),
+        ({"device": "meta"}, "--device: expected a device that torch finds here, such as cpu, got meta"),
+        ({"device": "hpu"}, "--device: expected a device that torch finds here, such as cpu, got hpu"),
         ({"device": "cpu", "backend": "cuda"}, "--device cpu: backend='cuda' cannot .*: it runs on CUDA devices, not"),
     ],
     ids=["model", "device", "device without numbers", "device without a library", "backend"],
