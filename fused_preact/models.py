@@ -72,7 +72,7 @@ class PreActResNet(nn.Module):
         block_options: keyword arguments for every block, such as shortcut_input, backend and of bottlenecks stride_on.
 
     Raises:
-        TypeError: the blocks have no option of that name, or a number is none, or ``block`` no class of blocks.
+        TypeError: the blocks have no option of that name, a number is no integer, or ``block`` is no class of blocks.
         ValueError: ``stem`` is none of the two, a number is less than 1, or the blocks or stages refuse an option's
             value.
     """
@@ -183,7 +183,7 @@ def create(name: str, num_classes: int = 10, **options: Any) -> PreActResNet:
         options: keyword arguments of `PreActResNet` and its blocks, such as ``backend="eager"``, ``stem="imagenet"``.
 
     Raises:
-        TypeError: it has no option of that name.
+        TypeError: it has no option of that name, or a number is no integer.
         ValueError: there is no network of that name, or it refuses an option's value.
     """
     one_of("name", name, names())
