@@ -131,7 +131,7 @@ class Transition(Branch):
 
         Raises:
             TypeError, ValueError: x does not fit.
-            RuntimeError: it has a single row or column.
+            RuntimeError: x has a single row or column.
         """
         return F.avg_pool2d(self._dispatch(x), 2)
 
