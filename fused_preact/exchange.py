@@ -25,6 +25,7 @@ from .watch import has_own_forward, hooked
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 _KINDS: dict[int, tuple[type[ResidualBlock], ...]] = {1: (), 2: (PreActBlock, FirstPreActBlock), 3: (PreActBottleneck,)}
 _RESIDUAL = 0
+_DROP_RATES = ("drop_rate", "droprate", "dropRate")  # as dense layers name it
 
 
 def fuse(net: nn.Module, memory: str = "fast", backend: str = "auto") -> nn.Module:
@@ -217,9 +218,12 @@ def _block_of(old: nn.Module, layers: Layers, candidates: Iterable[_Candidate]) 
         ours = trial.outputs_if_any(block, channels)
         if ours is None or list(old.state_dict()) != list(block.state_dict()):
             continue
-        nearest = max(nearest, agreeing := trial.agreement(theirs, ours))
+        agreeing = trial.agreement(theirs, ours)
         if agreeing < len(theirs):
+            if not settings.get("drop_rate"):  # a block that drops elsewhere is to be told that it drops
+                nearest = max(nearest, agreeing)
             continue
+        nearest = agreeing
         if isinstance(block, ResidualBlock):
             if takes_x:
                 return block
@@ -236,9 +240,8 @@ def _candidates(old: nn.Module, layers: Layers, dense: int) -> Iterator[_Candida
     # Through a plain nn.Sequential its parent may walk by itself.
     if layers.container is None and len(layers.pairs) == dense and type(old) is not nn.Sequential:
         yield Branch, "none", {}
-        rate = getattr(old, "drop_rate", None)
-        rates = dict.fromkeys((rate if isinstance(rate, float) else 0.0, 0.0))
-        for rate, returns in itertools.product(rates, RETURNS):
+        rates = [rate for name in _DROP_RATES if isinstance(rate := getattr(old, name, None), float)]
+        for rate, returns in itertools.product(dict.fromkeys((*rates, 0.0)), RETURNS):
             yield DenseLayer, "none", {"drop_rate": rate, "memory_efficient": False, "returns": returns}
         if dense == 1:
             yield Transition, "none", {}
