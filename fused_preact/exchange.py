@@ -136,8 +136,12 @@ class _Exchange:
 
         A block may be inside of it, or it inside of a block.
         """
-        by_reason: dict[str, list[str]] = {}
+        innermost: dict[frozenset[nn.Module], str] = {}  # which is noted before what it is in
         for name, left in self._left.items():
+            innermost.setdefault(frozenset(left.layers), name)
+        by_reason: dict[str, list[str]] = {}
+        for name in innermost.values():
+            left = self._left[name]
             plain = left.layers - self._fused
             if plain and not any(plain <= other.layers < left.layers for other in self._left.values()):
                 by_reason.setdefault(left.reason, []).append(name or "net")
@@ -172,6 +176,7 @@ class _NoBlockError(Exception):
 
 _Candidate = tuple[type[Branch], str, dict[str, Any]]  # class, shortcut and settings
 _COMPILED = "it is compiled: fuse it before that"
+_WALKED = "it is a plain nn.Sequential, which the module that has it may go through itself: give it a class of its own"
 
 
 def _is_wrapper(module: nn.Module) -> bool:
@@ -228,6 +233,8 @@ def _block_of(old: nn.Module, layers: Layers, candidates: Iterable[_Candidate]) 
             if takes_x:
                 return block
             continue
+        if type(old) is nn.Sequential:
+            raise _NoBlockError(_WALKED, nearest)
         of_parts = trial.outputs_if_any(old, channels, 2)
         if of_parts is None or trial.alike(of_parts, trial.outputs_if_any(block, channels, 2) or []):
             return block
@@ -237,8 +244,7 @@ def _block_of(old: nn.Module, layers: Layers, candidates: Iterable[_Candidate]) 
 
 def _candidates(old: nn.Module, layers: Layers, dense: int) -> Iterator[_Candidate]:
     """What a module of these layers may be: residual blocks, or of so many units a branch, or what DenseNets have."""
-    # Through a plain nn.Sequential its parent may walk by itself.
-    if layers.container is None and len(layers.pairs) == dense and type(old) is not nn.Sequential:
+    if layers.container is None and len(layers.pairs) == dense:
         yield Branch, "none", {}
         rates = [rate for name in _DROP_RATES if isinstance(rate := getattr(old, name, None), float)]
         for rate, returns in itertools.product(dict.fromkeys((*rates, 0.0)), RETURNS):

@@ -138,10 +138,14 @@ def test_units_alone(units, recwarn):
 
 
 def test_a_sequential_of_layers_stays():
-    """Its parent may go through it, layer by layer."""
-    net = nn.Sequential(nn.Sequential(*Chain(1).layers), Chain(1))
-    fuse(net)
-    assert [type(part) for part in net] == [nn.Sequential, blocks.Branch]
+    """Its parent may go through it, layer by layer: what makes a block of it is said, where that would."""
+    for pairs in 1, 2:
+        net = nn.Sequential(nn.Sequential(*Chain(pairs).layers), Chain(pairs))
+        with pytest.warns(UserWarning, match=r"as they are; 0: it is a plain nn.Sequential, .*: give it a class"):
+            fuse(net)
+        assert [type(part) for part in net] == [nn.Sequential, blocks.Branch]
+    with pytest.raises(ValueError, match=r"; net: of the layers of a block Sequential computes something else: it giv"):
+        fuse(nn.Sequential(*Chain(2, nn.SiLU).layers))
 
 
 def test_what_is_around_what_was_fused_is_not_spoken_of():

@@ -9,6 +9,7 @@ from torch import nn
 
 from foreign import Cifar, Timm
 from fused_preact import PreActBlock, explain, fuse
+from test_exchange import Chain
 
 DRAWS = {
     "torch": lambda: torch.rand(()).item(),
@@ -72,3 +73,9 @@ def test_a_batch_norm_with_a_forward_of_its_own():
         fused = fuse(block)
         torch.testing.assert_close(fused(x), expected, rtol=1e-9, atol=1e-9)
         assert (explain(fused, x)[0].backend != "eager") == fuses
+
+
+def test_what_is_in_something_of_the_same_layers_is_told_of_once():
+    """By the name of what is innermost."""
+    with pytest.raises(ValueError, match=r"without any; 0.0: [^;]*in training$"):
+        fuse(nn.Sequential(nn.Sequential(Chain(2, nn.SiLU)), nn.Flatten()))
