@@ -59,8 +59,7 @@ class Layers(NamedTuple):
                 return reason
             name = f"{name}.{next(iter(box._modules))}"
         projection = self.projection()
-        reason = _obstacle(name, projection, nn.Conv2d)
-        return f"{name} has a bias" if reason is None and projection.bias is not None else reason
+        return _obstacle(name, projection, nn.Conv2d)
 
     def projection(self) -> nn.Module | None:
         """The convolution of the shortcut."""
@@ -79,8 +78,9 @@ class Layers(NamedTuple):
         if self.container is None:
             return Block(units, Shortcut(self.shortcut), names)
         projection, name = self.projection(), self.prefix + self.container_name
-        weight = _parameters(projection)["weight"]
-        return Block(units, Shortcut(self.shortcut, weight, conv_geometry(projection), name), names)
+        tensors = _parameters(projection)
+        shortcut = Shortcut(self.shortcut, tensors["weight"], conv_geometry(projection), name, tensors["bias"])
+        return Block(units, shortcut, names)
 
     def overwritable(self) -> bool:
         """Whether ReLU and addition may overwrite what each of the layers returns."""

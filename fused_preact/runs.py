@@ -22,7 +22,7 @@ class Run(NamedTuple):
     backend: str
     updates: list[running.Update]
     blocks: list[Block]
-    arguments: Arguments
+    arguments: Arguments | None  # None where they are to be made in every call: a sum has a graph behind it
     plans: Plans
 
     @classmethod
@@ -30,7 +30,8 @@ class Run(NamedTuple):
         """That of the layers of consecutive blocks."""
         blocks = [layers.block() for layers in run]
         updates = running.updates(pair.bn for layers in run for pair in layers.pairs)
-        return cls(backend, updates, blocks, Arguments.of(blocks), Plans(32))
+        fixed = all(block.shortcut.bias is None for block in blocks)
+        return cls(backend, updates, blocks, Arguments.of(blocks) if fixed else None, Plans(32))
 
     def __call__(
         self,
@@ -51,7 +52,8 @@ class Run(NamedTuple):
         plan.record(where)
         if plan.backend == "eager":
             return None
-        y, rows = execute(plan, x, self.arguments, residual, parts)
+        arguments = self.arguments or Arguments.of(self._with_one_bias())
+        y, rows = execute(plan, x, arguments, residual, parts)
         for mean, var, counts, units, momentum in self.updates:
             running.update(mean, var, counts, rows, units, momentum)
         return y
@@ -64,7 +66,12 @@ class Run(NamedTuple):
     def plan(self, x: Tensor, residual: Tensor | None, memory: str, in_parts: bool = False) -> Plan:
         """The plan of a call, checked once for arguments that differ in the numbers only."""
         key = memory, in_parts, *call_key("x", x), *(() if residual is None else call_key("residual", residual))
-        return self.plans.find(key, lambda: make_plan(x, self.blocks, residual, self.backend, memory, in_parts))
+        return self.plans.find(
+            key, lambda: make_plan(x, self._with_one_bias(), residual, self.backend, memory, in_parts)
+        )
+
+    def _with_one_bias(self) -> list[Block]:
+        return [block.with_one_bias() for block in self.blocks]
 
 
 # Where a module's own dictionary has what was made of it, with which it is so freed, and what it was made from.

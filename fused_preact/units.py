@@ -25,12 +25,13 @@ class Unit(NamedTuple):
 
 
 class Shortcut(NamedTuple):
-    """Shortcut of a block: one of schedule.SHORTCUTS, and of its convolution, if any, weight, geometry and name."""
+    """Shortcut of a block: one of schedule.SHORTCUTS, and of its convolution, if any, weight, geometry, name, bias."""
 
     kind: str = "none"
     weight: Tensor | None = None
     conv: Conv | None = None
     name: str = ""
+    bias: Tensor | None = None
 
 
 class Block(NamedTuple):
@@ -45,5 +46,14 @@ class Block(NamedTuple):
 
     def trains(self) -> bool:
         """Whether a parameter requires a gradient."""
-        parameters = [*(t for unit in self.units for t in unit[:4]), self.shortcut.weight]
+        parameters = [*(t for unit in self.units for t in unit[:4]), self.shortcut.weight, self.shortcut.bias]
         return any(t is not None and t.requires_grad for t in parameters)
+
+    def with_one_bias(self) -> Block:
+        """The same with the shortcut's bias in that of the last unit, to whose output both are added."""
+        *units, last = self.units
+        across = self.shortcut.bias
+        if across is None:
+            return self
+        bias = across if last.bias is None else last.bias + across
+        return self._replace(units=[*units, last._replace(bias=bias)], shortcut=self.shortcut._replace(bias=None))
