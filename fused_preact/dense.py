@@ -29,8 +29,8 @@ class DenseLayer(Branch):
         growth_rate: channels of the new features.
         bn_size: conv1 has bn_size*growth_rate channels out.
         drop_rate: of a dropout behind conv2.
-        memory_efficient: keep the features that x is made of in its place, where they come as a list or tuple and the
-            layers are fused; plain layers, as `explain` names them, keep all.
+        memory_efficient: keep the features that x is made of in its place, where they come in parts and the layers
+            are fused; plain layers, as `explain` names them, keep all.
         returns: "new", the new features; or with x "new+x", "x+new", in this order.
         backend: one of `backends.NAMES`; "eager" is the plain layers.
         device, dtype: of the parameters.
@@ -70,16 +70,17 @@ class DenseLayer(Branch):
         self.norm2 = nn.BatchNorm2d(width, **like)
         self.conv2 = nn.Conv2d(width, growth, 3, padding=1, bias=False, **like)
 
-    def forward(self, x: Tensor | Sequence[Tensor]) -> Tensor:
+    def forward(self, x: Tensor | Sequence[Tensor], *more: Tensor) -> Tensor:
         """[N, growth_rate, H, W], or with the channels of x, of x [N, num_input_features, H, W] or of parts of it.
 
         Args:
             x: the features, or a list or tuple of tensors that are joined along the channels.
+            more: further parts.
 
         Raises:
             TypeError, ValueError: x does not fit.
         """
-        parts = x if isinstance(x, (list, tuple)) else [x]
+        parts = [*(x if isinstance(x, (list, tuple)) else [x]), *more]
         x = _joined(parts)
         y = self._dispatch(x, parts=parts if self.memory_efficient and len(parts) > 1 else ())
         if self.drop_rate:

@@ -202,10 +202,9 @@ def _block_of(old: nn.Module, layers: Layers, candidates: Iterable[_Candidate]) 
     reasons = (_why_called(module) for module in old.modules() if module not in layers.all())
     if reason := next(filter(None, reasons), None):
         raise _NoBlockError(reason)
-    parameters = list(inspect.signature(old.forward).parameters.values())
-    if len(parameters) != 1 or parameters[0].kind is inspect.Parameter.VAR_POSITIONAL:
+    if len(inspect.signature(old.forward).parameters) != 1:
         raise _NoBlockError("its forward takes more than x")
-    channels, takes_x = layers.pairs[0].bn.num_features, True
+    channels, takes_x, several = layers.pairs[0].bn.num_features, True, trial.takes_several(old)
     try:
         theirs = trial.outputs(old, channels)
     except Exception as error:  # it is somebody else's code, which may raise anything
@@ -230,13 +229,16 @@ def _block_of(old: nn.Module, layers: Layers, candidates: Iterable[_Candidate]) 
             continue
         nearest = agreeing
         if isinstance(block, ResidualBlock):
-            if takes_x:
+            if takes_x and not several:
                 return block
             continue
         if type(old) is nn.Sequential:
             raise _NoBlockError(_WALKED, nearest)
         of_parts = trial.outputs_if_any(old, channels, 2)
-        if of_parts is None or trial.alike(of_parts, trial.outputs_if_any(block, channels, 2) or []):
+        if of_parts is None:
+            if not several:
+                return block
+        elif trial.alike(of_parts, trial.outputs_if_any(block, channels, 2) or []):
             return block
     how = "" if nearest < 0 else f": it {trial.difference(theirs, nearest)}"
     raise _NoBlockError(f"of the layers of a block {type(old).__name__} computes something else{how}", nearest)

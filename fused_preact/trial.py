@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import math
 import random
 from collections.abc import Iterator
@@ -15,8 +16,8 @@ from torch import Tensor, nn
 
 from .watch import bare
 
-REPEATING = ("memory_efficient", "grad_checkpointing")
-"""Attributes of a dense layer, torchvision's and timm's, that have it repeat a part of its forward in backward."""
+REPEATING = ("memory_efficient", "grad_checkpointing", "efficient")
+"""Attributes of a dense layer, torchvision's, timm's or gpleiss', that have it repeat a part of forward in backward."""
 
 
 def outputs(module: nn.Module, channels: int, parts: int = 0) -> list[Any]:
@@ -26,7 +27,8 @@ def outputs(module: nn.Module, channels: int, parts: int = 0) -> list[Any]:
     would be as large as what ReLU6 cuts off.
 
     Args:
-        module: takes images of so many channels, or, where ``parts`` is not 0, a list of so many parts of the channels.
+        module: takes images of so many channels, or, where ``parts`` is not 0, a list of so many parts of the channels;
+            the parts themselves where it `takes_several`.
         channels: of the images.
         parts: see module.
 
@@ -75,10 +77,16 @@ def alike(theirs: list[Any], ours: list[Any]) -> bool:
 def difference(theirs: list[Any], agreeing: int) -> str:
     """What a module does otherwise of whose outputs so many agree, as a sentence goes on after its name."""
     if agreeing == len(theirs):
-        return "takes a list of features in another way"
+        return "takes parts of x in another way"
     mode, i = divmod(agreeing, len(theirs) // 2)
     what = "draws random numbers", "gives another result", "has other gradients"
     return f"{what[min(i, 2)]} in {('training', 'eval')[mode]}"
+
+
+def takes_several(module: nn.Module) -> bool:
+    """Whether a module takes any number of tensors, one by one."""
+    kinds = [parameter.kind for parameter in inspect.signature(module.forward).parameters.values()]
+    return inspect.Parameter.VAR_POSITIONAL in kinds
 
 
 @contextlib.contextmanager
@@ -104,7 +112,8 @@ def _response(module: nn.Module, x: Tensor, parts: int) -> list[Any]:
     # Of what is dropped, on the CPU: generators of other devices go on as they were.
     torch.default_generator.manual_seed(0), random.seed(0), np.random.seed(0)
     leaves = [x.requires_grad_(), *(t.requires_grad_() for _, t in sorted(module.named_parameters()))]
-    y = module(list(x.clone().tensor_split(parts, 1)) if parts else x.clone())
+    given = list(x.clone().tensor_split(parts, 1)) if parts else x.clone()
+    y = module(*given) if parts and takes_several(module) else module(given)
     if not isinstance(y, Tensor):
         return [y]
     return [_drawn(), y.detach(), *torch.autograd.grad(y.square().sum(), leaves, allow_unused=True)]

@@ -104,14 +104,35 @@ def test_a_transition_that_pools_otherwise(pool):
 
 
 def test_layers_that_take_features_one_by_one():
-    """A dense layer takes them in a list."""
+    """As those of gpleiss/efficient_densenet_pytorch, whose `efficient` is `memory_efficient`."""
 
     class Starred(Listed):
+        efficient = True
+
         def forward(self, *parts):
             return super().forward(parts)
 
-    with pytest.raises(ValueError, match=r"; net: its forward takes more than x"):
-        fuse(Starred(8, 4))
+    layer, parts = Starred(8, 4), [torch.randn(2, C, 5, 5) for C in (4, 1, 3)]
+    fused = fuse(copy.deepcopy(layer))
+    assert (type(fused), fused.memory_efficient) == (DenseLayer, True)
+    assert_close(fused(*parts), layer(*parts))
+
+
+@pytest.mark.parametrize("join", [lambda parts: torch.cat(parts[::-1], 1), lambda parts: sum(parts), "".join])
+def test_layers_that_make_something_else_of_several_tensors(join):
+    """Of one they may make what a dense layer makes, or a residual block."""
+
+    class Starred(Listed):
+        adds = False
+
+        def forward(self, *parts):
+            x = parts[0] if len(parts) == 1 else join(parts)
+            return super().forward(x) + x * self.adds
+
+    layer = Starred(8, 8)
+    for layer.adds in False, True:
+        with pytest.raises(ValueError, match=r"; net: .* Starred computes something else: it takes parts of x in ano"):
+            fuse(layer)
 
 
 def test_layers_that_take_nothing_but_a_list():
@@ -142,7 +163,5 @@ def test_dense_layers_that_give_x_too(before):
 
 def test_a_dense_layer_that_joins_its_features_in_another_way():
     """A single tensor does not show it."""
-    with pytest.raises(
-        ValueError, match=r"Reversed computes something else: it takes a list of features in another way"
-    ):
+    with pytest.raises(ValueError, match=r"Reversed computes something else: it takes parts of x in another way"):
         fuse(Reversed(8, 4))
