@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
@@ -162,16 +166,26 @@ def _torch_function(kind: type) -> Any:
 _TORCH_FUNCTIONS = (None, *map(_torch_function, (Tensor, nn.Parameter)))
 
 
+# For each batch norm that may move its statistics: a thread that repeats a call puts other buffers in for a while.
+_turns: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+os.register_at_fork(after_in_child=_turns.clear)  # where no other thread would give one back
+
+
 def normalise(bn: nn.Module, x: Tensor) -> Tensor:
     """What the layer makes of x; its running statistics stay as they are where a checkpoint repeats the call."""
-    if not (isinstance(bn, nn.modules.batchnorm._BatchNorm) and running.recomputing()):
+    repeated = running.recomputing()
+    moves = isinstance(bn, nn.modules.batchnorm._BatchNorm) and (bn.training or repeated)
+    if not moves or torch.compiler.is_compiling():
         return bn(x)
-    before = dict(bn._buffers)
-    bn._buffers.update({name: running.copy(t) for name, t in before.items()})
-    try:
-        return bn(x)
-    finally:
-        bn._buffers.update(before)
+    with _turns.setdefault(bn, threading.RLock()):
+        if not repeated:
+            return bn(x)
+        before = dict(bn._buffers)
+        try:
+            bn._buffers.update({name: running.copy(t) for name, t in before.items()})
+            return bn(x)
+        finally:
+            bn._buffers.update(before)
 
 
 def overwritable(child: nn.Module) -> bool:

@@ -1,12 +1,15 @@
 """What a fused call reads of plain layers; most of it is tested by the modules that do so."""
 
 import functools
+import itertools
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from fused_preact import PreActBlock, bn_relu_conv2d
+from fused_preact import PreActBlock, bn_relu_conv2d, running
 from fused_preact.layers import add
 
 
@@ -37,3 +40,30 @@ def test_who_watches_does_not_change_a_type(backend):
         for call in block, hooked, functools.partial(unit, backend=backend):
             assert call(x_of()).dtype == torch.bfloat16
             assert checkpoint(call, x_of(), use_reentrant=False, context_fn=policy).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_two_threads_repeat_a_call_of_the_same_layers(use_reentrant):
+    """The batch norm keeps its own buffers, and they move in the first calls alone."""
+    block, calls = PreActBlock(8, 8, backend="eager"), itertools.count()
+    second_came, first_went = threading.Event(), threading.Event()
+
+    def meet(*_) -> None:
+        """Let the second thread in before the first goes, and the first go before the second, if they can meet."""
+        if running.recomputing():
+            second = next(calls) > 0
+            if second:
+                second_came.set()
+            (first_went if second else second_came).wait(0.2)
+
+    def backward(loss: torch.Tensor) -> None:
+        loss.backward()
+        first_went.set()
+
+    buffers = dict(block.named_buffers())
+    block.bn1.register_forward_hook(meet)
+    losses = [checkpoint(block, x_of().requires_grad_(), use_reentrant=use_reentrant).sum() for _ in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(backward, losses))
+    assert all(t is buffers[name] for name, t in block.named_buffers())
+    assert block.bn1.num_batches_tracked == 2
