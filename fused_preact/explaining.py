@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.func import functional_call
 from torch.utils._pytree import tree_map_only
 
@@ -71,6 +71,7 @@ def explain(target: torch.nn.Module | Callable[..., torch.Tensor], *args: Any, *
 
     Raises:
         TypeError, ValueError: ``target`` is something else, or what the call itself would raise for its arguments.
+        ValueError: what the call does depends on the numbers in a tensor.
     """
     return torch.compiler.disable(_explain)(target, *args, **kwargs)
 
@@ -91,5 +92,11 @@ def _explain(target: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanati
         )
     # Code that was compiled takes no fake tensors. The stance is the process's: one call at a time changes it.
     with _explaining, recording() as choices, mode, torch.compiler.set_stance("force_eager"):
-        target(*args, **kwargs)
+        try:
+            target(*args, **kwargs)
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            raise ValueError(
+                "target must do the same whatever the numbers in its tensors are, for explain calls it with tensors "
+                f"that have none; it calls {error.func}: explain the modules in it"
+            ) from error
     return Explanation(choice._replace(where=_place(choice.where, names)) for choice in choices)

@@ -91,6 +91,24 @@ def test_explain_of_a_call_that_fails_fails_alike():
     assert not backends.is_recording()
 
 
+class Reading(torch.nn.Module):
+    """Its forward looks at numbers, by a function of torch."""
+
+    def __init__(self, look) -> None:
+        super().__init__()
+        self.look, self.block = look, PreActBlock(4, 4)
+
+    def forward(self, x):
+        return self.look(self.block(x))
+
+
+@pytest.mark.parametrize("look", [lambda y: y if y.sum() > 0 else -y, lambda y: y[y > 0]], ids=["item", "mask"])
+def test_explain_of_what_reads_numbers(look):
+    """Fake tensors have none."""
+    with pytest.raises(ValueError, match=r"target must do the same whatever the numbers .* it calls aten\.[\w.]+: exp"):
+        fused_preact.explain(Reading(look), torch.randn(2, 4, 5, 5))
+
+
 def test_what_other_threads_run_is_not_explained():
     """A net that is trained on one thread is not part of a net that is explained on another meanwhile."""
     unit, images = BNReLUConv2d(4, 4, 1), torch.randn(2, 4, 5, 5)
