@@ -38,6 +38,14 @@ def test_a_branch_that_is_dropped_now_and_then(source):
     assert isinstance(fuse(nn.Sequential(nn.Conv2d(3, 8, 3), Cifar(8, 8, False)))[1], PreActBlock)
 
 
+def test_a_block_with_a_forward_of_its_own():
+    """A trial of it would run that of its class."""
+    block = Cifar(8, 8, False)
+    block.forward = lambda x: 2 * Cifar.forward(block, x)
+    with pytest.raises(ValueError, match="; net: it has hooks or a forward of its own, which run only when"):
+        fuse(block)
+
+
 @pytest.mark.parametrize("name", ["norm1", "norm2"])
 def test_hooks_of_a_batch_norm_that_activates(name):
     """They hear of what is behind its activation, and may change that: such a block runs as plain layers."""
