@@ -108,7 +108,7 @@ class Layers(NamedTuple):
 
 # What a fused call reads of a layer, by the dictionary that has it.
 _TENSORS = {
-    nn.BatchNorm2d: {"_parameters": PARAMETERS, "_buffers": ("running_mean", "running_var")},
+    nn.BatchNorm2d: {"_parameters": PARAMETERS, "_buffers": ("running_mean", "running_var", "num_batches_tracked")},
     nn.Conv2d: {"_parameters": PARAMETERS},
     nn.Sequential: {},
 }

@@ -1,5 +1,6 @@
 """What a fused call reads of plain layers; most of it is tested by the modules that do so."""
 
+import copy
 import functools
 import itertools
 import threading
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from fused_preact import PreActBlock, bn_relu_conv2d, running
+from fused_preact import PreActBlock, bn_relu_conv2d, explain, running
 from fused_preact.layers import add
 
 
@@ -24,6 +25,20 @@ def test_a_sum_has_the_type_of_what_the_layers_returned():
     for sums in torch.vmap(lambda r: add(y, r, True))(residual), torch.stack([add(y, r, False) for r in residual]):
         assert torch.equal(sums, expected)
     assert torch.equal(add(y, residual[0], True), expected[0])
+
+
+@pytest.mark.parametrize("name", ["running_mean", "running_var", "num_batches_tracked"])
+def test_a_buffer_that_is_a_plain_attribute(name):
+    """The plain layers run, which find and move it there."""
+    block = PreActBlock(8, 8)
+    buffer = block.bn2._buffers.pop(name)
+    setattr(block.bn2, name, buffer)
+    before, plain, x = buffer.clone(), copy.deepcopy(block), x_of()
+    plain.backend = "eager"
+    assert torch.equal(block(x), plain(x))
+    assert torch.equal(buffer, getattr(plain.bn2, name))
+    assert not torch.equal(buffer, before)
+    assert f"bn2.{name} is a plain attribute" in str(explain(block, x))
 
 
 def unit(x: torch.Tensor, backend: str) -> torch.Tensor:
