@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 import fused_preact
 from cases import BACKENDS
-from fused_preact import PreActBlock, PreActBottleneck
+from fused_preact import PreActBlock, PreActBottleneck, blocks
 from fused_preact.bench.measure import saved_bytes
 
 SHAPES = {
@@ -303,3 +303,11 @@ def test_where_no_gradient_arrives_none_leaves(backend):
     x = torch.randn(2, 4, 5, 5, requires_grad=True)
     Nothing.apply(block(x)).sum().backward()
     assert all(t.grad is None for t in (x, *block.parameters()))
+
+
+def test_docstrings():
+    """Each class has its own summary and what holds of all blocks; where Python leaves them out there are none."""
+    for kind, summary in (PreActBlock, "Basic block"), (PreActBottleneck, "Bottleneck"):
+        assert kind.__doc__.startswith(summary)
+        assert "\n        in_planes: channels of x.\n" in kind.__doc__
+    assert blocks._documented(None) is None
