@@ -80,13 +80,13 @@ def update(
     """Do what nn.BatchNorm2d does in training: counts += 1, and buffer = (1 - momentum)*buffer + momentum*batch.
 
     Args:
-        mean, var: buffers [C] of each batch norm; they change in place.
+        mean, var: buffers [C] of each batch norm, as many of both; they change in place.
         counts: of batches, one number each, most often int64; may be fewer.
         rows: what the fused call gave, [5, C] for each of its units.
         units: the index in rows of each batch norm.
         momentum: None is the average of all batches, this one included: of one batch norm, and by its count.
     """
-    if not (mean or var or counts):
+    if not (mean or counts):
         return
     checks.constant(mean, var)
     if torch.compiler.is_compiling():  # whether a checkpoint repeats it is known only when the code runs
@@ -102,7 +102,7 @@ def _move(mean, var, counts, rows, units, momentum) -> None:
         return
     # As nn.BatchNorm2d does, this tells autograd of counts alone: plain layers save mean and var for a backward that in
     # training does not read them, and that would be refused.
-    device = [*mean, *var, *counts][0].device
+    device = (mean or counts)[0].device
     counted = all(t.dtype == torch.int64 and t.device == device and t.numel() == 1 for t in counts)
     if counted and _has_operator(device):
         # An operator of thousands of tensors: each layer costs. no_grad is written in Python: a KeyboardInterrupt that

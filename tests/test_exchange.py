@@ -184,7 +184,8 @@ def test_a_block_with_hooks_stays():
     net = Net(Cifar)
     net.layer1[0].shortcut.register_forward_hook(lambda *_: None)
     net.layer1[1].register_forward_hook(lambda *_: None)
-    net.layer2[0].bn2.register_forward_hook(lambda *_: None)
+    for layer in net.layer2[0].bn2, net.layer2[0].shortcut[0]:
+        layer.register_forward_hook(lambda *_: None)
     with pytest.warns(UserWarning, match=r"; layer1.0, layer1.1: it has hooks or a forward of its own, .* called$"):
         fuse(net, backend="library")
     assert [type(block) for block in net.layer1] == [Cifar, Cifar]
