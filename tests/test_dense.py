@@ -285,6 +285,7 @@ def test_in_a_stage_it_runs_by_itself():
             "x[1] must have 4 dimensions (N, C, H, W), and N, H and W of x[0], which is of shape (1, 4, 2, 2); got "
             "(1, 4, 2, 3)",
         ),
+        ([torch.ones(1, 4, 2, 2), torch.ones(2, 4, 2, 2)], ValueError, "got (2, 4, 2, 2)"),
         ([torch.ones(1, 4, 2, 2), torch.ones(4)], ValueError, "got (4,)"),
         ([torch.ones(4), torch.ones(4)], ValueError, "x[0] must have 4 dimensions"),
         (
