@@ -259,7 +259,7 @@ def test_explain_of_a_stage_that_is_not_one_node(folder):
     tables.save({"device": tables.device_name("cpu"), "calls": calls, "tiles": {}})
     choices = explain(stage, x)
     assert [(choice.where, choice.backend) for choice in choices] == [("0", "cpu"), ("1", "cpu"), ("2", "cpu")]
-    why = "apart from its stage: 3 blocks as one node would be plain layers"
+    why = "apart from its stage: 3 blocks as one node would be plain layers, not cpu: eager was measured fastest"
     assert all(why in str(choice) for choice in choices)
     stage[2].conv1 = stage[2].conv2 = nn.Conv2d(8, 8, 5, padding=2)
     (choice,) = explain(stage[2:], x)
