@@ -227,8 +227,9 @@ def test_a_memory_mode_goes_before_speed(gpu, options):
     assert "a mode that keeps less was asked for" in choice.others["eager"]
 
 
+@pytest.mark.parametrize("best", ["eager", "library"])
 @pytest.mark.parametrize("memory", ["fast", "lean"])
-def test_a_memory_mode_goes_before_what_was_measured(folder, memory):
+def test_a_memory_mode_goes_before_what_was_measured(folder, memory, best):
     """A table that has plain layers as the fastest decides for "fast", and for inference in every mode."""
     stage = fused_preact.PreActStage(fused_preact.PreActBlock(4, 4), memory=memory)
     x = torch.randn(2, 4, 6, 6).contiguous(memory_format=torch.channels_last)
@@ -237,12 +238,13 @@ def test_a_memory_mode_goes_before_what_was_measured(folder, memory):
         with torch.set_grad_enabled(grad):
             (choice,) = fused_preact.explain(stage.train(grad), x)
         assert choice.problem.inference is not grad
-        calls[tables.call_key(choice.problem)] = {"2": {"best": "eager", "seconds": {}}}
+        calls[tables.call_key(choice.problem)] = {"2": {"best": best, "seconds": {}}}
     tables.save({"device": tables.device_name("cpu"), "calls": calls, "tiles": {}})
-    assert fused_preact.explain(stage.train(), x)[0].backend == ("eager" if memory == "fast" else "cpu")
+    served = "cpu" if (memory, best) == ("lean", "eager") else best
+    assert fused_preact.explain(stage.train(), x)[0].backend == served
     with torch.no_grad():
-        assert fused_preact.explain(stage.eval(), x)[0].backend == "eager"
-    assert fused_preact.explain(stage, x)[0].backend == ("eager" if memory == "fast" else "cpu")
+        assert fused_preact.explain(stage.eval(), x)[0].backend == best
+    assert fused_preact.explain(stage, x)[0].backend == served
 
 
 def test_what_was_measured_is_not_for_a_backend_that_is_not_there(folder, monkeypatch):

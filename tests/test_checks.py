@@ -25,6 +25,7 @@ def arguments() -> dict:
 # What is wrong: the arguments, the error, and what its message says: the argument, what was expected and what came.
 BAD = {
     "x is no tensor": ({"x": [1.0]}, TypeError, "x must be a tensor, got list"),
+    "x has 1 dimension": ({"x": torch.randn(6)}, ValueError, r"x must have 4 dimensions.*\(6,\)"),
     "x has 3 dimensions": ({"x": torch.randn(6, 5, 4)}, ValueError, r"x must have 4 dimensions.*\(6, 5, 4\)"),
     "x is integer": ({"x": torch.ones(2, 6, 5, 4, dtype=torch.int64)}, TypeError, "x must be one of.*float32.*int64"),
     "x is complex": ({"x": torch.ones(2, 6, 5, 4, dtype=torch.complex64)}, TypeError, "x must be one of.*complex64"),
@@ -102,6 +103,7 @@ BAD = {
         r"padding='same' must come out equal on both sides, got a filter of \(2, 3\)",
     ),
     "dilation is zero": ({"dilation": 0}, ValueError, "dilation must be at least 1, got 0"),
+    "the filter is too wide": ({"dilation": (1, 9)}, ValueError, "does not fit an input of 5x4 pixels.*5x0"),
     "the filter does not fit": ({"dilation": 9}, ValueError, "does not fit an input of 5x4 pixels.*0x0"),
     "bn_weight is too short": ({"bn_weight": torch.ones(5)}, ValueError, r"bn_weight must have shape \(6,\).*\(5,\)"),
     "bn_bias is a matrix": ({"bn_bias": torch.ones(6, 1)}, ValueError, r"bn_bias must have shape \(6,\).*\(6, 1\)"),
