@@ -232,6 +232,8 @@ def test_memory_comes_before_speed(monkeypatch):
     parts = features()
     asked = (saving, parts), (saving, torch.cat(parts, 1)), (fast, parts)
     assert [explain(*call)[0].backend for call in asked] == ["cpu", "eager", "eager"]
+    nodes = [type(layer(x).grad_fn).__name__ for layer, x in asked]
+    assert nodes[0] != nodes[1] == nodes[2] == "ConvolutionBackward0"
 
 
 def test_symbolic_tracing():

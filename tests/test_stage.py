@@ -325,8 +325,8 @@ def test_gradients_accumulate():
 
 
 def test_compile():
-    """torch.compile traces a stage without a graph break, and its training step is the same."""
-    stage, plain = make(bottlenecks, "lean", FUSED), make(bottlenecks, "lean", FUSED)
+    """torch.compile traces a stage and what runs by itself without a graph break, and its training step is the same."""
+    stage, plain = (make(bottlenecks, "lean", FUSED).append(nn.Identity()) for _ in range(2))
     compiled = torch.compile(stage, backend="aot_eager", fullgraph=True)
     assert_same(step(stage, x_of(), compiled), step(plain, x_of()), **CLOSE)
 
