@@ -45,6 +45,14 @@ def test_a_filter_of_another_size_may_be_of_another_backend():
     assert [choice.problem.convolutions[0][1] for choice in choices] == [(8, 8, 5, 5)]
 
 
+def test_other_groups_of_the_same_filters():
+    """They read more channels, of which a batch norm without tensors has no number."""
+    unit = BNReLUConv2d(4, 4, 1, affine=False, track_running_stats=False)
+    unit(x_of(C=4))
+    unit.conv.groups, x = 2, x_of(C=8)
+    assert_close(unit(x), unit.conv(F.relu(unit.bn(x))))
+
+
 def test_a_setting_that_has_no_one_answer():
     """A tensor of two compared with what was there is two answers: the message is that of a first call."""
     unit = BNReLUConv2d(8, 8, 1)
