@@ -269,6 +269,8 @@ def _block(x: Tensor, shape: Sequence[int], block: Block, first: bool) -> Sequen
         result = convolution(f"{shortcut.name}.weight", shortcut.weight, shortcut.conv, across, x)
         if result != tuple(shape):
             raise ValueError(f"{shortcut.name} must give the shape of the output, {tuple(shape)}; it gives {result}")
+        if shortcut.bias is not None:
+            _vector(f"{shortcut.name}.bias", shortcut.bias, shape[1], "output channel", x, (x.dtype,))
     return shape
 
 

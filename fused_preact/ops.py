@@ -62,8 +62,8 @@ class Arguments(NamedTuple):
 
     @classmethod
     def of(cls, blocks: Sequence[Block]) -> Arguments:
-        """Those of blocks."""
-        units = [unit for block in blocks for unit in block.units]
+        """Those of blocks; where a shortcut has a bias, a sum has a graph behind it."""
+        units = [unit for block in blocks for unit in block.with_one_bias()]
         weight, bias, bn_weight, bn_bias, *running = map(list, zip(*(unit[:6] for unit in units), strict=True))
         if all(b is None for b in bias):
             bias = []

@@ -142,4 +142,5 @@ def _cast(t: Any, dtype: torch.dtype) -> Any:
 def _cast_block(block: Block, dtype: torch.dtype) -> Block:
     """A block as autocast would see its convolutions; the operators cast the weights themselves."""
     units = [unit._replace(weight=_cast(unit.weight, dtype), bias=_cast(unit.bias, dtype)) for unit in block.units]
-    return block._replace(units=units, shortcut=block.shortcut._replace(weight=_cast(block.shortcut.weight, dtype)))
+    weight, bias = _cast(block.shortcut.weight, dtype), _cast(block.shortcut.bias, dtype)
+    return block._replace(units=units, shortcut=block.shortcut._replace(weight=weight, bias=bias))

@@ -52,7 +52,7 @@ class Run(NamedTuple):
         plan.record(where)
         if plan.backend == "eager":
             return None
-        arguments = self.arguments or Arguments.of(self._with_one_bias())
+        arguments = self.arguments or Arguments.of(self.blocks)
         y, rows = execute(plan, x, arguments, residual, parts)
         for mean, var, counts, units, momentum in self.updates:
             running.update(mean, var, counts, rows, units, momentum)
@@ -66,12 +66,7 @@ class Run(NamedTuple):
     def plan(self, x: Tensor, residual: Tensor | None, memory: str, in_parts: bool = False) -> Plan:
         """The plan of a call, checked once for arguments that differ in the numbers only."""
         key = memory, in_parts, *call_key("x", x), *(() if residual is None else call_key("residual", residual))
-        return self.plans.find(
-            key, lambda: make_plan(x, self._with_one_bias(), residual, self.backend, memory, in_parts)
-        )
-
-    def _with_one_bias(self) -> list[Block]:
-        return [block.with_one_bias() for block in self.blocks]
+        return self.plans.find(key, lambda: make_plan(x, self.blocks, residual, self.backend, memory, in_parts))
 
 
 # Where a module's own dictionary has what was made of it, with which it is so freed, and what it was made from.

@@ -49,11 +49,10 @@ class Block(NamedTuple):
         parameters = [*(t for unit in self.units for t in unit[:4]), self.shortcut.weight, self.shortcut.bias]
         return any(t is not None and t.requires_grad for t in parameters)
 
-    def with_one_bias(self) -> Block:
-        """The same with the shortcut's bias in that of the last unit, to whose output both are added."""
+    def with_one_bias(self) -> list[Unit]:
+        """The units, the last with the shortcut's bias in its own: both are added to the same output."""
         *units, last = self.units
         across = self.shortcut.bias
         if across is None:
-            return self
-        bias = across if last.bias is None else last.bias + across
-        return self._replace(units=[*units, last._replace(bias=bias)], shortcut=self.shortcut._replace(bias=None))
+            return self.units
+        return [*units, last._replace(bias=across if last.bias is None else last.bias + across)]

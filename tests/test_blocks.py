@@ -204,6 +204,18 @@ def test_a_shortcut_with_a_bias(shape, both, backend):
     assert_same(step(block, x), step(plain, x), rtol=1e-9, atol=1e-10)
 
 
+def test_a_bias_of_a_shortcut_that_does_not_fit():
+    """It is the shortcut's that is told of, not that of the convolution with which it is added."""
+    block, x = PreActBlock(4, 8, backend="library"), torch.randn(2, 4, 5, 5)
+    for bias, error, got in (
+        (torch.ones(5), ValueError, r"\(5,\)"),
+        (torch.ones(8).double(), TypeError, "torch.float64"),
+    ):
+        block.shortcut[0].bias = nn.Parameter(bias)
+        with pytest.raises(error, match=rf"^shortcut\.bias must .*; got {got}$"):
+            block(x)
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
