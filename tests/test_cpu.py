@@ -18,6 +18,8 @@ SHAPES = [
     Case("more-groups-of-wgrad-than-of-dgrad", (64, 4, 8, 8), (Layer(4, padding=(0, 0)),), bias=True),
     Case("classes-of-several-tiles", (1, 3, 65, 65), (Layer(5, stride=(2, 2)),), bias=True),
     Case("more-groups-of-a-later-class", (300, 4, 7, 7), (Layer(8, stride=(2, 2), padding=(0, 0)),), bias=True),
+    Case("classes-of-no-row", (4, 12, 1, 5), (Layer(20, stride=(2, 2)),), bias=True),
+    Case("classes-of-no-column", (4, 12, 5, 1), (point(20, stride=(2, 2)),), bias=True),
     # Images whose pixels come by position: in several tiles, and nearly as large as the step between them.
     Case("small-images-in-several-tiles", (75, 5, 4, 4), (Layer(7),), bias=True),
     Case("small-images-of-ten-lines", (8, 10, 4, 4), (Layer(7),)),
@@ -70,7 +72,7 @@ def test_strides_may_differ(dtype, stride, size, shape):
 
 
 def test_sums_over_pixels_are_not_kept_in_float():
-    """The mean of y and dbeta are exact where float32 holds the sums of 32 of their integers, and of no more."""
+    """The mean of y and gradients are exact where float32 holds the sums of 32 of their integers, and of no more."""
     generator = torch.Generator().manual_seed(0)
     h = torch.randint(2**18, 2**19, (1, 16, 16, 16), generator=generator).float()
     h[:, :, 0, :8] = 2**18
@@ -82,8 +84,21 @@ def test_sums_over_pixels_are_not_kept_in_float():
     _, _, rows = torch.ops.fused_preact.forward(h, None, weight, [], gamma, beta, mean, var, [], [False, True], *facts)
     assert torch.equal(rows[1][0], h.double().mean((0, 2, 3)).float())
     facts = [False], geometry, [1], [0], torch.float32, 0, False
-    *_, [dbeta], _ = torch.ops.fused_preact.backward(h, h, None, [], rows[:1], weight[:1], [], [], *facts, [True] * 3)
-    assert torch.equal(dbeta, h.double().sum((0, 2, 3)).float())
+    x = torch.ones_like(h)  # which dgamma multiplies them by
+    _, _, *sums, _ = torch.ops.fused_preact.backward(
+        h, x, None, [], rows[:1], weight[:1], [zero], [], *facts, [True] * 4
+    )
+    for [found] in sums:
+        assert torch.equal(found, h.double().sum((0, 2, 3)).float())
+
+
+def test_sums_of_statistics_are_not_kept_in_float():
+    """The same of the mean of x, whose sums are about that of its first pixels."""
+    x = torch.randint(2**19, (1, 16, 16, 16), generator=torch.Generator().manual_seed(0)).float()
+    x[:, :, 0, :8] = 0
+    given = arguments(Case("statistics", tuple(x.shape), (point(8),), bias=True).draw(0))
+    _, _, [rows] = torch.ops.fused_preact.forward(x, *given[1:])
+    assert torch.equal(rows[0], x.double().mean((0, 2, 3)).float())
 
 
 @pytest.mark.parametrize("K", [1024, 1030], ids=["lines", "parts of lines"])

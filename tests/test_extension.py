@@ -81,6 +81,7 @@ BAD_FOR_BOTH = {
     "x is half": (dict(x=F(2, C, H, W).half()), "x: expected Float .*got Half"),
     "x is wider than dtype": (dict(dtype=torch.bfloat16), "x: expected BFloat16 .*got Float"),
     "x is narrower than dtype": (dict(dtype=torch.float64, memory=1), "x: expected Double .*got Float"),
+    "x is uncountable": (dict(x=F(()).expand(2**40, C, 2**10, 2**10)), r"weight\[0\]: expected an input and a filter"),
     "dtype is integer": (dict(dtype=torch.int64), "dtype: expected float32, bfloat16 or float64, got Long"),
     "dtype is half": (dict(dtype=torch.float16), "dtype: expected float32, bfloat16 or float64, got Half"),
     "weight is missing": (dict(weight=[F(K, C, 3, 3)]), "weight: expected 2 tensors, got 1"),
@@ -100,6 +101,10 @@ BAD_FOR_BOTH = {
     "memory is unknown": (dict(memory=4), "memory: expected 0 .*got 4"),
     "a block has no unit": (dict(units=[0]), "units: expected from 1 to 2 units, got 0"),
     "a block has too many units": (dict(units=[3]), "units: expected from 1 to 2 units, got 3"),
+    "a later block has too many units": (
+        dict(units=[1, 2], shortcut=[ACTIVATED, IDENTITY], shortcut_weight=make().weight[:1], geometry=[1] * 21),
+        "units: expected from 1 to 1 units, got 2",
+    ),
     "units are left over": (dict(units=[1], shortcut=[NONE]), "geometry: expected weights.* of 1, 0 and 7 values"),
     "two blocks without a shortcut": (dict(units=[1, 1], shortcut=[NONE, NONE]), "shortcut: expected 0 .*got .* of 2"),
     "the first of two blocks without a shortcut": (
@@ -110,6 +115,9 @@ BAD_FOR_BOTH = {
     "shortcut does not fit": (dict(geometry=geometry(14, 1)), r"shortcut_weight\[0\]: expected an output of"),
     "identity changes the shape": (
         dict(shortcut=[IDENTITY], shortcut_weight=[], geometry=make().geometry[:14]), "shortcut: identity expects"
+    ),
+    "a shortcut's weight is left over": (
+        dict(shortcut_weight=[F(4, C, 1, 1)] * 2), "geometry: expected .*of 2, 1 and 21 values, got 2, 2 and 21"
     ),
     "geometry is short": (dict(geometry=make().geometry[:-1]), "geometry: expected 7 integers for each"),
     "geometry is long": (dict(geometry=make().geometry + [1] * 7), "geometry: expected .*21 values, got .*28"),
@@ -129,6 +137,9 @@ BAD_FOR_BOTH = {
     "dilation": (dict(geometry=geometry(4, 4)), r"weight\[0\]: expected a filter within .* of 8 x 7, got 9 x 3"),
     "dilation of columns": (dict(geometry=geometry(5, 4)), r"weight\[0\]: expected a filter within .*, got 3 x 9"),
     "a huge dilation": (dict(geometry=geometry(4, 2**31 - 1)), r"weight\[0\]: expected a filter within"),
+    "dilation is zero": (dict(geometry=geometry(4, 0)), "geometry: expected .*dilations and groups from 1.*got 0"),
+    "a dilated filter": (dict(weight=[F(()).expand(K, C, 2**40, 3)] * 2, geometry=geometry(4, 2**24)), "be counted"),
+    "groups are zero": (dict(geometry=geometry(6, 0)), "geometry: expected .*dilations and groups from 1.*got 0"),
     "groups": (dict(geometry=geometry(6, 5)), r"weight\[0\]: expected 5 groups of whole channels, got 5 in and 7 out"),
     "groups of outputs": (dict(geometry=geometry(6, 7)), r"weight\[0\]: expected 7 groups of whole channels, got 5 in"),
     "bias is short": (dict(bias=[F(K)]), "bias: expected 2 tensors"),
@@ -140,6 +151,7 @@ BAD_FORWARD = {
     "gamma has other channels": (dict(bn_weight=[F(C - 1), F(K)]), r"bn_weight\[0\]: expected .*\[5\].*got .*\[4\]"),
     "beta is of another type": (dict(bn_bias=[F(C), F(K).half()]), r"bn_bias\[1\]: expected Float.*got Half"),
     "running mean is missing": (dict(training=[True, False], running_mean=[]), "running_mean: expected 2 tensors"),
+    "running variance is missing": (dict(training=[True, False], running_var=[]), "running_var: expected 2 tensors"),
     "running variance is short": (dict(running_var=[F(C), F(K - 1)]), r"running_var\[1\]: expected"),
     "eps is short": (dict(eps=[1e-5]), "eps: expected 2 numbers, got 1"),
     "residual beside a shortcut": (dict(residual=F(2, 4, 3, 3)), "residual: expected none beside"),

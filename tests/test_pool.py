@@ -95,6 +95,16 @@ for x in batches:
 print(json.dumps(megabytes(1) - before))
 """
 
+# Of all slabs one block is in use, and the others are more than twice what ever was.
+HELD = """
+held = []
+for value, size in enumerate((16, 17, 18)):
+    results = [run(images(1, size)) for _ in range(64)]
+    held.append(results[0].fill_(value))
+    del results
+print(json.dumps([float(result.sum() / result.numel()) for result in held]))
+"""
+
 KEPT = """
 import time
 x = images(1, 32)
@@ -171,6 +181,11 @@ def test_a_slab_that_has_room_may_go_back_too():
 def test_what_has_waited_longest_goes_back_first():
     """Of results of 40, 30 and 20 MB, one after the other, more wait than twice the first: that one goes."""
     assert run(OLDEST) < 60
+
+
+def test_no_slab_goes_back_while_a_block_of_it_is_in_use():
+    """However much waits beside those."""
+    assert run(HELD) == [0, 1, 2]
 
 
 def test_a_small_tensor_takes_and_keeps_little():

@@ -6,7 +6,7 @@ from torch import nn
 from torch.testing import assert_close
 from torch.utils._pytree import tree_leaves
 
-from cases import BACKENDS, BY_ID, CHAINS, backward_arguments, forward_arguments, needs_cpu
+from cases import BACKENDS, BY_ID, CHAINS, backward_arguments, eager, forward_arguments, fused, needs_cpu
 from fused_preact import PreActBlock, PreActBottleneck, PreActStage, kernels, ops, schedule
 from fused_preact.kernels import Conv
 from test_blocks import assert_same, step
@@ -43,6 +43,17 @@ def test_both_schedules_leave_out_the_same(seed):
     norms = slice(1 + len(weight) + len(bias), 1 + 2 * len(weight) + len(bias))
     expected = [*needs[: norms.stop], *needs[norms], *needs[norms.stop :]]
     assert [t.numel() > 0 for t in tree_leaves(ours)] == expected
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", [BY_ID["bottleneck-first"], BY_ID["bottleneck-first"].eval], ids=lambda case: case.id)
+def test_each_batch_norm_has_an_eps_of_its_own(case, backend):
+    """Large enough to show, and another one in each unit."""
+    sample = case.draw(0, torch.float64)
+    sample = sample.replace([unit._replace(eps=0.1 * i) for i, unit in enumerate(sample.units, start=1)])
+    theirs = eager(sample)
+    for name, result in fused(sample, backend).items():
+        assert_close(result, theirs[name], rtol=1e-10, atol=1e-11, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def compare(ours, theirs) -> None:
