@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from torch.nn.functional import conv2d
+from torch.nn.functional import conv2d, unfold
+from torch.testing import assert_close
 
 from cases import Case, Layer, assert_as_close_as_eager
 from fused_preact import bn_relu_conv2d
@@ -110,3 +111,21 @@ def test_a_filter_that_leaves_the_cache_is_exact_on_integers(threads, dtype, isa
         results.append([y, *torch.autograd.grad(y, (a, w), dy.to(kind))])
     for found, expected in zip(*results, strict=True):
         assert torch.equal(found.double(), expected)
+
+
+def test_the_last_half_of_a_quad_reads_nothing_behind_x(isa):
+    """Of an x that is read in place, by a raw projection: here a larger tensor goes on there, which 0 does not hide."""
+    N, C, K, H, W = 2, 16, 16, 17, 15
+    larger = torch.full((N + 1, H, W, C), torch.nan).permute(0, 3, 1, 2)
+    x, weight = larger[:N], [torch.randn(K, C, 3, 3)]
+    x.copy_(torch.randn(x.shape))
+    one, geometry = [torch.ones(C)], [1, 1, 0, 0, 1, 1, 1] * 2
+    facts = geometry, [1], [3], torch.float32, 0, False
+    y, kept, rows = torch.ops.fused_preact.forward(
+        x, None, weight, [], one, one, [], [], weight, [True], [1e-5], *facts
+    )
+    *_, [dweight] = torch.ops.fused_preact.backward(
+        torch.ones_like(y), x, None, kept, rows, weight, [], weight, [True], *facts, [False, False, False, True]
+    )
+    sums = unfold(x, 3).sum((0, 2)).view(C, 3, 3)  # each output has a dy of one
+    assert_close(dweight, sums.expand(K, C, 3, 3), rtol=1e-4, atol=1e-3)
