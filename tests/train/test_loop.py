@@ -142,6 +142,12 @@ def test_the_optimizer_is_that_of_the_settings(dataset):
     assert len(group["params"]) == len(list(one.model.parameters()))
 
 
+def test_the_batches_are_those_of_the_settings(dataset):
+    """What is drawn and how it is moved, not the weights alone."""
+    batches = trainer(dataset, seed=5, padding=2, flip=True).batches
+    assert (batches.batch_size, batches.seed, batches.padding, batches.flip) == (8, 5, 2, True)
+
+
 def test_an_evaluation_between_steps_leaves_training_as_it_was(dataset):
     """Steps are in training mode whatever was before, and evaluation computes in the type of training."""
     one, seen = trainer(dataset, amp="bf16"), []
