@@ -63,11 +63,23 @@ class Detached(nn.ReLU):
         return super().forward(x).detach()
 
 
+class Calibrated(nn.ReLU):
+    """Its factor is still one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("factor", torch.ones(1), persistent=False)
+
+    def forward(self, x):
+        return super().forward(x) * self.factor
+
+
 @pytest.mark.parametrize(
     ("between", "how"),
     [
         (nn.Dropout(0.5), "draws random numbers in training"),
         (nn.ReLU6(), "gives another result in training"),
+        (Calibrated(), "gives another result in training"),
         (Detached(), "has other gradients in training"),
         (Halved(), "gives another result in eval"),
     ],
