@@ -103,6 +103,14 @@ def test_tensorboard_events(checkpoint, tmp_path):
     assert got == [(step, 1.0 if step <= checkpoint else 5.0) for step in range(1, checkpoint + 4)]
 
 
+def test_events_that_cannot_be_written(tmp_path):
+    """The message names their folder."""
+    pytest.importorskip("tensorboard")
+    (tmp_path / "tensorboard").touch()
+    with pytest.raises(UserError, match=r"tensorboard: cannot be written: (File exists|Not a directory)"):
+        Recorder(tmp_path).add("train", 1, loss=1.0)
+
+
 def test_tensorboard_asked_for_and_missing(tmp_path, monkeypatch):
     """The message is the command that installs it; not asked for, the run goes on without."""
     monkeypatch.setitem(sys.modules, "tensorboard", None)
