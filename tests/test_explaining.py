@@ -30,6 +30,22 @@ def test_explain_computes_and_changes_nothing():
     assert torch.equal(var, torch.ones(4))
 
 
+def test_explain_of_what_changes_its_own_weight():
+    """As one that decays it does, by whatever name it has it."""
+
+    class Decaying(BNReLUConv2d):
+        def forward(self, x):
+            with torch.no_grad():
+                self.conv.own.mul_(0.9)
+            return super().forward(x)
+
+    net = Decaying(4, 4, 1)
+    net.conv.own = net.conv.weight
+    before = net.conv.weight.clone()
+    fused_preact.explain(net, torch.randn(2, 4, 5, 5))
+    assert torch.equal(net.conv.weight, before)
+
+
 def test_explain_of_what_is_in_two_places():
     """A block and a layer that a net has twice keep their own parameters: no fake tensor is left in the net."""
     block, first, second = PreActBlock(4, 4), BNReLUConv2d(4, 4, 1), BNReLUConv2d(4, 4, 1)
