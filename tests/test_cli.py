@@ -98,6 +98,13 @@ def test_what_cannot_be_encoded_is_escaped(monkeypatch):
     assert output.buffer.getvalue() == b"\xfc/\\u2713/\\udcff\n"
 
 
+def test_without_standard_output(monkeypatch):
+    """As in a process that was started without one."""
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(info, "run", lambda _arguments: print("nowhere") or 0)
+    assert cli.main(["info"]) == 0
+
+
 def test_only_the_command_that_is_asked_for_is_imported():
     """`info` answers where the libraries of the others are missing."""
     code = "import sys, fused_preact.cli as c; c.main(['info']); sys.exit('fused_preact.train.command' in sys.modules)"
