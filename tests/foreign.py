@@ -270,6 +270,11 @@ def conv_first(C: int, K: int, bottleneck: bool, stride: int = 1) -> nn.Module:
     return nn.Sequential(conv1, nn.BatchNorm2d(K), nn.ReLU(), conv2, nn.BatchNorm2d(K))
 
 
+def norm_twice(C: int, K: int, bottleneck: bool, stride: int = 1) -> nn.Module:
+    """Two batch norms in front of a convolution, which reads one of them."""
+    return nn.Sequential(nn.BatchNorm2d(C), nn.BatchNorm2d(C), nn.ReLU(), nn.Conv2d(C, K, 3, stride, 1))
+
+
 class Scaled(Cifar):
     """With a parameter of its own."""
 

@@ -31,6 +31,7 @@ from foreign import (
     Told,
     Wide,
     conv_first,
+    norm_twice,
 )
 from fused_preact import PreActBlock, PreActBottleneck, PreActStage, blocks, fuse, models
 
@@ -372,7 +373,7 @@ def test_what_is_used_otherwise_is_no_block(kind, reason):
         fuse(kind(8, 8, False))
 
 
-@pytest.mark.parametrize("kind", [conv_first, Scaled, Excited, Deep])
+@pytest.mark.parametrize("kind", [conv_first, norm_twice, Scaled, Excited, Deep])
 def test_what_has_other_layers_is_no_block(kind):
     """It is passed over without a word."""
     with pytest.raises(ValueError, match=r"^net must have a block of batch norm, .*; got a Sequential without any$"):

@@ -22,6 +22,25 @@ def states():
     return torch.get_rng_state().tolist(), random.getstate(), [*np.random.get_state()[1]], np.random.get_state()[2]
 
 
+def test_what_is_compiled_without_a_block_is_not_spoken_of(recwarn):
+    """Nothing of it could be fused."""
+    head = torch.compile(nn.Sequential(nn.BatchNorm2d(8), nn.ReLU()), backend="eager")
+    net = fuse(nn.Sequential(Cifar(8, 8, False), head))
+    assert isinstance(net[0], PreActBlock)
+    assert not recwarn.list
+
+
+def test_a_block_that_gives_more_than_a_tensor():
+    """It is tried all the same."""
+
+    class Paired(Cifar):
+        def forward(self, x):
+            return super().forward(x), x
+
+    with pytest.raises(ValueError, match=r"; net: of the layers of a block Paired computes something else$"):
+        fuse(Paired(8, 8, False))
+
+
 @pytest.mark.parametrize("source", DRAWS)
 def test_a_branch_that_is_dropped_now_and_then(source):
     """Stochastic depth that leaves out no branch while it is tried is found all the same, and uses up no numbers."""
