@@ -83,6 +83,14 @@ def test_recorded_steps_are_the_steps(given, dataset):
     assert all(count == STEPS for count in counts)
 
 
+def test_what_was_recorded_is_what_a_step_calls(dataset):
+    """The ordinary update in its place would give the same."""
+    one = trainer(dataset)
+    one.recorded = lambda images, labels: (len(images), len(labels))
+    assert one.step() == (8, 8)
+    assert one.iteration == 1
+
+
 def test_a_recorded_run_goes_on_from_its_checkpoint(dataset, tmp_path):
     """Stopped and resumed, both times while it replays, it ends with the bits of an undisturbed run."""
     whole, first = (recorded(trainer(dataset, iterations=2 * STEPS)) for _ in range(2))
