@@ -252,6 +252,15 @@ def test_an_update_that_diverges_is_not_saved(dataset, tmp_path):
     assert all(tensor.isfinite().all() for tensor in state["model"].values())
 
 
+def test_weights_that_are_not_finite_to_begin_with(dataset, tmp_path):
+    """As a checkpoint may hold them that was made otherwise: no other is from before."""
+    one = run(trainer(dataset), tmp_path)
+    torch.nn.init.constant_(one.trainer.model.linear.bias, math.inf)
+    with pytest.raises(UserError, match=r"weights are not finite after iteration 0: .* or a --warmup$"):
+        one.until_done()
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
 def test_one_number_that_is_not_finite_is_found(number, dataset):
     """In a running statistic, too; large ones are none."""
