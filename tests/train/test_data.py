@@ -26,6 +26,8 @@ def test_digits_are_all_there(dataset):
         assert part.images.dtype == torch.uint8
         assert (part.images == part.images[:, :1]).all()
         assert (part.images.min(), part.images.max()) == (0, 255)
+        # A small pixel has the middle of its square of 4x4: what lies outside of all middles is as the nearest.
+        assert (part.images[..., :2, :2] == part.images[..., :1, :1]).all()
 
 
 def test_digits_are_split_by_class_and_apart(dataset):
