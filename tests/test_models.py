@@ -165,12 +165,14 @@ def test_gradients_of_each_image(stem):
 
 
 def test_stems_and_options():
-    """The ImageNet stem divides the size by four; options reach every block; wrong names are listed."""
+    """The ImageNet stem alone divides the size by four; options reach every block; wrong names are listed."""
     net = models.create("preactresnet50", 7, stem="imagenet", width=4, stride_on="first", backend="library")
     assert net.conv1.stride == (2, 2)
     assert net(torch.randn(1, 3, 64, 64)).shape == (1, 7)
     choices = fused_preact.explain(net, torch.randn(1, 3, 64, 64))
     assert [choice.backend for choice in choices] == ["library"] * 4  # one a stage
+    assert choices[0].problem.shape[2:] == (16, 16)
+    assert fused_preact.explain(models.create("resnet20"), torch.randn(1, 3, 8, 8))[0].problem.shape[2:] == (8, 8)
     assert [net.layer2[0].get_submodule(f"conv{i}").stride for i in (1, 2)] == [(2, 2), (1, 1)]
     with pytest.raises(TypeError, match="unexpected keyword argument 'stride_on'"):
         models.create("preactresnet18", stride_on="first")
