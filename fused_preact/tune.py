@@ -146,9 +146,8 @@ def _calls(
             except ValueError as error:
                 raise UserError(f"--models {name} --batch {batch} --size {size}: {error}") from error
             for choice in choices:
-                if choice.problem is not None:
-                    for inference in (False, True):
-                        yield choice.problem._replace(inference=inference), form.get_submodule(choice.where)
+                for inference in (False, True):
+                    yield choice.problem._replace(inference=inference), form.get_submodule(choice.where)
 
 
 def _taken_apart(net: nn.Module, parts: Callable[[PreActStage], list[nn.Module]]) -> nn.Module:

@@ -158,17 +158,18 @@ def test_images_that_a_model_does_not_take(folder, capsys):
     assert not list(folder.iterdir())
 
 
-def test_the_table_is_for_the_threads_that_were_asked_for(folder, monkeypatch):
-    """And goes to the file that was asked for; its versions and threads are said in it."""
+def test_the_table_is_for_the_threads_that_were_asked_for(folder, monkeypatch, capsys):
+    """And goes to the file that was asked for, whatever its name; its versions and threads are said in it."""
     monkeypatch.setattr(tune, "_calls", lambda *_: [(block_problem(), None)])
     monkeypatch.setattr(tune, "measure", lambda *_: {"best": "eager", "seconds": {"eager": 1.0}})
-    before, output = torch.get_num_threads(), folder / "own.json"
+    before, output = torch.get_num_threads(), folder / "[b]own.json"
     arguments = ["tune", "--device=cpu", "--dtypes=fp32", "--batch=3", f"--threads={before + 1}", f"--output={output}"]
     try:
         assert cli.main(arguments) == 0
     finally:
         torch.set_num_threads(before)
     assert list(folder.iterdir()) == [output]
+    assert capsys.readouterr().out.endswith(f"Table in {output}\n")
     document = json.loads(output.read_text())
     assert document["threads"] == before + 1
     assert document["device"].endswith(f", {before + 1} threads")
