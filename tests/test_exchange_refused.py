@@ -30,6 +30,12 @@ def test_what_is_compiled_without_a_block_is_not_spoken_of(recwarn):
     assert not recwarn.list
 
 
+def test_an_empty_sequence_is_no_stage():
+    """Many nets have one for the identity."""
+    net = fuse(nn.Sequential(Cifar(8, 8, False), nn.Sequential()))
+    assert [type(module) for module in net] == [PreActBlock, nn.Sequential]
+
+
 def test_a_block_that_gives_more_than_a_tensor():
     """It is tried all the same."""
 
