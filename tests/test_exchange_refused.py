@@ -36,6 +36,20 @@ def test_an_empty_sequence_is_no_stage():
     assert [type(module) for module in net] == [PreActBlock, nn.Sequential]
 
 
+def test_blocks_of_somebody_are_no_stage():
+    """Only a plain nn.Sequential does nothing but call them in order."""
+
+    class Doubling(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x) * 2
+
+    for box in Doubling, lambda block: nn.ModuleList([block]):
+        net = nn.Sequential(box(Cifar(8, 8, False)))
+        before = type(net[0])
+        fuse(net)
+        assert (type(net[0]), type(net[0][0])) == (before, PreActBlock)
+
+
 def test_a_block_that_gives_more_than_a_tensor():
     """It is tried all the same."""
 

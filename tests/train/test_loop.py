@@ -252,6 +252,13 @@ def test_an_update_that_diverges_is_not_saved(dataset, tmp_path):
     assert all(tensor.isfinite().all() for tensor in state["model"].values())
 
 
+def test_figures_of_a_cpu_come_at_once(dataset, tmp_path):
+    """Nothing waits for it."""
+    one, counts = run(trainer(dataset), tmp_path), []
+    one.until_done(stop=lambda: counts.append(len(one.recorder.of("train"))) or len(counts) == 3)
+    assert counts == [0, 1, 2]
+
+
 def test_weights_that_are_not_finite_to_begin_with(dataset, tmp_path):
     """As a checkpoint may hold them that was made otherwise: no other is from before."""
     one = run(trainer(dataset), tmp_path)
