@@ -184,7 +184,8 @@ def full_cases() -> list[Case]:
     wide = partial(basics, "PreActResNet-18 block", (64, 128, 256, 512))
     for some in narrow, wide, denses, groups:
         blocks += [case for batch, dtype in product((1, 16), USUAL) for case in some(batch, dtype)]
-    nets = [net("ResNet-110", "resnet110", 128), net("PreActResNet-18", "preactresnet18", 16)]
+    nets = [net("ResNet-110", "resnet110", 128), net("PreActResNet-18", "preactresnet18", 128)]
+    nets += [net("WRN-28-10", "wrn28_10", 32)]
     nets += [net("ResNet-164", "resnet164", 16, dtype) for dtype in USUAL]
     return blocks + nets + [resnet1001(batch) for batch in (8, 16, 64)] + [resnet1001(8, "bf16"), host_cost()]
 
