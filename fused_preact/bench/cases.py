@@ -70,6 +70,11 @@ def unit(channels: int, out_channels: int, kernel: int, stride: int = 1) -> Call
     return partial(BNReLUConv2d, channels, out_channels, kernel, stride, kernel // 2)
 
 
+def block(group: str, make: Callable[..., nn.Module], C: int, H: int, batch: int, dtype: str) -> Case:
+    """A block that reads C channels of HxH pixels."""
+    return Case(group, f"{C}x{H}x{H}, N={batch}, {dtype}", make, (batch, C, H, H), dtype)
+
+
 def bottlenecks(batch: int, dtype: str) -> list[Case]:
     """The three stages of ResNet-1001; the middle width is a quarter of the outer."""
     goals = (
@@ -77,44 +82,22 @@ def bottlenecks(batch: int, dtype: str) -> list[Case]:
         {"fp32": {"forward": 1.9, "total": 1.7}, "bf16": {"total": 1.5}},
         {"fp32": {"forward": 1.5, "total": 1.5}, "bf16": {"total": 1.5}},
     )
-    stages = zip((64, 128, 256), (16, 32, 64), (32, 16, 8), goals, strict=True)
-    return [
-        Case(
-            "ResNet-1001 bottleneck",
-            f"{C}x{H}x{H}, N={batch}, {dtype}",
-            partial(PreActBottleneck, C, M),
-            (batch, C, H, H),
-            dtype,
-            goals={"fast": goal[dtype]} if batch == 16 else {},
-        )
-        for C, M, H, goal in stages
-    ]
+    stages = (64, 16, 32), (128, 32, 16), (256, 64, 8)
+    cases = [block("ResNet-1001 bottleneck", partial(PreActBottleneck, C, M), C, H, batch, dtype) for C, M, H in stages]
+    if batch != 16:
+        return cases
+    return [replace(case, goals={"fast": goal[dtype]}) for case, goal in zip(cases, goals, strict=True)]
 
 
 def basics(group: str, widths: tuple[int, ...], batch: int, dtype: str) -> list[Case]:
     """Basic blocks of the stages of a CIFAR net, 32x32 first."""
-    return [
-        Case(
-            group,
-            f"{C}x{32 >> i}x{32 >> i}, N={batch}, {dtype}",
-            partial(PreActBlock, C, C),
-            (batch, C, 32 >> i, 32 >> i),
-            dtype,
-        )
-        for i, C in enumerate(widths)
-    ]
+    return [block(group, partial(PreActBlock, C, C), C, 32 >> i, batch, dtype) for i, C in enumerate(widths)]
 
 
 def denses(batch: int, dtype: str) -> list[Case]:
     """Layers of DenseNet-121 on 32x32 images, one in the midst of each of its first three blocks."""
     return [
-        Case(
-            "DenseNet-121 layer",
-            f"{C}x{H}x{H}, N={batch}, {dtype}",
-            partial(DenseLayer, C, 32),
-            (batch, C, H, H),
-            dtype,
-        )
+        block("DenseNet-121 layer", partial(DenseLayer, C, 32), C, H, batch, dtype)
         for C, H in ((160, 32), (320, 16), (640, 8))
     ]
 
@@ -122,13 +105,7 @@ def denses(batch: int, dtype: str) -> list[Case]:
 def groups(batch: int, dtype: str) -> list[Case]:
     """Bottlenecks as those of the first two stages of ResNeXt-50, whose 3x3 convolution is torch's own in `cpu` too."""
     return [
-        Case(
-            "ResNeXt bottleneck, 32 groups",
-            f"{C}x{H}x{H}, N={batch}, {dtype}",
-            partial(make_grouped, C, C // 2, 32),
-            (batch, C, H, H),
-            dtype,
-        )
+        block("ResNeXt bottleneck, 32 groups", partial(make_grouped, C, C // 2, 32), C, H, batch, dtype)
         for C, H in ((256, 16), (512, 8))
     ]
 
