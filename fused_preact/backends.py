@@ -64,17 +64,17 @@ def _no_cuda(problem: Problem) -> str | None:
 
 def _auto_no_cuda(problem: Problem) -> str | None:
     if problem.dtype.itemsize != 2 or problem.format != "channels_last":
-        return f"it is meant for 16-bit channels_last, not {problem.format} {problem.dtype}; ask for it by name"
+        return f"it is meant for 16-bit channels_last, not {problem.format} {problem.dtype}"
     for convolution in problem.convolutions:
         reason = _not_taken(*convolution)
         if reason is not None:
-            return f"{reason}, and would run torch's own convolution; ask for it by name"
+            return f"{reason}, and would run torch's own convolution"
     if len(problem.convolutions) < 2:
-        return "one convolution by itself does not pay for the call; ask for it by name"
+        return "one convolution by itself does not pay for the call"
     _, _, H, W = problem.shape
     most = max(math.prod(shape) * H * W for _, shape in problem.convolutions)
     if most > _MOST_CUDA_PRODUCTS:
-        return f"it is meant for up to {_MOST_CUDA_PRODUCTS} products an image, not {most}; ask for it by name"
+        return f"it is meant for up to {_MOST_CUDA_PRODUCTS} products an image, not {most}"
     return None
 
 
@@ -119,7 +119,7 @@ def _auto_no_cpu(problem: Problem) -> str | None:
     reasons = [_not_taken(*convolution) for convolution in problem.convolutions]
     if None in reasons:  # what a block gains by its other convolutions is measured: docs/design.md, "Which backend"
         return None
-    return f"{reasons[0]}, and would run torch's own convolution; ask for it by name"
+    return f"{reasons[0]}, and would run torch's own convolution"
 
 
 def _no_triton(problem: Problem) -> str | None:
@@ -133,8 +133,8 @@ def _no_triton(problem: Problem) -> str | None:
 
 def _auto_no_triton(problem: Problem) -> str | None:
     if problem.device.type != "cuda":
-        return "it is meant for GPUs, not for the interpreter; ask for it by name"
-    return "it has not been measured to be faster than eager; ask for it by name"
+        return "it is meant for GPUs, not for the interpreter"
+    return "it has not been measured to be faster than eager"
 
 
 def _triton_unavailable() -> str | None:
@@ -195,7 +195,8 @@ def obstacle(name: str, problem: Problem, by_rule: bool = False) -> str | None:
         return (
             "it keeps all that its layers keep, and a mode that keeps less was asked for" if name == "eager" else None
         )
-    return _AUTO_OBSTACLES[name](problem) if name in _AUTO_OBSTACLES else None
+    reason = _AUTO_OBSTACLES[name](problem) if name in _AUTO_OBSTACLES else None
+    return reason and f"{reason}; ask for it by name"
 
 
 def autocasts(x: torch.Tensor) -> bool:
