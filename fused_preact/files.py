@@ -44,9 +44,22 @@ def replacing(path: Path, suffix: str | None = None) -> Iterator[IO[bytes]]:
         said = error if isinstance(error, OSError) else error.__context__
         if not isinstance(said, OSError):
             raise
-        raise UserError(f"{path}: cannot be written: {said.strerror or said}") from error
+        raise _unwritten(path, said) from error
     with contextlib.suppress(OSError):  # the file is in its place, though some systems sync no folder
         _sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def naming(what: Path | str) -> Iterator[None]:
+    """What the system says of a file that cannot be written, with its name, which it leaves out of a full disk.
+
+    Raises:
+        UserError: in the place of an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise _unwritten(what, error) from error
 
 
 def check_writable(path: Path) -> None:
@@ -56,12 +69,10 @@ def check_writable(path: Path) -> None:
         UserError: it cannot.
     """
     path = path.resolve()
-    try:
+    with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
             pass
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror}") from error
     if path.is_dir():
         raise UserError(f"{path}: cannot be written: it is a folder")
 
@@ -74,6 +85,10 @@ def write_json(document: dict[str, Any], path: Path) -> None:
     """
     with replacing(path) as file:
         file.write((json.dumps(document, indent=1) + "\n").encode())
+
+
+def _unwritten(what: Path | str, said: OSError) -> UserError:
+    return UserError(f"{what}: cannot be written: {said.strerror or said}")
 
 
 def _sync_folder(folder: Path) -> None:

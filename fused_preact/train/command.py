@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from .. import backends, models
 from ..cli import Handlers, handled, thread_count
 from ..errors import UserError
+from ..files import naming
 from ..stage import MEMORY
 from . import checkpoint, cifar, settings
 from .data import Dataset, digits
@@ -133,14 +134,12 @@ def _new(args: argparse.Namespace, given: dict[str, Any], held: contextlib.ExitS
     _check_empty(folder, args.overwrite)
     dataset = _load(given["data"])
     trainer = Trainer(settings.resolve(given, len(dataset.train), dataset.flip), dataset)
-    try:
+    with naming(f"--out {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
         held.enter_context(alone(folder))
         _check_empty(folder, args.overwrite)  # another run may have begun and ended there meanwhile
         for product in PRODUCTS:
             _remove(folder / product)
-    except OSError as error:
-        raise UserError(f"--out {folder}: cannot be written: {error.strerror or error}") from error
     return trainer, folder
 
 

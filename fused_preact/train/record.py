@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..files import replacing
+from ..files import naming, replacing
 
 # What each kind of row must have for the summary and the curve.
 FIGURES = {"train": ("iteration", "loss"), "test": ("iteration", "loss", "error")}
@@ -43,10 +41,10 @@ class Recorder:
         """
         row = {"split": split, "iteration": iteration, **figures}
         self.rows.append(row)
-        with _naming(self._path), self._path.open("a", encoding="utf-8") as file:
+        with naming(self._path), self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, allow_nan=False) + "\n")
         if self._wanted:
-            with _naming(self._events):
+            with naming(self._events):
                 self._writer = self._writer or _writer(self._events, self._start)
                 for name, value in figures.items():
                     self._writer.add_scalar(f"{split}/{name}", value, iteration)
@@ -58,7 +56,7 @@ class Recorder:
             UserError: they cannot be written.
         """
         if self._path.exists():
-            with _naming(self._path), self._path.open("ab") as file:
+            with naming(self._path), self._path.open("ab") as file:
                 os.fsync(file.fileno())
 
     def of(self, split: str) -> list[dict[str, Any]]:
@@ -72,17 +70,8 @@ class Recorder:
             UserError: they cannot be written.
         """
         if self._writer is not None:
-            with _naming(self._events):
+            with naming(self._events):
                 self._writer.close()
-
-
-@contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """What the system says of a file that cannot be written, with its name, which it leaves out of a full disk."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
 def _keep(path: Path, start: int) -> list[dict[str, Any]]:
