@@ -54,11 +54,15 @@ def pair(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
         result *= 2 if len(result) == 1 else 1  # as torch takes it
         if len(result) != 2 or not all(_is_integer(v) for v in result):
             raise TypeError(f"{name} must be an integer or a pair of integers, got {value!r}")
-    if min(result) < least:
-        raise ValueError(f"{name} must be at least {least}, got {value!r}")
-    if max(result) > _MOST:
-        raise ValueError(f"{name} must be at most {_MOST}, got {value!r}")
+    _in_range(name, value, result, least)
     return int(result[0]), int(result[1])
+
+
+def _in_range(name: str, value: Any, integers: Sequence[int], least: int) -> None:
+    if min(integers) < least:
+        raise ValueError(f"{name} must be at least {least}, got {value!r}")
+    if max(integers) > _MOST:
+        raise ValueError(f"{name} must be at most {_MOST}, got {value!r}")
 
 
 def lopsided(dilation: Sequence[int], filter_size: Sequence[int]) -> bool:
@@ -113,10 +117,7 @@ def positive(name: str, value: Any) -> int:
     """
     if not _is_integer(value):
         raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value!r}")
-    if value > _MOST:
-        raise ValueError(f"{name} must be at most {_MOST}, got {value!r}")
+    _in_range(name, value, (value,), 1)
     return int(value)
 
 
