@@ -162,11 +162,7 @@ class Toolchain:
         return "\n".join(
             [
                 f"cxx = {_escape(self.compiler)}",
-                "rule compile",
-                "  command = $cxx -MMD -MF $out.d $flags -c $in -o $out",
-                "  depfile = $out.d",
-                "  deps = gcc",
-                "  description = compile $out",
+                _compile_rule("compile", "cxx"),
                 *self._nvcc_rule(),
                 "rule link",
                 "  command = $cxx $in $flags -o $out",
@@ -207,14 +203,14 @@ class Toolchain:
         # The compiler of the host part is named: nvcc would choose by itself, and knows no cache in front of it.
         compiler = next(word for word in shlex.split(self.compiler) if Path(word).name not in COMPILER_CACHES)
         nvcc = shlex.join([str(self.cuda.home / "bin/nvcc"), "-ccbin", compiler])
-        return [
-            f"nvcc = {_escape(nvcc)}",
-            "rule cuda",
-            "  command = $nvcc -MMD -MF $out.d $flags -c $in -o $out",
-            "  depfile = $out.d",
-            "  deps = gcc",
-            "  description = compile $out",
-        ]
+        return [f"nvcc = {_escape(nvcc)}", _compile_rule("cuda", "nvcc")]
+
+
+def _compile_rule(name: str, compiler: str) -> str:
+    return (
+        f"rule {name}\n  command = ${compiler} -MMD -MF $out.d $flags -c $in -o $out\n  depfile = $out.d\n"
+        "  deps = gcc\n  description = compile $out"
+    )
 
 
 def _find_ninja() -> str:
