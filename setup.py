@@ -55,7 +55,10 @@ class BuildExtension(build_ext):
         check_system()
         torch = torch_location.find()
         if torch is None or not torch.is_new_enough():
-            raise CompileError(f"building without isolation needs {torch_location.REQUIREMENT} installed first")
+            found = "none" if torch is None else torch.version
+            raise CompileError(
+                f"building without isolation needs {torch_location.REQUIREMENT} installed first, got {found}"
+            )
         objects = ROOT / self.get_finalized_command("build").build_base / "objects"
         cuda = nvcc.find(self.cuda_archs)
         compiler = find_compiler()
@@ -66,12 +69,8 @@ class BuildExtension(build_ext):
         toolchain.build(Path(self.get_ext_fullpath(ext.name)))
 
 
-sources = sorted(
-    str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.c*") if path.suffix in (".cpp", ".cu")
-)
-headers = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h"))
 setup(
-    ext_modules=[Extension("fused_preact._C", sources, depends=headers, py_limited_api=True)],
+    ext_modules=[Extension("fused_preact._C", sources=[], py_limited_api=True)],  # toolchain.py has the sources
     cmdclass={"build_ext": BuildExtension},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

@@ -142,6 +142,21 @@ def test_a_build_without_isolation_is_on_linux_too():
     assert result.returncode != 0
 
 
+@pytest.mark.parametrize(("torch", "found"), [(None, "none"), ("torch_location.Torch(None, '2.10.1')", "2.10.1")])
+def test_a_build_without_isolation_says_which_torch_it_found(torch, found):
+    """`python setup.py` brings no torch: an older one, or none, is an error that names it."""
+    script = (
+        "import runpy, sys; sys.path.insert(0, 'build_backend'); import torch_location\n"
+        f"torch_location.find = lambda: {torch}\n"
+        "sys.argv = ['setup.py', '-q', 'build_ext', '--inplace']\n"
+        "runpy.run_path('setup.py', run_name='__main__')"
+    )
+    environment = os.environ | {"CXX": "none"}  # nothing is compiled, whatever the command does
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert f"error: building without isolation needs torch>=2.11 installed first, got {found}\n" in result.stderr
+    assert result.returncode != 0
+
+
 def test_cxx_that_is_not_there_is_named(toolchain, monkeypatch):
     """A wrong CXX is named, rather than replaced by another compiler in silence."""
     monkeypatch.setenv("CXX", "no-such-compiler -v")
