@@ -67,7 +67,7 @@ def name_of(key: Key) -> str:
 
 def kept(case: dict[str, Any], row: dict[str, Any]) -> str:
     """MiB kept for backward by eager and by a contender."""
-    amounts = (case["contenders"][row[who]]["saved_bytes"] / 2**20 for who in ("baseline", "contender"))
+    amounts = (size / 2**20 for size in report.compared(case, row))
     return f"{' to '.join(f'{mib:.0f}' if mib > 100 else f'{mib:.1f}' for mib in amounts)} MiB"
 
 

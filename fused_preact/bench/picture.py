@@ -8,7 +8,7 @@ from typing import Any
 
 from fused_preact.files import replacing
 
-from .report import QUANTITIES, by_contender, emulates_bf16
+from .report import QUANTITIES, by_contender, compared, emulates_bf16
 
 FUSED = re.compile(r"fused (?:(\w+) )?channels_last")  # the contenders that are drawn, and their memory mode
 FORWARD, TOTAL, SAVED = "#3f7fc1", "#1f62ab", "#23865f"
@@ -93,8 +93,7 @@ def _entries(case: dict[str, Any]) -> Iterator[dict[str, Any]]:
         fused = FUSED.fullmatch(name)
         if fused is None:
             continue
-        saved = rows["saved_bytes"]
-        before, after = (case["contenders"][saved[who]]["saved_bytes"] / 2**20 for who in ("baseline", "contender"))
+        before, after = (size / 2**20 for size in compared(case, rows["saved_bytes"]))
         amounts = f"{before:.{_digits(before)}f} to {after:.{_digits(after)}f} MiB"
         label = ", ".join(filter(None, (case["label"], fused[1])))
         yield {"group": case["group"], "label": label, "dtype": case["dtype"], "bytes": amounts, **rows}

@@ -123,6 +123,11 @@ def by_contender(case: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
     return found
 
 
+def compared(case: dict[str, Any], row: dict[str, Any]) -> tuple[Any, Any]:
+    """What a ratio is of: the figures of the baseline and of the contender, in seconds or bytes."""
+    return tuple(case["contenders"][row[who]][row["quantity"]] for who in ("baseline", "contender"))
+
+
 def _table(group: str, cases: list[dict[str, Any]]) -> Table:
     total = "forward, backward, update" if cases[0]["net"] else "forward + backward"
     table = Table(title=escape(group), title_justify="left", show_lines=True)
@@ -139,7 +144,7 @@ def _table(group: str, cases: list[dict[str, Any]]) -> Table:
 
 
 def _cell(case: dict[str, Any], row: dict[str, Any]) -> str:
-    before, after = (case["contenders"][row[who]][row["quantity"]] for who in ("baseline", "contender"))
+    before, after = compared(case, row)
     ratio = f"[bold]{row['ratio']['median']:.2f}x[/]"
     if row["quantity"] == "saved_bytes":
         amounts = f"{before / 2**20:.4g} to {after / 2**20:.4g} MiB"
