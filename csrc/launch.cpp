@@ -154,19 +154,11 @@ Tensor Launch::activate(const Activation& x) const {
 }
 
 Launch::Gradient Launch::activate_backward(const Tensor& da, const Activation& x, bool batch) const {
-  const int64_t C = da.size(1);
-  const ScalarType type = accumulation_type(type_);
-  Tensor dgamma = empty(da, type, {C}), dbeta = empty(da, type, {C});
-  if (da.numel() == 0) {
-    set_to_zero({dgamma, dbeta});
-  } else {
-    std::optional<Tensor> rows;
-    if (batch) rows = empty_rows(da, kGradRows, C);
-    const NormGrad grad{dgamma.mutable_data_ptr(), dbeta.mutable_data_ptr(), mutable_pointer(rows)};
-    device_.kernels.activate_backward(dtype_, pixels(da), C, da.const_data_ptr(), raw(x), da.mutable_data_ptr(), grad,
-                                      Scope(*device_.scratch));
-  }
-  return {da, std::nullopt, std::nullopt, std::nullopt, dgamma, dbeta};
+  const Gradient made = with_norm(da, x, batch);
+  if (da.numel() > 0)
+    device_.kernels.activate_backward(dtype_, pixels(da), da.size(1), da.const_data_ptr(), raw(x),
+                                      da.mutable_data_ptr(), sums(made), Scope(*device_.scratch));
+  return {da, std::nullopt, std::nullopt, std::nullopt, made.dgamma, made.dbeta};
 }
 
 Tensor Launch::dense_nhwc(const Tensor& x) const {
@@ -192,11 +184,15 @@ void Launch::permute(const Tensor& from, int64_t rows, int64_t columns, const Te
 
 Launch::Gradient Launch::empty_dgrad(const Conv& conv, const Activation& x, bool batch) const {
   const Tensor dz = empty_nhwc(x.x, type_, conv.N, conv.C, conv.H, conv.W, device_.pool);
-  if (!x.norm) return {dz};
+  return x.norm ? with_norm(dz, x, batch) : Gradient{dz};
+}
+
+Launch::Gradient Launch::with_norm(const Tensor& dz, const Activation& x, bool batch) const {
+  const int64_t C = dz.size(1);
   const ScalarType type = accumulation_type(type_);
-  Gradient result{dz, x.x, x.norm, std::nullopt, empty(x.x, type, {conv.C}), empty(x.x, type, {conv.C})};
-  if (batch) result.grad = empty_rows(x.x, kGradRows, conv.C);
-  if (conv.N == 0) set_to_zero({result.dgamma, result.dbeta, result.grad});
+  Gradient result{dz, x.x, x.norm, std::nullopt, empty(dz, type, {C}), empty(dz, type, {C})};
+  if (batch) result.grad = empty_rows(dz, kGradRows, C);
+  if (dz.numel() == 0) set_to_zero({result.dgamma, result.dbeta, result.grad});
   return result;
 }
 

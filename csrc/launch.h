@@ -82,11 +82,6 @@ class Launch {
   Joined join(const Tensor& stream, const Gradient& branch, bool subtract, bool narrow,
               const std::optional<Affine>& next) const;
 
-  // a of x; x itself where it has no norm.
-  Tensor activate(const Activation& x) const;
-  // The gradient of x from da, and those of its batch norm. Overwrites da.
-  Gradient activate_backward(const Tensor& da, const Activation& x, bool batch) const;
-
   // x in dense NHWC: itself, or a copy.
   Tensor dense_nhwc(const Tensor& x) const;
   // y, which is dense NHWC, in the layout that results have for an input x: channels_last where x is, else contiguous.
@@ -95,6 +90,7 @@ class Launch {
  private:
   // Uninitialised, but for sums over no image.
   Gradient empty_dgrad(const Conv&, const Activation& x, bool batch) const;
+  Gradient with_norm(const Tensor& dz, const Activation& x, bool batch) const;  // what its batch norm gets beside dz
   WeightGradient empty_wgrad(const Conv&, const Tensor& weight, bool need_bias) const;
   Tensor empty_rows(const Tensor& like, int64_t rows, int64_t C) const;
   void permute(const Tensor& from, int64_t rows, int64_t columns, const Tensor& to) const;
@@ -108,6 +104,10 @@ class Launch {
                                                            const std::optional<Affine>& next) const;
   Gradients library_gradients(const Convolution&, const Gradient& dy, const Tensor& weight, const Activation& x,
                               const std::optional<Tensor>& add, bool batch, const std::array<bool, 3>& wanted) const;
+  // a of x; x itself where it has no norm.
+  Tensor activate(const Activation& x) const;
+  // The gradient of x from da, and those of its batch norm. Overwrites da.
+  Gradient activate_backward(const Tensor& da, const Activation& x, bool batch) const;
   // What comes of da + add, the gradient of the activation: that of x, which it is itself where x has no norm.
   // Overwrites da.
   Gradient behind_product(const Tensor& da, const Activation& x, const std::optional<Tensor>& add, bool batch) const;
