@@ -204,7 +204,7 @@ def _block_of(old: nn.Module, layers: Layers, candidates: Iterable[_Candidate]) 
         raise _NoBlockError(reason)
     if len(inspect.signature(old.forward).parameters) != 1:
         raise _NoBlockError("its forward takes more than x")
-    channels, takes_x, several = layers.pairs[0].bn.num_features, True, trial.takes_several(old)
+    channels, takes_x = layers.pairs[0].bn.num_features, True
     try:
         theirs = trial.outputs(old, channels)
     except Exception as error:  # it is somebody else's code, which may raise anything
@@ -214,11 +214,7 @@ def _block_of(old: nn.Module, layers: Layers, candidates: Iterable[_Candidate]) 
             raise _NoBlockError(f"a copy of it that is tried raises {said}") from error
     nearest = -1
     for kind, shortcut, settings in candidates:
-        try:
-            block = kind.of(layers._replace(shortcut=shortcut), _children(old, layers), "eager", **settings)
-        except KeyError as error:  # nn.Module's
-            said = f"no child of a {kind.__name__} can have the name of one of its own: {error.args[0]}"
-            raise _NoBlockError(said) from error
+        block = _built(kind, old, layers._replace(shortcut=shortcut), settings)
         ours = trial.outputs_if_any(block, channels)
         if ours is None or list(old.state_dict()) != list(block.state_dict()):
             continue
@@ -228,20 +224,35 @@ def _block_of(old: nn.Module, layers: Layers, candidates: Iterable[_Candidate]) 
                 nearest = max(nearest, agreeing)
             continue
         nearest = agreeing
-        if isinstance(block, ResidualBlock):
-            if takes_x and not several:
-                return block
-            continue
-        if type(old) is nn.Sequential:
+        if type(old) is nn.Sequential and not isinstance(block, ResidualBlock):
             raise _NoBlockError(_WALKED, nearest)
-        of_parts = trial.outputs_if_any(old, channels, 2)
-        if of_parts is None:
-            if not several:
-                return block
-        elif trial.alike(of_parts, trial.outputs_if_any(block, channels, 2) or []):
+        if _takes_the_same(block, old, channels, takes_x):
             return block
     how = "" if nearest < 0 else f": it {trial.difference(theirs, nearest)}"
     raise _NoBlockError(f"of the layers of a block {type(old).__name__} computes something else{how}", nearest)
+
+
+def _built(kind: type[Branch], old: nn.Module, layers: Layers, settings: dict[str, Any]) -> Branch:
+    """A block of this kind of the layers of ``old``, which run plain."""
+    try:
+        return kind.of(layers, _children(old, layers), "eager", **settings)
+    except KeyError as error:  # nn.Module's
+        said = f"no child of a {kind.__name__} can have the name of one of its own: {error.args[0]}"
+        raise _NoBlockError(said) from error
+
+
+def _takes_the_same(block: Branch, old: nn.Module, channels: int, takes_x: bool) -> bool:
+    """Whether a block that makes of images what ``old`` does also takes them as that does: whole, or in parts, too.
+
+    ``takes_x``: ``old`` takes them whole.
+    """
+    several = trial.takes_several(old)
+    if isinstance(block, ResidualBlock):
+        return takes_x and not several
+    of_parts = trial.outputs_if_any(old, channels, 2)
+    if of_parts is None:
+        return not several
+    return trial.alike(of_parts, trial.outputs_if_any(block, channels, 2) or [])
 
 
 def _candidates(old: nn.Module, layers: Layers, dense: int) -> Iterator[_Candidate]:
