@@ -73,6 +73,8 @@ class DenseLayer(Branch):
     def forward(self, x: Tensor | Sequence[Tensor], *more: Tensor) -> Tensor:
         """[N, growth_rate, H, W], or with the channels of x, of x [N, num_input_features, H, W] or of parts of it.
 
+        Of the dtype of x where autocast is off.
+
         Args:
             x: the features, or a list or tuple of tensors that are joined along the channels.
             more: further parts.
@@ -128,7 +130,7 @@ class Transition(Branch):
         self.conv = nn.Conv2d(channels, width, 1, bias=False, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """y [N, num_output_features, H//2, W//2] of x [N, num_input_features, H, W].
+        """y [N, num_output_features, H//2, W//2] of x [N, num_input_features, H, W], its dtype where autocast is off.
 
         Raises:
             TypeError, ValueError: x does not fit.

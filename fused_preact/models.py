@@ -37,7 +37,7 @@ class FirstPreActBlock(PreActBlock):
         super().__init__(in_planes, planes, stride, **options)
 
     def forward(self, x: Tensor) -> Tensor:
-        """y [N, planes, H, W] of x [N, planes, H, W].
+        """y [N, planes, H, W] of x [N, planes, H, W], of the dtype of x where autocast is off.
 
         Raises:
             TypeError, ValueError: x does not fit.
