@@ -25,10 +25,14 @@ class Plan(NamedTuple):
     missing: list[int] | None  # the channels that each unit reads, where a tensor is to be made in the place of None
     facts: ops.Facts
 
+    def choice(self, where: Any) -> backends.Choice:
+        """The backend and why, as `explain` tells; ``where`` is a name, or the module that calls."""
+        return backends.describe(where, self.asked, self.problem)
+
     def record(self, where: Any) -> None:
-        """Note the choice for `explain`; ``where`` is a name, or the module that calls."""
+        """Note the choice for `explain`."""
         if backends.is_recording():
-            backends.record(backends.describe(where, self.asked, self.problem))
+            backends.record(self.choice(where))
 
 
 def call_key(name: str, x: Tensor) -> tuple[Any, ...]:

@@ -58,11 +58,6 @@ class Run(NamedTuple):
             running.update(mean, var, counts, rows, units, momentum)
         return y
 
-    def choice(self, where: Any, x: Tensor, memory: str) -> backends.Choice:
-        """Which backend a call would be given, and why."""
-        plan = self.plan(x, None, memory)
-        return backends.describe(where, plan.asked, plan.problem)
-
     def plan(self, x: Tensor, residual: Tensor | None, memory: str, in_parts: bool = False) -> Plan:
         """The plan of a call, checked once for arguments that differ in the numbers only."""
         key = memory, in_parts, *call_key("x", x), *(() if residual is None else call_key("residual", residual))

@@ -128,7 +128,7 @@ class PreActStage(nn.Sequential):
             return x
         where = self if len(part.blocks) == len(self) else part.blocks[0]
         if backends.is_recording():
-            choice = part.run.choice(where, x, self.memory)
+            choice = part.run.plan(x, None, self.memory).choice(where)
             if choice.backend == "eager":  # what runs are the blocks, and their choices count
                 return part.run_apart(x, part.why_apart(choice))
         y = part.run(where, x, memory=self.memory)
