@@ -53,8 +53,7 @@ def draw(found: dict[str, dict[str, float]], path: Path) -> None:
     axes.tick_params(colors=TEXT, labelsize=9, length=0)
     axes.grid(axis="x", color=GRID)
     axes.set_axisbelow(True)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+    axes.spines[:].set_visible(False)
     axes.legend(loc="lower right", frameon=False, labelcolor=TEXT, fontsize=9)
     figure.tight_layout()
     figure.savefig(path, transparent=True)

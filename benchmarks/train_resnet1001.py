@@ -90,8 +90,7 @@ def draw(document: dict[str, Any], path: Path) -> None:
     loss.grid(axis="y", color=GRID)
     for axes in (loss, memory):
         axes.tick_params(colors=TEXT, labelsize=8, length=0, which="both")
-        for spine in axes.spines.values():
-            spine.set_visible(False)
+        axes.spines[:].set_visible(False)
     loss.legend(frameon=False, labelcolor=TEXT, fontsize=8)
     device, steps = document["device"], len(runs["eager"]["loss"])
     title = f"ResNet-1001, float32, {steps} steps of {BATCH} images; {device['model']}, {device['threads']} threads"

@@ -135,8 +135,7 @@ def _dress(axes: Any, title: str) -> None:
     axes.tick_params(colors=TEXT, labelsize=8.5, length=0)
     axes.grid(axis="x", color=GRID)
     axes.set_axisbelow(True)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+    axes.spines[:].set_visible(False)
 
 
 def _title(document: dict[str, Any]) -> str:
