@@ -204,6 +204,17 @@ def test_a_shortcut_with_a_bias(shape, both, backend):
     assert_same(step(block, x), step(plain, x), rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_shortcut_with_a_bias_under_autocast(backend):
+    """It is cast as that of any convolution is: parameters are in float32 there."""
+    block, plain = twins("basic-wider", backend)
+    for module in block, plain:
+        module.shortcut[0].bias = nn.Parameter(torch.linspace(-1, 1, 12))
+    x = x_of("basic-wider", torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_close(block(x), plain(x), rtol=0.1, atol=0.1)
+
+
 def test_a_bias_of_a_shortcut_that_does_not_fit():
     """It is the shortcut's that is told of, not that of the convolution with which it is added."""
     block, x = PreActBlock(4, 8, backend="library"), torch.randn(2, 4, 5, 5)
