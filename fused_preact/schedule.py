@@ -219,9 +219,9 @@ class _Backward:
         self.kernels, self.stage, self.rows, self.needs = kernels, stage, rows, needs
         self.kept = [_dense(t) for t in kept]  # a hook of saved tensors may have laid them out anew
         n, empty = len(stage.training), rows[0].new_empty
-        self.dweight = [empty(0, dtype=stage.dtype) for _ in range(n)]
-        self.dbias = [empty(0, dtype=stage.dtype) for _ in stage.bias]
-        self.dshortcut = {k: empty(0, dtype=stage.dtype) for k, chain in enumerate(stage.blocks) if chain.projects}
+        self.dweight = [empty(0) for _ in range(n)]
+        self.dbias = [empty(0) for _ in stage.bias]
+        self.dshortcut = {k: empty(0) for k, chain in enumerate(stage.blocks) if chain.projects}
         self.dbn_weight, self.dbn_bias = [empty(0) for _ in range(n)], [empty(0) for _ in range(n)]
         self.narrowed: Tensor | None = None  # the stream's gradient in the type of the convolutions
 
