@@ -227,7 +227,7 @@ class _Stage(torch.autograd.Function):
             y, kept, rows = forward(x, residual, *arguments, *facts)
         _save(ctx, backend, facts, arguments, x, y, kept, rows, parts)
         # Not by save_for_backward: to change beta in place before backward is no error with plain layers.
-        ctx.norms = [t for t in (*arguments.bn_weight, *arguments.bn_bias) if t.requires_grad]
+        ctx.norms = *arguments.bn_weight, *arguments.bn_bias
         ctx.set_materialize_grads(False)  # where none arrives none leaves: an optimizer decays what has one of zeros
         found += rows
         return y
