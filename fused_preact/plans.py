@@ -139,7 +139,7 @@ def execute(
 
 def _cast(t: Any, dtype: torch.dtype) -> Any:
     """What autocast casts for a convolution, cast; float64 stays, as there."""
-    eligible = isinstance(t, Tensor) and t.is_floating_point() and t.dtype not in (torch.float64, dtype)
+    eligible = isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64
     return t.to(dtype) if eligible else t
 
 
