@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from fused_preact import PreActBlock, bn_relu_conv2d, explain, running
+from fused_preact import PreActBlock, bn_relu_conv2d, explain, layers, running
 from fused_preact.layers import add
 
 
@@ -57,28 +57,46 @@ def test_who_watches_does_not_change_a_type(backend):
             assert checkpoint(call, x_of(), use_reentrant=False, context_fn=policy).dtype == torch.bfloat16
 
 
+class Turn:
+    """A lock that tells when a thread comes which has to wait for it."""
+
+    def __init__(self, waiting: threading.Event) -> None:
+        self.lock, self.waiting = threading.Lock(), waiting
+
+    def __enter__(self) -> None:
+        if not self.lock.acquire(blocking=False):
+            self.waiting.set()
+            self.lock.acquire()
+
+    def __exit__(self, *_) -> None:
+        self.lock.release()
+
+
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_two_threads_repeat_a_call_of_the_same_layers(use_reentrant):
     """The batch norm keeps its own buffers, and they move in the first calls alone."""
     block, calls = PreActBlock(8, 8, backend="eager"), itertools.count()
-    second_came, first_went = threading.Event(), threading.Event()
+    first_came, second_came, first_went = (threading.Event() for _ in range(3))
 
     def meet(*_) -> None:
-        """Let the second thread in before the first goes, and the first go before the second, if they can meet."""
+        """Let the second thread come before the first goes, and the first go before the second."""
         if running.recomputing():
-            second = next(calls) > 0
-            if second:
-                second_came.set()
-            (first_went if second else second_came).wait(0.2)
+            came, other = (first_came, second_came) if next(calls) == 0 else (second_came, first_went)
+            came.set()
+            assert other.wait(60)
 
     def backward(loss: torch.Tensor) -> None:
         loss.backward()
         first_went.set()
 
     buffers = dict(block.named_buffers())
+    layers._turns[block.bn1] = Turn(second_came)
     block.bn1.register_forward_hook(meet)
     losses = [checkpoint(block, x_of().requires_grad_(), use_reentrant=use_reentrant).sum() for _ in range(2)]
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(backward, losses))
+        first = pool.submit(backward, losses[0])
+        assert first_came.wait(60)
+        pool.submit(backward, losses[1]).result()
+        first.result()
     assert all(t is buffers[name] for name, t in block.named_buffers())
     assert block.bn1.num_batches_tracked == 2
