@@ -263,7 +263,7 @@ def test_copies_and_pickles_are_the_same():
 
 def test_options_are_shown():
     """Those that are not the default."""
-    assert "DenseLayer(\n" in repr(DenseLayer(4, 4))
+    assert DenseLayer(4, 4).extra_repr() == ""
     text = repr(DenseLayer(4, 4, drop_rate=0.1, memory_efficient=True, returns="x+new", backend="cpu"))
     assert "backend='cpu', drop_rate=0.1, memory_efficient=True, returns='x+new'" in text
 
