@@ -304,8 +304,8 @@ def record(choice: Choice) -> None:
 
 
 @contextlib.contextmanager
-def apart(reason: str) -> Iterator[None]:
-    """Note with the choices of the calls made inside why they are not made by the stage that they belong to."""
+def apart(reason: str | None) -> Iterator[None]:
+    """Note with the choices of the calls made inside why, if told, their stage does not make them."""
     before = [(choices, len(choices)) for choices in _records.get()]
     yield
     for choices, count in before:

@@ -154,7 +154,7 @@ class _Alone(NamedTuple):
 
     def run(self, x: Tensor) -> Tensor:
         """What the module makes of x."""
-        if self.reason is None or not backends.is_recording():
+        if not backends.is_recording():
             return self.module(x)
         with backends.apart(self.reason):
             return self.module(x)
