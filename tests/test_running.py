@@ -364,3 +364,12 @@ def test_batch_norms_of_one_momentum_are_updated_together():
     updates = running.updates(norms)
     found = [(update.momentum, update.units) for update in updates]
     assert found == [(0.1, [0, 2]), (0.5, [1]), (None, [3]), (None, [4])]
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "eager"])
+def test_a_batch_norm_that_was_made_without_statistics_may_be_told_to_track_them(backend):
+    """It has nothing that could move, and normalises by the batch, as in plain layers."""
+    unit, x = BNReLUConv2d(4, 4, 1, track_running_stats=False, backend=backend), torch.randn(2, 4, 3, 3)
+    expected = unit(x)
+    unit.bn.track_running_stats = True
+    assert torch.equal(unit(x), expected)
