@@ -174,6 +174,17 @@ def test_cuda_is_for_cuda_tensors():
         bn_relu_conv2d(*arguments(), training=True, backend="cuda")
 
 
+def test_what_the_library_serves():
+    """The devices whose batch norm it calls, a GPU without kernels of its own too."""
+    asked = on_cuda(dtype=torch.float64, size=5)
+    assert backends.choose("library", asked) == "library"
+    assert backends.choose("library", asked._replace(device=torch.device("cpu"))) == "library"
+    with pytest.raises(
+        ValueError, match="backend='library' cannot serve this call: it knows the CPU and CUDA, not xpu"
+    ):
+        backends.choose("library", asked._replace(device=torch.device("xpu")))
+
+
 def test_torch_says_whether_tf32_is_allowed(monkeypatch):
     """The switch of torch's own convolutions, whichever of its names is used."""
     conv = torch.backends.cudnn.conv
