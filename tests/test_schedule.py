@@ -1,4 +1,5 @@
 import copy
+import types
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ from torch.testing import assert_close
 from torch.utils._pytree import tree_leaves
 
 from cases import BACKENDS, BY_ID, CHAINS, backward_arguments, eager, forward_arguments, fused, needs_cpu
-from fused_preact import PreActBlock, PreActBottleneck, PreActStage, kernels, ops, schedule
+from fused_preact import PreActBlock, PreActBottleneck, PreActStage, kernels, ops, reference, schedule
 from fused_preact.kernels import Conv
 from test_blocks import assert_same, step
 
@@ -99,6 +100,20 @@ def test_needs_are_split_by_kind():
     plain = schedule.Stage.parse(weight, [], [], facts[0], facts[1][:14], [2], [0], torch.float32, 0)
     needs = schedule.Needs.parse([True, False, True, True, False], plain)
     assert needs == schedule.Needs(True, [False, True], [False, False], [True, False], [False])
+
+
+@pytest.mark.parametrize("memory", ["fast", "lean", "min"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_only_the_first_x_is_read_for_its_statistics_alone(autocast, memory, monkeypatch):
+    """Those of all that a kernel returns are made by that kernel, also where a branch is joined with its stream."""
+    calls = []
+    counted = types.SimpleNamespace(**vars(reference))
+    counted.statistics = lambda *args: calls.append(args) or reference.statistics(*args)
+    monkeypatch.setattr(ops, "table", lambda _backend: counted)
+    stage = PreActStage(*(PreActBottleneck(C, 2, backend="reference") for C in (6, 8, 8)), memory=memory)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        stage(torch.randn(2, 6, 4, 4))
+    assert len(calls) == 1
 
 
 def deep(backend: str, kind: type = PreActBottleneck, planes: int = 2) -> PreActStage:
