@@ -104,6 +104,15 @@ def test_counts_alone(update):
     assert counts == [torch.tensor(1), torch.tensor(8)]
 
 
+@needs_cpu
+def test_which_devices_the_operator_serves(monkeypatch):
+    """The CPU, and the GPUs that the kernels serve: on others, as those of AMD, the operator would be an error."""
+    monkeypatch.setattr(running, "_serves_cuda", running._serves_cuda.__wrapped__)  # what is found here is not kept
+    monkeypatch.setattr(running.backends, "cuda_unavailable", lambda gpu: None if gpu.index == 1 else "it is too old")
+    served = [name for name in ("cpu", "cuda:0", "cuda:1", "xpu:1") if running._has_operator(torch.device(name))]
+    assert served == ["cpu", "cuda:1"]
+
+
 @pytest.mark.parametrize("native", [pytest.param(True, marks=needs_cpu, id="native"), pytest.param(False, id="torch")])
 def test_plain_layers_may_be_differentiated_after_a_fused_call(native, monkeypatch):
     """As after another call of theirs: "auto" may give images of one size to them and of another to a backend."""
