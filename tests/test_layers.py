@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from fused_preact import PreActBlock, bn_relu_conv2d, explain, layers, running
+from fused_preact import BNReLUConv2d, PreActBlock, bn_relu_conv2d, explain, layers, running
 from fused_preact.layers import add
 
 
@@ -55,6 +55,13 @@ def test_who_watches_does_not_change_a_type(backend):
         for call in block, hooked, functools.partial(unit, backend=backend):
             assert call(x_of()).dtype == torch.bfloat16
             assert checkpoint(call, x_of(), use_reentrant=False, context_fn=policy).dtype == torch.bfloat16
+
+
+def test_a_residual_in_symbolic_tracing():
+    """A tracer calls with no tensors, of which there is no shape to check."""
+    module = BNReLUConv2d(8, 8, 1).eval()
+    traced, x, residual = torch.fx.symbolic_trace(module), x_of(), x_of()
+    torch.testing.assert_close(traced(x, residual), module(x, residual))
 
 
 class Turn:
