@@ -211,3 +211,14 @@ def test_it_says_why_it_cannot_be_used(monkeypatch):
     assert "needs a GPU" in backends.status()["triton"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert "not on meta" in backends.obstacle("triton", problem)
+
+
+def test_the_interpreter_serves_the_cpu_to_those_who_ask(monkeypatch):
+    """Else the tests that it is there for would be left out without a word."""
+    monkeypatch.setattr(backends, "_INSTALLED", True)
+    monkeypatch.setattr(backends, "_INTERPRETED", True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    problem = backends.Problem(torch.device("cpu"), torch.float32, (1, 4, 4, 4), ())
+    assert backends.choose("triton", problem) == "triton"
+    assert "not for the interpreter" in backends.obstacle("triton", problem, by_rule=True)
+    assert "not on cuda" in backends.obstacle("triton", problem._replace(device=torch.device("cuda")))
