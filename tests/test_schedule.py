@@ -102,6 +102,15 @@ def test_needs_are_split_by_kind():
     assert needs == schedule.Needs(True, [False, True], [False, False], [True, False], [False])
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shortcut", ["basic", "basic-stride-2", "raw"])
+def test_results_of_16_bits_are_foretold(shortcut, backend):
+    """Code that is compiled relies on their types, though sums are made in float32."""
+    sample, (forward, backward) = BY_ID[shortcut].draw(0, torch.bfloat16), ops.OPERATORS[backend]
+    torch.library.opcheck(forward, forward_arguments(sample, backend), test_utils="test_faketensor")
+    torch.library.opcheck(backward, backward_arguments(sample, backend), test_utils="test_faketensor")
+
+
 @pytest.mark.parametrize("memory", ["fast", "lean", "min"])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_only_the_first_x_is_read_for_its_statistics_alone(autocast, memory, monkeypatch):
