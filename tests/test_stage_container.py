@@ -39,3 +39,10 @@ def test_sums_and_multiples_of_a_stage_keep_its_mode():
     for longer in stage + PreActStage(PreActBlock(8, 8)), stage * 2, 2 * stage:
         assert isinstance(longer, PreActStage)
         assert (len(longer), longer.memory) == (2, "lean")
+
+
+def test_runs_of_a_stage_keep_its_mode():
+    """What they keep for backward is what the stage keeps."""
+    stage = make(bottlenecks, "lean", FUSED)
+    stage[2].register_forward_hook(lambda *_: None)
+    assert [run.memory for run in stage.runs() if isinstance(run, PreActStage)] == ["lean", "lean"]
