@@ -125,6 +125,20 @@ def test_only_the_first_x_is_read_for_its_statistics_alone(autocast, memory, mon
     assert len(calls) == 1
 
 
+def test_no_gradient_is_made_that_leads_to_none(monkeypatch):
+    """Behind the first parameter that is trained, of what a unit read."""
+    calls = []
+    counted = types.SimpleNamespace(**vars(reference))
+    counted.dgrad = lambda *args: calls.append(args) or reference.dgrad(*args)
+    monkeypatch.setattr(ops, "table", lambda _backend: counted)
+    for name, made in ("conv2.weight", 0), ("bn2.bias", 1), ("conv1.weight", 1), ("bn1.weight", 2):
+        block = PreActBlock(4, 4, backend="reference").requires_grad_(False)
+        block.get_parameter(name).requires_grad_(True)
+        block(torch.randn(2, 4, 4, 4)).sum().backward()
+        assert len(calls) == made, name
+        calls.clear()
+
+
 def deep(backend: str, kind: type = PreActBottleneck, planes: int = 2) -> PreActStage:
     """So many tiny blocks that one of them repeats its first unit."""
     torch.manual_seed(0)
