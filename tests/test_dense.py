@@ -214,6 +214,7 @@ def test_dropout_is_behind_the_layers():
     torch.manual_seed(3)
     assert_close(layer(parts), expected)
     assert_close(layer.eval()(parts), bare.eval()(parts))
+    assert not DenseLayer(4, 4, drop_rate=1)(torch.randn(2, 4, 5, 5)).any()
 
 
 @needs_cpu
