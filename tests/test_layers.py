@@ -41,6 +41,7 @@ def test_a_buffer_that_is_a_plain_attribute(name):
     assert f"bn2.{name} is a plain attribute" in str(explain(block, x))
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @pytest.mark.parametrize(("size", "backend"), [(3, "library"), ((3, 2), "eager"), ((2, 3), "eager")])
 def test_padding_by_name_is_fused_where_it_is_equal_on_both_sides(size, backend):
     """Only where one side has more do the plain layers run."""
