@@ -28,6 +28,7 @@ def pytest_configure() -> None:
     if "triton" in PYTHON_BACKENDS:
         interpreted.without_overflow_checks()
         interpreted.products_as_on_a_gpu()
+        interpreted.memory_as_on_a_gpu()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -8,6 +8,7 @@ kernels, which is the same for every backend.
 
 import numpy as np
 import pytest
+import torch
 
 # Channels and pixels that fill no tile; bias and residual; no padding, and more than the filter needs; strides that
 # leave a class of pixels without a tap; every shortcut; running statistics in front and in the middle. test_triton.py
@@ -57,6 +58,59 @@ def products_as_on_a_gpu() -> None:
         return interpreter.TensorHandle(acc, d.dtype.scalar)
 
     interpreter.InterpreterBuilder.create_dot = create_dot
+
+
+def memory_as_on_a_gpu() -> None:
+    """A launch stays within its tensors, and writes each element of those that it writes to exactly once.
+
+    Else it fails: the interpreter reads and writes anywhere, and runs programs that write to one place in turn. What a
+    mask hides is NaN where a load gives no other value: a GPU leaves it undefined, the interpreter makes it zero.
+    """
+    from triton.runtime import interpreter
+
+    from fused_preact.triton import launch
+
+    load, store = (getattr(interpreter.InterpreterBuilder, f"create_masked_{name}") for name in ("load", "store"))
+    run = launch.run
+    tensors: list[torch.Tensor] = []
+    written: dict[int, list[np.ndarray]] = {}
+
+    def reached(ptrs, mask):
+        """The addresses of an access, and which of the tensors they are all in; None where there are no addresses."""
+        at = ptrs.data[mask.data]
+        if at.size == 0:
+            return at, None
+        low, high = at.min(), at.max()
+        for i, t in enumerate(tensors):
+            if t.data_ptr() <= low and high < t.data_ptr() + t.nbytes:
+                return at, i
+        raise IndexError("an access outside the tensors of the launch")
+
+    def create_masked_load(self, ptrs, mask, other, *args, **kwargs):
+        reached(ptrs, mask)
+        if other is None:
+            bits = np.full(ptrs.data.shape, -1, f"i{ptrs.get_element_ty().primitive_bitwidth // 8}")
+            other = interpreter.TensorHandle(bits, ptrs.get_element_ty())
+        return load(self, ptrs, mask, other, *args, **kwargs)
+
+    def create_masked_store(self, ptrs, value, mask, *args, **kwargs):
+        at, i = reached(ptrs, mask)
+        if i is not None:
+            written.setdefault(i, []).append(at)
+        return store(self, ptrs, value, mask, *args, **kwargs)
+
+    def checked_run(kernel, grid, config, *args, **constants):
+        tensors[:] = [t for t in args if isinstance(t, torch.Tensor)]
+        written.clear()
+        run(kernel, grid, config, *args, **constants)
+        for i, parts in written.items():
+            t = tensors[i]
+            places = np.arange(t.data_ptr(), t.data_ptr() + t.nbytes, t.itemsize, dtype=np.uint64)
+            assert np.array_equal(np.sort(np.concatenate(parts)), places), "an element is not written once"
+
+    interpreter.InterpreterBuilder.create_masked_load = create_masked_load
+    interpreter.InterpreterBuilder.create_masked_store = create_masked_store
+    launch.run = checked_run
 
 
 def left_out(item: pytest.Item) -> bool:

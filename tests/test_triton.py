@@ -1,5 +1,8 @@
 """The Triton kernels beyond the shared suite: many tiles, levels of partial sums, tiles, tables."""
 
+from types import SimpleNamespace
+from unittest.mock import MagicMock
+
 import pytest
 
 pytest.importorskip("triton")
@@ -9,6 +12,8 @@ import triton
 from cases import (
     BY_ID,
     PYTHON_BACKENDS,
+    Case,
+    Layer,
     assert_as_close_as_eager,
     assert_exact_on_integers,
     assert_no_worse,
@@ -65,6 +70,22 @@ def test_tf32_is_rounded_to_nearest(name, monkeypatch):
 def test_sums_of_integers_are_exact(name, dtype):
     """In every type a product left out or taken twice shows, over many tiles and over the parts of wgrad, too."""
     assert_exact_on_integers(BY_ID[name], ops.table("triton"), dtype)
+
+
+# Rows and columns that differ in all they can, and the other way about; classes of pixels of dgrad that have no pixel.
+UNLIKE = [
+    Case("unlike", (3, 5, 9, 6), (Layer(6, (2, 3), stride=(3, 2), padding=(1, 2)),)),
+    Case("unlike-turned", (3, 5, 6, 9), (Layer(6, (3, 2), stride=(2, 3), padding=(2, 1)),)),
+    Case("one-row-and-stride", (3, 5, 1, 4), (Layer(6, (1, 1), stride=(2, 2), padding=(0, 0)),)),
+    Case("one-column-and-stride", (3, 5, 4, 1), (Layer(6, (1, 1), stride=(2, 2), padding=(0, 0)),)),
+]
+
+
+@interpreted
+@pytest.mark.parametrize("case", UNLIKE, ids=lambda case: case.id)
+def test_rows_and_columns_are_not_mistaken(case):
+    """Filter, stride, padding and image need not be square."""
+    assert_exact_on_integers(case, ops.table("triton"), torch.float32)
 
 
 @interpreted
@@ -175,11 +196,96 @@ def test_wide_offsets_reach_the_same_values(name, monkeypatch):
     torch.testing.assert_close(results, expected, rtol=0, atol=0)
 
 
-def test_offsets_are_wide_where_a_tensor_is_large():
-    """Tensors of 2**30 elements and more are addressed in 64 bits."""
-    large = torch.empty(2**30, device="meta")
-    assert launch.index_type(large) == triton.language.int64
-    assert launch.index_type(torch.empty(4)) == triton.language.int32
+@pytest.mark.parametrize(
+    ("sides", "index"),
+    [((2**15 - 1, 2**15 + 1), triton.language.int32), ((2**15, 2**15), triton.language.int64)],
+    ids=["less", "2^30"],
+)
+@pytest.mark.parametrize("large", ["x", "y", "weight"])
+def test_offsets_are_wide_where_a_tensor_is_large(large, sides, index, monkeypatch):
+    """A kernel addresses its tensors in 64 bits where any of them has 2**30 elements or more."""
+    types = {}
+    monkeypatch.setattr(launch, "run", lambda kernel, *_, INDEX=None, **__: types.setdefault(kernel.fn.__name__, INDEX))
+    for module in "forward", "dgrad", "wgrad":
+        monkeypatch.setattr(f"fused_preact.triton.{module}.configuration", lambda *_: Config(16, 16, 16, 4, 1))
+    N, C, K = {"x": (sides[0], sides[1], 1), "y": (sides[0], 1, sides[1]), "weight": (1, *sides)}[large]
+    with torch.device("meta"):
+        a, g = kernels.Activation(torch.empty(N, C, 1, 1), None), kernels.Gradient(torch.empty(N, K, 1, 1))
+        weight, affine = torch.empty(K, C, 1, 1), kernels.Affine(torch.empty(C), torch.empty(C), 1e-5)
+    conv, table = kernels.Conv(1, 1, 0, 0, 1, 1, 1), ops.table("triton")
+    table.forward(conv, a, weight, None, None, None)
+    table.dgrad(conv, g, weight, a, None, False)
+    addressing = ["convolve", "transposed"]
+    if large != "weight":  # whose gradient is written with 64 bits in any case
+        table.wgrad(conv, g, a, weight, False)
+        addressing.append("correlate")
+    if large == "x":
+        table.statistics(a.x, affine)
+        table.dx(kernels.Gradient(a.x), a.x)
+        addressing += ["measure", "combine"]
+    assert {name: types[name] for name in addressing} == dict.fromkeys(addressing, index)
+
+
+def test_a_launch_is_as_its_tile_says():
+    """A kernel is given the constants that it names, and the compiler the warps and stages of the tile."""
+    kernel, x = MagicMock(arg_names=["x", "n", "ROWS", "DEPTH", "ACC", "PRECISION"]), torch.empty(4)
+    launch.run(kernel, (2, 3), Config(16, 32, 64, 4, 2), x, 5, UNKNOWN=1)
+    kernel.__getitem__.assert_called_once_with((2, 3))
+    constants = {"ROWS": 16, "DEPTH": 64, "ACC": triton.language.float32, "PRECISION": "ieee"}
+    options = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
+    kernel.__getitem__.return_value.assert_called_once_with(x, 5, **constants, **options)
+
+
+@pytest.mark.parametrize(
+    ("capability", "name"),
+    [((7, 5), "sm75"), ((8, 0), "sm80"), ((8, 9), "sm80"), ((9, 0), "sm90"), ((10, 3), "sm100"), ((12, 1), "sm120")],
+    ids=str,
+)
+def test_the_architecture_of_a_device(capability, name, monkeypatch):
+    """Its tiles are those of the newest that is not newer; of AMD's devices, which are called cuda too, their own."""
+    device = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert configurations.architecture(device) == name
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert configurations.architecture(device) == "hip"
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({}, "tf32"),
+        ({"dtype": torch.float64}, "ieee"),
+        ({"capability": (7, 5)}, "ieee"),
+        ({"hip": "6.4"}, "ieee"),
+        ({"allowed": False}, "ieee"),
+        ({"is_cuda": False}, "ieee"),
+    ],
+    ids=str,
+)
+def test_float32_is_tf32_where_the_switch_and_the_device_say_so(changed, expected, monkeypatch):
+    """And nothing else is."""
+    given = {"dtype": torch.float32, "capability": (8, 0), "hip": None, "allowed": True, "is_cuda": True} | changed
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: given["capability"])
+    monkeypatch.setattr(torch.version, "hip", given["hip"])
+    monkeypatch.setattr(launch, "allows_tf32", lambda: given["allowed"])
+    x = SimpleNamespace(device=torch.device("cuda"), dtype=given["dtype"], is_cuda=given["is_cuda"])
+    assert launch.precision(x) == expected
+
+
+def test_every_call_has_a_tile_of_its_own(monkeypatch):
+    """By kernel, type, image and convolution; not by batch, of which the nearest that was measured serves."""
+    monkeypatch.setattr(configurations, "asked", set())
+    conv = kernels.Conv(1, 1, 1, 1, 1, 1, 1)
+    call = {"kernel": "forward", "dtype": torch.float32, "shape": (2, 8, 4, 4), "conv": conv, "weight": (16, 8, 3, 3)}
+    changes = [
+        {"shape": (4, 8, 4, 4)}, {"kernel": "dgrad"}, {"dtype": torch.bfloat16}, {"shape": (2, 9, 4, 4)},
+        {"shape": (2, 8, 5, 4)}, {"shape": (2, 8, 4, 5)}, {"conv": conv._replace(pad_w=2)}, {"weight": (17, 8, 3, 3)},
+    ]  # fmt: skip
+    for change in [{}, *changes]:
+        kernel, dtype, shape, conv, weight = (call | change).values()
+        configurations.configuration(kernel, torch.empty(shape, dtype=dtype), conv, torch.empty(weight), 16, 16)
+    assert len(configurations.asked) == len(changes)
 
 
 @pytest.mark.parametrize(
