@@ -238,7 +238,7 @@ def test_a_launch_is_as_its_tile_says():
 
 @pytest.mark.parametrize(
     ("capability", "name"),
-    [((7, 5), "sm75"), ((8, 0), "sm80"), ((8, 9), "sm80"), ((9, 0), "sm90"), ((10, 3), "sm100"), ((12, 1), "sm120")],
+    [((7, 5), "sm75"), ((8, 0), "sm80"), ((8, 9), "sm80"), ((9, 0), "sm90"), ((11, 0), "sm100"), ((12, 1), "sm120")],
     ids=str,
 )
 def test_the_architecture_of_a_device(capability, name, monkeypatch):

@@ -58,7 +58,8 @@ def architecture(device: torch.device) -> str:
     if torch.version.hip is not None:
         return "hip"
     major, _ = torch.cuda.get_device_capability(device)
-    return {7: "sm75", 8: "sm80", 9: "sm90", 10: "sm100"}.get(major, "sm120")
+    known = {7: "sm75", 8: "sm80", 9: "sm90", 10: "sm100", 12: "sm120"}
+    return known[max((first for first in known if first <= major), default=7)]
 
 
 def candidates(device: torch.device, dtype: torch.dtype) -> tuple[Config, ...]:
