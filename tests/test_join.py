@@ -40,7 +40,7 @@ def test_a_branch_joins_a_stream_of_float32(
     stream, branch = (t.contiguous(memory_format=torch.channels_last) for t in torch.randn(2, *shape))
     branch = branch.to(narrow)
     following = Affine(torch.rand(shape[1]), torch.randn(shape[1]), 1e-5)
-    joined, narrowed, rows = kernels.join(stream, Gradient(branch), subtract, True, following)
+    joined, narrowed, rows = kernels.join(stream, Gradient(branch), subtract, False, following)
     assert torch.equal(joined, stream - branch.float() if subtract else stream + branch.float())
     assert torch.equal(narrowed, joined.to(narrow))
     exact = reference.statistics(narrowed.double(), Affine(*(t.double() for t in following[:2]), following.eps))

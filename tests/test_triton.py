@@ -115,6 +115,7 @@ def test_rows_that_are_zero_are_absent():
         ours, expected = (ops.table(name).dgrad(*args) for name in ("triton", "reference"))
         assert len(ours.grad) == len(expected.grad) == count
         torch.testing.assert_close((ours.g, *ours.grad), (expected.g, *expected.grad))
+    assert ops.table("triton").dx(kernels.Gradient(g), None) is g  # not even a copy
 
 
 @interpreted
@@ -130,6 +131,21 @@ def test_statistics_of_many_tiles(mean):
     exact = reference.statistics(x.double(), wide)
     exact[kernels.SHIFT] += exact[kernels.SCALE] * (exact[kernels.MEAN].float() - exact[kernels.MEAN])
     torch.testing.assert_close(ops.table("triton").statistics(x, affine).double(), exact, rtol=3e-7, atol=1e-7)
+
+
+@interpreted
+def test_statistics_of_more_pixels_than_32_bits_count():
+    """Tiles count as many pixels as they have, the last one fewer."""
+    span, left = 2**30, 12345
+    counts = torch.tensor([span, span, span, left], dtype=torch.float64)
+    means, squares = torch.randn(2, 4, 3, dtype=torch.float64)
+    pixels, squares = int(counts.sum()), squares.abs() * span
+    affine = kernels.Affine(torch.rand(3).double(), torch.randn(3).double(), 1e-5)
+    rows = statistics.rows_of(torch.stack((means, squares), 1), span, pixels, affine)
+    mean = (counts @ means) / pixels
+    total = squares.sum(0) + counts @ (means - mean).square()
+    torch.testing.assert_close(rows[kernels.MEAN], mean)
+    torch.testing.assert_close(rows[kernels.VARIANCE], total / (pixels - 1))
 
 
 @interpreted
