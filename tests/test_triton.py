@@ -82,6 +82,7 @@ UNLIKE = [
 
 
 @interpreted
+@pytest.mark.filterwarnings("error::RuntimeWarning")  # a GPU leaves a division by zero undefined
 @pytest.mark.parametrize("case", UNLIKE, ids=lambda case: case.id)
 def test_rows_and_columns_are_not_mistaken(case):
     """Filter, stride, padding and image need not be square."""
@@ -105,6 +106,21 @@ def test_an_infinite_gradient_stays_infinite_with_running_statistics():
 
 
 @interpreted
+def test_a_gradient_passes_where_z_is_not_a_number():
+    """As torch's ReLU has it."""
+    results = []
+    for backend in "triton", "eager":
+        torch.manual_seed(0)
+        block = PreActBlock(4, 6, backend=backend).eval()
+        x = torch.randn(1, 4, 5, 3)
+        x[0, 1, 2, 2] = torch.nan
+        y = block(x.requires_grad_())
+        results.append(torch.autograd.grad(y, [x, block.bn1.bias], torch.ones_like(y)))
+    torch.testing.assert_close(*results, equal_nan=True)
+    assert results[0][0].isfinite().all()
+
+
+@interpreted
 def test_rows_that_are_zero_are_absent():
     """With running statistics a gradient has dgamma and dbeta alone, as `kernels.Gradient` promises."""
     conv, rows = kernels.Conv(1, 1, 0, 0, 1, 1, 1), torch.rand(5, 4) + 0.5
@@ -116,6 +132,36 @@ def test_rows_that_are_zero_are_absent():
         assert len(ours.grad) == len(expected.grad) == count
         torch.testing.assert_close((ours.g, *ours.grad), (expected.g, *expected.grad))
     assert ops.table("triton").dx(kernels.Gradient(g), None) is g  # not even a copy
+
+
+@interpreted
+def test_sums_are_of_what_is_stored():
+    """Moments, dgamma and dbeta are of the rounded values, which the next kernels read."""
+    conv, table = kernels.Conv(1, 1, 1, 1, 1, 1, 1), ops.table("triton")
+    x, g, weight = torch.randn(2, 4, 5, 6), torch.randn(2, 7, 5, 6), torch.randn(7, 4, 3, 3)
+    x, g, weight = (t.to(torch.bfloat16, memory_format=torch.channels_last) for t in (x, g, weight))
+    norm, affine = torch.rand(5, 4) + 0.5, kernels.Affine(torch.rand(7), torch.randn(7), 1e-5)
+    y, rows = table.forward(conv, kernels.Activation(x, None), weight, None, None, affine)
+    torch.testing.assert_close(rows, table.statistics(y, affine), rtol=1e-6, atol=1e-6)
+    dz, _, _, (dgamma, dbeta, *_) = table.dgrad(
+        conv, kernels.Gradient(g), weight, kernels.Activation(x, norm), None, True
+    )
+    centred = x - norm[kernels.MEAN].view(-1, 1, 1)
+    torch.testing.assert_close(dbeta, dz.float().sum((0, 2, 3)), rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(dgamma, (dz * centred).sum((0, 2, 3)) * norm[kernels.RSTD], rtol=1e-6, atol=1e-5)
+
+
+@interpreted
+def test_vectors_need_not_be_dense():
+    """Every second element of a longer one serves as a bias, a gamma and a beta."""
+    x, weight = torch.randn(2, 4, 5, 6).contiguous(memory_format=torch.channels_last), torch.randn(7, 4, 1, 1)
+    results = []
+    for stride in 2, 1:
+        bias, gamma, beta = (v[::2] if stride == 2 else v[::2].clone() for v in torch.arange(42.0).view(3, 14))
+        affine = kernels.Affine(gamma, beta, 1e-5)
+        conv, a = kernels.Conv(1, 1, 0, 0, 1, 1, 1), kernels.Activation(x, None)
+        results.append(ops.table("triton").forward(conv, a, weight, bias, None, affine))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
 @interpreted
