@@ -214,6 +214,8 @@ def test_the_rule_takes_a_smaller_tile_for_few_channels_and_few_pixels():
     tiles = configurations.SHIPPED["sm80"][2]
     assert configurations.rule(tiles, 128 * 32 * 32, 512) == tiles[0]
     assert configurations.rule(tiles, 128 * 32 * 32, 48).columns == 64
+    assert configurations.rule(tiles, 64 * 128, 2 * 128) == tiles[0]  # with a program for each of 128 multiprocessors
+    assert configurations.rule(tiles, 63 * 128, 2 * 128) == tiles[1]
     assert configurations.rule(tiles, 16, 16) == tiles[-1]
 
 
@@ -286,6 +288,18 @@ def test_offsets_are_wide_where_a_tensor_is_large(large, sides, index, monkeypat
         table.dx(kernels.Gradient(a.x), a.x)
         addressing += ["measure", "combine"]
     assert {name: types[name] for name in addressing} == dict.fromkeys(addressing, index)
+
+
+@pytest.mark.parametrize(("image", "parts"), [(32, 57), (8, 32), (2, 2), (1, 1)])
+def test_wgrad_has_parts_for_every_multiprocessor(image, parts, monkeypatch):
+    """As many as make 512 programs, where there are eight chunks for each."""
+    grids = []
+    monkeypatch.setattr(launch, "run", lambda kernel, grid, *_, **__: grids.append(grid))
+    monkeypatch.setattr("fused_preact.triton.wgrad.configuration", lambda *_: Config(64, 64, 32, 4, 3))
+    x = torch.empty(128, 64, image, image, device="meta")
+    conv, weight = kernels.Conv(1, 1, 1, 1, 1, 1, 1), torch.empty(64, 64, 3, 3, device="meta")
+    ops.table("triton").wgrad(conv, kernels.Gradient(x), kernels.Activation(x, None), weight, False)
+    assert grids[0] == (9, parts)
 
 
 def test_a_launch_is_as_its_tile_says():
