@@ -43,6 +43,7 @@ def make(N: int = 2, *, training: bool = True, dtype: torch.dtype = torch.float3
         shortcut=[ACTIVATED],
         dtype=dtype,
         memory=0,
+        tf32=False,
         needs=[True] * 8,
         dy=normal(N, 4, 3, 3),
         y=None,
@@ -54,14 +55,14 @@ def make(N: int = 2, *, training: bool = True, dtype: torch.dtype = torch.float3
 def forward(a: SimpleNamespace):
     return torch.ops.fused_preact.forward(
         a.x, a.residual, a.weight, a.bias, a.bn_weight, a.bn_bias, a.running_mean, a.running_var, a.shortcut_weight,
-        a.training, a.eps, a.geometry, a.units, a.shortcut, a.dtype, a.memory, False,
+        a.training, a.eps, a.geometry, a.units, a.shortcut, a.dtype, a.memory, a.tf32,
     )  # fmt: skip
 
 
 def backward(a: SimpleNamespace):
     return torch.ops.fused_preact.backward(
         a.dy, a.x, a.y, a.kept, a.rows, a.weight, a.bias, a.shortcut_weight, a.training, a.geometry, a.units,
-        a.shortcut, a.dtype, a.memory, False, a.needs,
+        a.shortcut, a.dtype, a.memory, a.tf32, a.needs,
     )  # fmt: skip
 
 
@@ -194,10 +195,9 @@ def test_forward_refuses(change, message):
 def test_the_cpu_does_not_hear_of_tf32():
     """It multiplies float32 as it is, whatever it is told."""
     a = make()
-    tensors = a.x, a.residual, a.weight, a.bias, a.bn_weight, a.bn_bias, a.running_mean, a.running_var
-    facts = a.training, a.eps, a.geometry, a.units, a.shortcut, a.dtype, a.memory
-    y, *_ = torch.ops.fused_preact.forward(*tensors, a.shortcut_weight, *facts, True)
-    assert torch.equal(y, forward(a)[0])
+    without = torch.utils._pytree.tree_leaves((forward(a), backward(a)))
+    a.tf32 = True
+    assert all(map(torch.equal, torch.utils._pytree.tree_leaves((forward(a), backward(a))), without))
 
 
 @pytest.mark.parametrize(("change", "message"), (BAD_FOR_BOTH | BAD_BACKWARD).values(), ids=BAD_FOR_BOTH | BAD_BACKWARD)

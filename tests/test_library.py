@@ -168,10 +168,14 @@ def test_one_channel_of_rows_that_make_one_output(dtype):
     ],
     ids=["padding", "stride", "dilation"],
 )
-def test_what_torch_cannot_count_is_an_error(options):
+@pytest.mark.parametrize("turned", [False, True], ids=["columns", "rows"])
+def test_what_torch_cannot_count_is_an_error(options, turned):
     """oneDNN would end the process: it counts bytes within a row in 32 bits."""
     width = 3 if "dilation" in options else 5
     x, weight = torch.randn(1, 2, 8, 8), torch.randn(2, 2 // options.get("groups", 1), 1, width)
+    if turned:
+        weight = weight.transpose(2, 3)
+        options = {name: value[::-1] if isinstance(value, tuple) else value for name, value in options.items()}
     with pytest.raises(RuntimeError, match="that torch's own convolution can count"):
         bn_relu_conv2d(x, weight, training=True, backend="cpu", **options)
 
