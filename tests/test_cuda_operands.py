@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 import cuda_toolkit
-from cases import Layer, point
+from cases import Case, Layer, assert_exact_on_integers, point
 from fused_preact import reference
 from fused_preact.kernels import Activation, Affine, Gradient
 from raw_table import DTYPES
@@ -70,6 +71,35 @@ def test_a_join_reads_and_writes_at_any_address(kernels: Any) -> None:
     for kernels.alone in range(SCHEDULES):
         found = kernels.join(stream, Gradient(branch.bfloat16()), False, True, affine)
         assert all(map(torch.equal, found, expected)), kernels.alone
+
+
+def test_blocks_beside_each_other_merge_their_own_groups(kernels: Any) -> None:
+    """More channels than a block has, in 70 groups of pixels, which are merged in teams."""
+    C, K, generator = 136, 40, torch.Generator().manual_seed(0)
+
+    def integers(*shape: int) -> torch.Tensor:
+        return torch.randint(-1, 2, shape, generator=generator).float()
+
+    x, dy, affine = integers(1, C, 70, 128), integers(1, K, 70, 128), Affine(torch.ones(C), torch.zeros(C), 1e-5)
+    arguments = {
+        "forward": (point(C).conv, Activation(dy, None), integers(C, K, 1, 1), None, None, affine),
+        "wgrad": (point(K).conv, Gradient(dy), Activation(x, None), integers(K, C, 1, 1), True),
+        "statistics": (x, affine),
+    }
+    for number in 0, 4:  # in order and at random
+        kernels.use_schedule(number, multiprocessors=1000)
+        for name, given in arguments.items():
+            found, expected = (tree_leaves(getattr(table, name)(*given)) for table in (kernels, reference))
+            for value, exact in zip(found, expected, strict=True):
+                torch.testing.assert_close(value, exact, rtol=2**-20, atol=1e-6, msg=f"{name} in schedule {number}")
+
+
+def test_classes_of_pixels_share_the_room_of_the_largest(kernels: Any) -> None:
+    """Without padding the first class of a strided dgrad has the most taps, the last the fewest; tiles are several."""
+    case = Case("", (1, 16, 40, 41), (Layer(16, stride=(2, 2), padding=(0, 0)),))
+    for number in range(SCHEDULES):
+        kernels.use_schedule(number, multiprocessors=1)
+        assert_exact_on_integers(case, kernels, torch.bfloat16)
 
 
 # name -> N, height and width; channels in and out; taps a side; step between filters; and what the error says.
