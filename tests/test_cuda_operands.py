@@ -94,12 +94,20 @@ def test_blocks_beside_each_other_merge_their_own_groups(kernels: Any) -> None:
                 torch.testing.assert_close(value, exact, rtol=2**-20, atol=1e-6, msg=f"{name} in schedule {number}")
 
 
-def test_classes_of_pixels_share_the_room_of_the_largest(kernels: Any) -> None:
-    """Without padding the first class of a strided dgrad has the most taps, the last the fewest; tiles are several."""
-    case = Case("", (1, 16, 40, 41), (Layer(16, stride=(2, 2), padding=(0, 0)),))
+ROOM = {
+    # Without padding the first class of a strided dgrad has the most taps, the last the fewest; tiles are several.
+    "classes of pixels": Case("", (1, 16, 40, 41), (Layer(16, stride=(2, 2), padding=(0, 0)),)),
+    # What the warps of wgrad hand each other takes more room than two such tiles.
+    "few pixels": Case("", (2, 16, 1, 1), (point(16),)),
+}
+
+
+@pytest.mark.parametrize("of", ROOM)
+def test_shared_memory_has_room_for_the_largest(of: str, product: str, kernels: Any) -> None:  # noqa: F811
+    """Of what takes its turns there, whichever comes last."""
     for number in range(SCHEDULES):
         kernels.use_schedule(number, multiprocessors=1)
-        assert_exact_on_integers(case, kernels, torch.bfloat16)
+        assert_exact_on_integers(ROOM[of], kernels, PRODUCTS[product])
 
 
 # name -> N, height and width; channels in and out; taps a side; step between filters; and what the error says.
