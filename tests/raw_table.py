@@ -219,7 +219,7 @@ class RawTable(ABC):
         """The stream after a block, the same as its branch is stored, and the rows of the batch norm that reads it."""
         self.clear()
         joined, C = self._result(stream.contiguous(memory_format=torch.channels_last)), stream.size(1)
-        narrowed = self._result(joined.to(branch.g.dtype)) if narrow else None
+        narrowed = self._result(joined.to(branch.g.dtype)) if narrow or following is not None else None
         rows = self._rows(NORM_ROWS, branch.g, C) if following is not None else None
         self.call(
             "join",

@@ -27,7 +27,8 @@ struct FilterView {
     constexpr int L = kLanes<S>;
     if ((N - 1) * n + (D - 1) * d + (conv.R - 1) * r + (conv.S - 1) * s > INT32_MAX)
       throw std::runtime_error("the CUDA kernels have no filters of 2^31 values");
-    along = d == 1 && D % L == 0 && n % L == 0 && r % L == 0 && s % L == 0 && are_aligned(from);
+    const auto whole = [](int64_t size, int64_t stride) { return size == 1 || stride % L == 0; };
+    along = d == 1 && D % L == 0 && whole(N, n) && whole(conv.R, r) && whole(conv.S, s) && are_aligned(from);
   }
 };
 
