@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
 import subprocess
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from cases import BY_ID, OTHER_FILTERS, Case, Layer, Results, Sample, assert_no_worse, eager, errors, fused, laid_out
-from fused_preact import PreActBottleneck, PreActStage, backends
+from fused_preact import BNReLUConv2d, PreActBottleneck, PreActStage, backends
 from fused_preact.stage import MEMORY
 from fused_preact.train.graph import CudaGraph
 from fused_preact.units import Block
@@ -194,6 +195,29 @@ def test_a_cuda_graph_replays_a_training_step(backend: str, memory: str) -> None
         replay()
         assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
         assert all(count == 2 + i for count in counts)
+
+
+def test_a_batch_of_more_values_than_32_bits_count(backend: str) -> None:
+    """A pair of images many times over comes out as the pair by itself, with as many times its gradients."""
+    if torch.cuda.mem_get_info()[0] < 40 * 2**30:
+        pytest.skip("needs 40 GiB of a GPU's memory")
+    pairs = 21500
+    unit = BNReLUConv2d(16, 16, 3, padding=1, eps=0.0, backend=backend).to("cuda", torch.bfloat16)
+    shapes = (2, 56, 56, 16), (2, 56, 56, 16), (16, 3, 3, 16)
+    x, dy, filters = (torch.randint(-1, 2, shape, device="cuda").bfloat16() for shape in shapes)
+    unit.conv.weight.data = filters.permute(0, 3, 1, 2)
+    results = []
+    for times in 1, pairs:
+        given, dgiven = (t.repeat(times, 1, 1, 1).permute(0, 3, 1, 2) for t in (x, dy))
+        y = unit.eval()(given.requires_grad_())
+        dx, *gradients = torch.autograd.grad(y, [given, *unit.parameters()], dgiven)
+        moved = copy.deepcopy(unit).train()
+        moved.bn.eps = 1e-5
+        with torch.no_grad():
+            moved(given)
+        results.append([y[-2:].detach(), dx[-2:], *(g.float() / times for g in gradients), *moved.buffers()])
+    assert given.numel() > 2**31
+    torch.testing.assert_close(*results, rtol=2**-7, atol=0)  # two roundings to bf16
 
 
 def test_compiled_kernels_are_in_the_graph_of_inductor(backend: str) -> None:
