@@ -211,8 +211,10 @@ def test_a_shortcut_with_a_bias_under_autocast(backend):
     for module in block, plain:
         module.shortcut[0].bias = nn.Parameter(torch.linspace(-1, 1, 12))
     x = x_of("basic-wider", torch.float32)
+    exact = copy.deepcopy(plain).double()(x.double())
     with torch.autocast("cpu", torch.bfloat16):
-        assert_close(block(x), plain(x), rtol=0.1, atol=0.1)
+        ours, theirs = ((module(x).double() - exact).abs().max() for module in (block, plain))
+    assert ours <= 2 * theirs
 
 
 def test_a_bias_of_a_shortcut_that_does_not_fit():
