@@ -12,6 +12,7 @@ import torch
 import interpreted
 from cases import PYTHON_BACKENDS
 from fused_preact import _extension, functional, tables
+from tf32 import PRODUCTS
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -65,6 +66,13 @@ def emulated(emulated_device: Any) -> Any:
     emulated_device.tf32, emulated_device.offset, emulated_device.alone = False, 0, None
     emulated_device.use_schedule(0)
     return emulated_device
+
+
+@pytest.fixture(params=PRODUCTS)
+def product(request: pytest.FixtureRequest, emulated: Any) -> str:
+    """Each way in which the emulated kernels multiply."""
+    emulated.tf32 = request.param == "tf32"
+    return request.param
 
 
 @pytest.fixture

@@ -65,11 +65,10 @@ from test_statistics import (  # noqa: F401  (run by pytest)
     test_a_mean_is_rounded_without_moving_its_channel,
     test_an_infinite_running_mean_makes_no_nan,
 )
-from tf32 import eager_tf32
+from tf32 import PRODUCTS, eager_tf32
 
 pytestmark = pytest.mark.skipif(cuda_toolkit.home() is None, reason=cuda_toolkit.NO_NVCC)
 
-PRODUCTS = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SCHEDULES = 8
 MOST_TENSORS = 12  # that a call has: dgrad, of a unit that is neither the first nor the last
 CASES = [*UNITS, *CHAINS, *LARGE]
@@ -92,13 +91,6 @@ def backend(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 def update(kernels: Any) -> Any:
     """What moves running statistics."""
     return kernels.move
-
-
-@pytest.fixture(params=PRODUCTS)
-def product(request: pytest.FixtureRequest, kernels: Any) -> str:
-    """Each way to multiply."""
-    kernels.tf32 = request.param == "tf32"
-    return request.param
 
 
 @functools.cache

@@ -13,7 +13,8 @@ from cases import Case, Layer, assert_exact_on_integers, point
 from fused_preact import reference
 from fused_preact.kernels import Activation, Affine, Gradient
 from raw_table import DTYPES
-from test_cuda import PRODUCTS, SCHEDULES, product  # noqa: F401  (a fixture)
+from test_cuda import SCHEDULES
+from tf32 import PRODUCTS
 
 pytestmark = pytest.mark.skipif(cuda_toolkit.home() is None, reason=cuda_toolkit.NO_NVCC)
 
@@ -29,7 +30,7 @@ def kernels(emulated: Any) -> Any:
 def test_a_filter_may_be_a_part_of_a_larger_one(
     apart: int,
     channels: int,
-    product: str,  # noqa: F811
+    product: str,
     kernels: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -45,6 +46,20 @@ def test_a_filter_may_be_a_part_of_a_larger_one(
     y, _ = kernels.forward(Layer(K).conv, Activation(x, None), weight, None, None, None)
     exact, _ = reference.forward(Layer(K).conv, Activation(x.double(), None), weight.double(), None, None, None)
     assert torch.equal(y, exact.to(dtype))
+
+
+def test_a_filter_of_one_tap_is_copied_in_either_layout(kernels: Any) -> None:
+    """Piece by piece: how far apart taps would be says nothing of one. Other layouts are loaded value by value."""
+    x, copies = torch.ones(1, 16, 4, 4, dtype=torch.bfloat16), []
+    dense = torch.ones(24, 16, 1, 1, dtype=torch.bfloat16)
+    for weight in (
+        dense,
+        dense.to(memory_format=torch.channels_last),
+        dense.transpose(0, 1).contiguous().transpose(0, 1),
+    ):
+        kernels.forward(point(24).conv, Activation(x, None), weight, None, None, None)
+        copies.append(kernels.latest_copies())
+    assert copies[0] == copies[1] > copies[2]
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
@@ -103,7 +118,7 @@ ROOM = {
 
 
 @pytest.mark.parametrize("of", ROOM)
-def test_shared_memory_has_room_for_the_largest(of: str, product: str, kernels: Any) -> None:  # noqa: F811
+def test_shared_memory_has_room_for_the_largest(of: str, product: str, kernels: Any) -> None:
     """Of what takes its turns there, whichever comes last."""
     for number in range(SCHEDULES):
         kernels.use_schedule(number, multiprocessors=1)

@@ -19,9 +19,9 @@ from fused_preact import BNReLUConv2d, PreActBottleneck, PreActStage, backends
 from fused_preact.stage import MEMORY
 from fused_preact.train.graph import CudaGraph
 from fused_preact.units import Block
-from test_cuda import CASES, PRODUCTS
+from test_cuda import CASES
 from test_stage import assert_as_close_as_eager_under_autocast
-from tf32 import eager_tf32
+from tf32 import PRODUCTS, eager_tf32
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device on this machine")
 

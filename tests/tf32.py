@@ -1,4 +1,4 @@
-"""Plain layers that multiply in TF32 on any machine, as the measure for kernels that do.
+"""The ways to multiply on a GPU, and plain layers that multiply in TF32 on any machine, to measure kernels by.
 
 Torch has the switch for CUDA alone, and there cuDNN heeds it only where it has such a kernel.
 """
@@ -9,6 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cases import Results, Sample, eager
+
+PRODUCTS = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""The ways to multiply on a GPU, by name, and the dtype of each one's operands."""
 
 
 class Tf32Convolution(torch.autograd.Function):

@@ -330,11 +330,18 @@ void collective(void* posted, void (*exchange)(void* const*), const Where& where
   launch->meet_warp(where);
 }
 
+namespace {
+struct {
+  size_t shared, copies;
+} latest;
+}  // namespace
+
 void cp_async(void* shared, const void* global, bool valid, const Where& where) {
   if (!launch->current().in_turn) fail("a copy before the launches before are over", where);
   check_shared(shared, Copy::kBytes, where);
   if (valid && reinterpret_cast<uintptr_t>(global) % Copy::kBytes != 0)
     fail("a misaligned address in global memory", where);
+  ++latest.copies;
   const Copy copy{static_cast<std::byte*>(shared), static_cast<const std::byte*>(global), valid};
   if (schedule.copies == Copies::eager) return copy.perform();
   const Bookkeeping bookkeeping;
@@ -372,14 +379,12 @@ void thread_fence() {
 
 void take_turn() { launch->current().in_turn = true; }
 
-namespace {
-size_t latest = 0;
-}
+size_t latest_shared() { return latest.shared; }
 
-size_t latest_shared() { return latest; }
+size_t latest_copies() { return latest.copies; }
 
 void run(const std::function<void()>& thread, dim3 grid, unsigned block, size_t shared_bytes) {
-  latest = shared_bytes;
+  latest = {shared_bytes, 0};
   Launch(thread, grid, block, shared_bytes).run();
 }
 

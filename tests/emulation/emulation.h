@@ -51,8 +51,9 @@ struct Schedule {
 // That of the launches to come.
 void set_schedule(const Schedule&);
 int multiprocessors();
-// What the latest launch asked for, in bytes.
+// What the latest launch asked for, in bytes, and how many pieces it copied without waiting.
 size_t latest_shared();
+size_t latest_copies();
 
 struct Error : std::runtime_error {
   using std::runtime_error::runtime_error;

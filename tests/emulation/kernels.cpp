@@ -115,4 +115,5 @@ PYBIND11_MODULE(kernels, m) {
   bind_schedule(m);
   m.def("call", call);
   m.def("latest_shared", emulation::latest_shared);
+  m.def("latest_copies", emulation::latest_copies);
 }

@@ -60,6 +60,10 @@ class EmulatedKernels(RawTable):
         """Bytes of shared memory that each block of the latest launch had."""
         return self._module.latest_shared()
 
+    def latest_copies(self) -> int:
+        """Pieces that the latest launch copied to shared memory without waiting."""
+        return self._module.latest_copies()
+
     def clear(self) -> None:
         self._tensors.clear()
         self._words.clear()
