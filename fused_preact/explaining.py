@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from torch.utils._pytree import tree_map_only
 from .backends import Choice, recording
 from .functional import bn_relu_conv2d
 from .layers import has_own_functions
+from .watch import MEMBERS
 
 
 class Explanation(tuple[Choice, ...]):
@@ -53,6 +56,27 @@ def _fakes(names: dict[torch.nn.Module, str], mode: FakeTensorMode) -> dict[str,
     return fakes
 
 
+def _refuse_sharded(modules: Iterable[torch.nn.Module]) -> None:
+    """What gathers a module's parameters for a call makes room for them in the first, of fake tensors if it is one."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp and any(isinstance(module, (fsdp.FSDPModule, fsdp.FullyShardedDataParallel)) for module in modules):
+        raise ValueError("target must not be sharded by torch.distributed.fsdp: explain the net before it is sharded")
+
+
+@contextlib.contextmanager
+def _as_before(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
+    """Take from modules what the call made their attributes: a mask or a cache of a first call would stay, a fake."""
+    members = [module.__dict__ for module in modules]
+    members += [part for own in members for name in MEMBERS if isinstance(part := own.get(name), dict)]
+    before = [*map(dict, members)]
+    try:
+        yield
+    finally:
+        for own, values in zip(members, before, strict=True):
+            own.clear()
+            own.update(values)
+
+
 _explaining = threading.RLock()
 
 
@@ -71,7 +95,7 @@ def explain(target: torch.nn.Module | Callable[..., torch.Tensor], *args: Any, *
 
     Raises:
         TypeError, ValueError: ``target`` is something else, or what the call itself would raise for its arguments.
-        ValueError: what the call does depends on the numbers in a tensor.
+        ValueError: what the call does depends on the numbers in a tensor, or the parameters are sharded.
     """
     return torch.compiler.disable(_explain)(target, *args, **kwargs)
 
@@ -82,6 +106,7 @@ def _explain(target: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanati
     names: dict[Any, str] = {}
     if isinstance(target, torch.nn.Module):
         names = {module: name for name, module in target.named_modules()}
+        _refuse_sharded(names)
         state = _fakes(names, mode)
         # Tied, what is in two places would be exchanged twice, and the second time given back as a fake tensor.
         target = functools.partial(functional_call, target, state, tie_weights=False)
@@ -91,7 +116,7 @@ def _explain(target: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanati
             f"target must be a module, or bn_relu_conv2d; got a {type(target).__name__}: pass the module that it calls"
         )
     # Code that was compiled takes no fake tensors. The stance is the process's: one call at a time changes it.
-    with _explaining, recording() as choices, mode, torch.compiler.set_stance("force_eager"):
+    with _explaining, _as_before(names), recording() as choices, mode, torch.compiler.set_stance("force_eager"):
         try:
             target(*args, **kwargs)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:

@@ -16,7 +16,8 @@ from . import tracing
 
 PARAMETERS = ("weight", "bias")
 """Names of the parameters of batch norms and convolutions."""
-_MEMBERS = ("_modules", "_parameters", "_buffers")
+MEMBERS = ("_modules", "_parameters", "_buffers")
+"""Names of the dictionaries in which a module has its members."""
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _SETTINGS = (
     "training", "backend", "shortcut_input", "shortcut_name", "eps", "momentum", "track_running_stats",
@@ -29,7 +30,7 @@ _METHODS = {
     nn.Sequential: ("forward",),
 }
 _OWN_METHODS = tuple(dict.fromkeys(chain.from_iterable(_METHODS.values())))
-_read_members, _read_hooks = itemgetter(*_MEMBERS), itemgetter(*_HOOKS)
+_read_members, _read_hooks = itemgetter(*MEMBERS), itemgetter(*_HOOKS)
 
 
 class Watch:

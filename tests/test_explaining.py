@@ -65,6 +65,26 @@ def test_explain_keeps_nothing():
         assert module.__dict__ == before
 
 
+def test_explain_takes_back_what_a_first_call_makes():
+    """A net that keeps a mask and a scale from its first call on would have fake ones for ever."""
+
+    class Masked(PreActBlock):
+        mask = None
+
+        def forward(self, x):
+            if self.mask is None:
+                self.mask = x.new_ones(x.shape[2:])
+                self.register_buffer("scale", x.new_ones(()))
+            return super().forward(x * self.mask) * self.scale
+
+    net = torch.nn.Sequential(Masked(4, 4))
+    x = torch.randn(2, 4, 5, 5)
+    assert [choice.where for choice in fused_preact.explain(net, x)] == ["0"]
+    assert net[0].mask is None
+    assert not hasattr(net[0], "scale")
+    assert type(net(x)) is torch.Tensor
+
+
 def test_explain_of_averages():
     """Plain batch norms with momentum=None read their count, which a fake tensor does not have."""
     net = torch.nn.Sequential(BNReLUConv2d(4, 4, 1, momentum=None, backend="eager"), BNReLUConv2d(4, 4, 1))
