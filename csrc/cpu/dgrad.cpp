@@ -22,8 +22,8 @@ struct Phase {
 
   Phase(int64_t phase, int64_t size, int64_t filter, int64_t stride, int64_t pad) {
     const int64_t first_tap = (phase + pad) % stride;
-    pixels = phase < size ? ceil_div(size - phase, stride) : 0;
-    taps = first_tap < filter ? ceil_div(filter - first_tap, stride) : 0;
+    pixels = ceil_div(size - phase, stride);
+    taps = ceil_div(filter - first_tap, stride);
     first = (phase + pad - first_tap) / stride - (taps - 1);
     last_tap = first_tap + (taps - 1) * stride;
   }
