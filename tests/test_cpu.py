@@ -184,3 +184,19 @@ def test_filters_of_any_type_and_layout(dtype):
     for change in lambda w: w.to(dtype), lambda w: torch.stack([w.to(dtype)] * 2, -1)[..., 1]:
         given[2] = [change(w) for w in exact]
         assert torch.equal(torch.ops.fused_preact.forward(*given)[0], expected)
+
+
+def test_an_odd_image_is_paired_with_nothing_that_memory_held():
+    """By position: what the last pair lacks is zero, not an image of the call before, whose NaN a zero would keep."""
+
+    def call(images: int, value: float) -> tuple[torch.Tensor, torch.Tensor]:
+        x = torch.full((images, 64, 4, 4), value, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+        weight = torch.ones(16, 64, 3, 3, dtype=torch.bfloat16, requires_grad=True)
+        rows = torch.ones(64), torch.zeros(64), torch.zeros(64), torch.ones(64)
+        return bn_relu_conv2d(x, weight, *rows, padding=1, backend="cpu"), weight
+
+    odd, weight = call(7, 1.0)
+    even, _ = call(8, float("nan"))
+    even.sum().backward()
+    odd.sum().backward()
+    assert weight.grad.isfinite().all()
