@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.func import functional_call
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map_only
 
 from .backends import Choice, recording
@@ -56,11 +57,14 @@ def _fakes(names: dict[torch.nn.Module, str], mode: FakeTensorMode) -> dict[str,
     return fakes
 
 
-def _refuse_sharded(modules: Iterable[torch.nn.Module]) -> None:
-    """What gathers a module's parameters for a call makes room for them in the first, of fake tensors if it is one."""
+def _refuse_unmade(target: torch.nn.Module) -> None:
+    """Parameters that the first call makes, or makes room for, would be fake ones for ever."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp and any(isinstance(module, (fsdp.FSDPModule, fsdp.FullyShardedDataParallel)) for module in modules):
+    if fsdp and any(isinstance(part, (fsdp.FSDPModule, fsdp.FullyShardedDataParallel)) for part in target.modules()):
         raise ValueError("target must not be sharded by torch.distributed.fsdp: explain the net before it is sharded")
+    for name, t in (*target.named_parameters(), *target.named_buffers()):
+        if is_lazy(t):
+            raise ValueError(f"target must have been called once, for its first call gives {name} a shape; it was not")
 
 
 @contextlib.contextmanager
@@ -95,7 +99,7 @@ def explain(target: torch.nn.Module | Callable[..., torch.Tensor], *args: Any, *
 
     Raises:
         TypeError, ValueError: ``target`` is something else, or what the call itself would raise for its arguments.
-        ValueError: what the call does depends on the numbers in a tensor, or the parameters are sharded.
+        ValueError: what the call does depends on the numbers in a tensor, or parameters are lazy or sharded.
     """
     return torch.compiler.disable(_explain)(target, *args, **kwargs)
 
@@ -106,7 +110,7 @@ def _explain(target: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanati
     names: dict[Any, str] = {}
     if isinstance(target, torch.nn.Module):
         names = {module: name for name, module in target.named_modules()}
-        _refuse_sharded(names)
+        _refuse_unmade(target)
         state = _fakes(names, mode)
         # Tied, what is in two places would be exchanged twice, and the second time given back as a fake tensor.
         target = functools.partial(functional_call, target, state, tie_weights=False)

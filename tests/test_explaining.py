@@ -85,6 +85,16 @@ def test_explain_takes_back_what_a_first_call_makes():
     assert type(net(x)) is torch.Tensor
 
 
+def test_explain_leaves_lazy_layers_to_the_first_call():
+    """Their parameters would be fake ones for ever."""
+    net = torch.nn.Sequential(torch.nn.LazyConv2d(4, 1), PreActBlock(4, 4))
+    x = torch.randn(2, 3, 5, 5)
+    with pytest.raises(ValueError, match=r"target must have been called once, .* gives 0\.weight a shape"):
+        fused_preact.explain(net, x)
+    net(x)
+    assert [choice.where for choice in fused_preact.explain(net, x)] == ["1"]
+
+
 def test_explain_of_averages():
     """Plain batch norms with momentum=None read their count, which a fake tensor does not have."""
     net = torch.nn.Sequential(BNReLUConv2d(4, 4, 1, momentum=None, backend="eager"), BNReLUConv2d(4, 4, 1))
