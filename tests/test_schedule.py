@@ -1,5 +1,6 @@
 import copy
 import types
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ from torch import nn
 from torch.testing import assert_close
 from torch.utils._pytree import tree_leaves
 
-from cases import BACKENDS, BY_ID, CHAINS, backward_arguments, eager, forward_arguments, fused, needs_cpu
+from cases import BACKENDS, BY_ID, CHAINS, Sample, backward_arguments, eager, forward_arguments, fused, needs_cpu
 from fused_preact import PreActBlock, PreActBottleneck, PreActStage, kernels, ops, reference, schedule
 from fused_preact.kernels import Conv
 from test_blocks import assert_same, step
@@ -230,3 +231,71 @@ def test_blocks_that_no_gradient_leads_to_keep_nothing(backend, memory, compiled
     ]
     assert found[0].keys() == found[1].keys()
     torch.testing.assert_close(*found, rtol=1e-8, atol=1e-9)
+
+
+def allocated(call: Callable, *args) -> tuple[int, int]:
+    """The bytes of all that torch allocates in a call, and how many tensors it converts.
+
+    Tensors of 2 KiB and more are not seen: they are from the pool.
+    """
+    with torch.autograd.profiler.profile(profile_memory=True) as profile:
+        call(*args)
+    events = profile.kineto_results.events()
+    made = sum(max(event.nbytes(), 0) for event in events if event.name() == "[memory]")
+    return made, sum(event.name() == "aten::_to_copy" for event in events)
+
+
+def returned(call: Callable, *args) -> int:
+    """The bytes of all that kernels return in a call of `schedule` over the reference; dx overwrites in C++."""
+    found = []
+
+    def watched(name: str) -> Callable:
+        def kernel(*args):
+            result = getattr(reference, name)(*args)
+            found.append((result.g, result.grad) if name == "dgrad" else result)
+            return result
+
+        return kernel
+
+    names = "forward", "dgrad", "wgrad", "statistics", "running", "join"
+    call(types.SimpleNamespace(dx=reference.dx, **{name: watched(name) for name in names}), *args)
+    return sum(t.nbytes for t in tree_leaves(found) if t is not None)
+
+
+def of_small_tensors(blocks: list[nn.Module], memory: str) -> tuple[tuple, tuple]:
+    """Arguments of forward and of backward for a run of blocks."""
+    x = torch.randn(2, 8, 3, 5).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        sample = Sample(x, [block._layers().block() for block in blocks], None, nn.Sequential(*blocks)(x).float())
+        return forward_arguments(sample, "reference", memory), backward_arguments(sample, "reference", memory)
+
+
+@needs_cpu
+@pytest.mark.parametrize("memory", ["fast", "lean", "min"])
+def test_both_schedules_make_the_same_tensors(memory):
+    """No pass of C++ is one too many, whatever is wanted; but it subtracts a branch by filters that are negated."""
+    kinds = {"shortcut_input": "raw"}, {}
+    blocks = [PreActBottleneck(*shape, **kinds[shape[1] != 3]) for shape in ((8, 2), (8, 3), (12, 3), (12, 1), (4, 1))]
+    blocks[2].eval()
+    forward, (*backward, every) = of_small_tensors(blocks, memory)
+    assert allocated(ops.OPERATORS["cpu"][0], *forward) == (returned(schedule.forward, *forward), 0)
+    block_of = [0, *[k for k in range(5) for _ in range(3)] * 2, 1, 3]  # what may be wanted: x, units, projections
+    alone = [[i == wanted for i in range(len(every))] for wanted in range(len(every))]
+    for needs, first in zip((every, *alone), (0, *block_of), strict=True):
+        rebuilt = [k for k in (2, 4) if k >= first and memory != "fast"]
+        expected = returned(schedule.backward, *backward, needs) + sum(blocks[k].conv3.weight.nbytes for k in rebuilt)
+        assert allocated(ops.OPERATORS["cpu"][1], *backward, needs) == (expected, 0), needs
+
+
+@needs_cpu
+@pytest.mark.parametrize("memory", ["lean", "min"])
+def test_a_stream_of_another_type_is_converted_once(memory):
+    """At the ends: x, and for backward x and dy. Between blocks it is rounded by the kernel that makes it."""
+    blocks = [PreActBottleneck(8, 2) for _ in range(3)]
+    with torch.autocast("cpu", torch.bfloat16):
+        forward, backward = of_small_tensors(blocks, memory)
+    x, filters = forward[0].nbytes, sum(w.nbytes for w in forward[2])
+    found = allocated(ops.OPERATORS["cpu"][0], *forward)
+    assert found == (returned(schedule.forward, *forward) + (x + filters) // 2, 1)
+    found = allocated(ops.OPERATORS["cpu"][1], *backward)
+    assert found == (returned(schedule.backward, *backward) + (2 * x + filters) // 2 + filters, 2)
