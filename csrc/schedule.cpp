@@ -134,9 +134,12 @@ class Backward {
       y = stream;
     }
     const ScalarType type = stage_.type, row_type = accumulation_type(type);
-    return {
-        needs_.x ? dstream : empty(x, type, {0}), filled(dweight_, x, type),      filled(dbias_, x, type),
-        filled(dbn_weight_, x, row_type),         filled(dbn_bias_, x, row_type), filled(dshortcut_weight_, x, type)};
+    return {needs_.x ? dstream : empty(x, x.scalar_type(), {0}),
+            filled(dweight_, x, type),
+            filled(dbias_, x, type),
+            filled(dbn_weight_, x, row_type),
+            filled(dbn_bias_, x, row_type),
+            filled(dshortcut_weight_, x, type)};
   }
 
  private:

@@ -112,6 +112,15 @@ def test_results_of_16_bits_are_foretold(shortcut, backend):
     torch.library.opcheck(backward, backward_arguments(sample, backend), test_utils="test_faketensor")
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_is_not_wanted_is_foretold(backend):
+    """Empty, and of the type that it would have: dx of the stream's, where convolutions have another."""
+    with torch.autocast("cpu", torch.bfloat16):
+        _, (*arguments, every) = of_small_tensors([PreActBottleneck(8, 2), PreActBlock(8, 8)], "lean")
+    needs = [False] * len(every)
+    torch.library.opcheck(ops.OPERATORS[backend][1], (*arguments, needs), test_utils="test_faketensor")
+
+
 @pytest.mark.parametrize("memory", ["fast", "lean", "min"])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_only_the_first_x_is_read_for_its_statistics_alone(autocast, memory, monkeypatch):
