@@ -92,7 +92,7 @@ class Case:
             h, C = convolve(F.relu(F.batch_norm(h, *used, gamma, beta, False, 0.0, 1e-5)), units[-1]), layer.K
         shortcut = Shortcut(self.shortcut)
         if self.shortcut in ("activated", "raw"):
-            strides = (1 + (h.size(i) < self.shape[i]) for i in (2, 3))
+            strides = (-(-self.shape[i] // h.size(i)) for i in (2, 3))
             shortcut = Shortcut(self.shortcut, filters(C, self.shape[1], (1, 1)), Conv(*strides, 0, 0, 1, 1, 1))
         residual = uniform(*h.shape).to(dtype) if self.residual else None
         return Sample(laid_out(x, layout), [Block(units, shortcut)], residual, uniform(*h.shape).to(dtype))
@@ -363,7 +363,7 @@ OTHER_FILTERS = [
     Case("dilation", (2, 4, 9, 8), (Layer(3, dilation=(2, 3), padding=(2, 3)),)),
     Case("5x5", (2, 3, 7, 6), (Layer(4, (5, 5), padding=(2, 2)),)),
     Case("1x3", (2, 3, 5, 6), (Layer(4, (1, 3), padding=(0, 1)),), residual=True),
-    Case("stride-3", (2, 3, 7, 8), (Layer(4, stride=(3, 1)),)),
+    Case("stride-3", (2, 3, 8, 6), (Layer(4, stride=(1, 3)),), "raw"),
     Case("bottleneck-groups", (2, 12, 5, 6), (point(8), Layer(8, groups=4), point(16)), "activated", bias=True),
 ]
 # Chains of two and three units.

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from cases import BY_ID, CHAINS, OTHER_FILTERS, UNITS, needs_cpu
+from cases import BY_ID, CHAINS, OTHER_FILTERS, UNITS, Case, Layer, needs_cpu
 from fused_preact import (
     BNReLUConv2d,
     PreActBlock,
@@ -19,6 +19,12 @@ from fused_preact import (
 from fused_preact.kernels import Activation, Affine, Conv, Gradient
 from test_ops import backward_arguments, forward_arguments
 
+# A case for each limit of what the kernels take.
+OTHERS = [
+    Case("strides-of-3", (2, 3, 7, 7), (Layer(4, stride=(3, 3)),)),
+    Case("dilated-rows", (2, 3, 7, 7), (Layer(4, dilation=(2, 1)),)),
+    Case("dilated-columns", (2, 3, 7, 7), (Layer(4, dilation=(1, 2)),)),
+]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -219,3 +225,36 @@ def test_opcheck(name):
     for leaf in sample.leaves().values():
         leaf.requires_grad_()
     torch.library.opcheck(forward, forward_arguments(sample, "cpu"), test_utils=tests)
+
+
+@needs_cpu
+@pytest.mark.parametrize(
+    ("wanted", "made"),
+    [
+        ("conv3.weight", []),
+        ("bn3.weight", []),
+        ("conv2.weight", [(False, True, False)]),
+        ("bn2.weight", [(True, False, False)]),
+        ("conv1.weight", [(True, False, False)]),
+    ],
+)
+def test_torch_makes_what_is_wanted_alone(wanted, made):
+    """Of the gradients of x, filter and bias; here of the last block's second convolution."""
+    net = stage("cpu").requires_grad_(False)
+    net[2].get_parameter(wanted).requires_grad_(True)
+    y = net(torch.randn(2, 12, 6, 5, dtype=torch.double))
+    with torch.autograd.profiler.profile(record_shapes=True) as profile:
+        y.sum().backward()
+    calls = [event for event in profile.function_events if event.name == "aten::convolution_backward"]
+    assert [tuple(call.concrete_inputs[-1]) for call in calls] == made
+
+
+@needs_cpu
+@pytest.mark.parametrize("case", UNITS + CHAINS + OTHER_FILTERS + OTHERS, ids=lambda case: case.id)
+def test_convolutions_that_the_kernels_take_are_not_torch_s(case):
+    """Whose passes around them would take longer, unseen in what they give."""
+    arguments = forward_arguments(case.draw(0), "cpu")
+    with torch.autograd.profiler.profile() as profile:
+        ops.OPERATORS["cpu"][0](*arguments)
+    calls = [event for event in profile.function_events if event.name == "aten::convolution"]
+    assert bool(calls) == (case in OTHER_FILTERS + OTHERS)

@@ -8,7 +8,9 @@ import sys
 
 import torch
 
-from fused_preact import PreActBottleneck, PreActStage, bn_relu_conv2d
+from cases import Sample, backward_arguments, forward_arguments
+from fused_preact import PreActBottleneck, PreActStage, bn_relu_conv2d, ops
+from test_schedule import allocated
 
 BEGINNING = """
 import json, resource, torch, fused_preact
@@ -245,3 +247,15 @@ def test_gradients_are_kept_as_long_as_they_are_used():
         other.zero_grad(set_to_none=True)
     for grad, value in zip(grads, expected, strict=True):
         assert torch.equal(grad, value)
+
+
+def test_what_a_step_makes_is_from_the_pool():
+    """Of 2 KiB and more all but x and dy in bf16: branches and sums, what is laid out anew, filters, gradients."""
+    blocks = [PreActBottleneck(64, 16).to(memory_format=torch.channels_last) for _ in range(2)]
+    x = torch.randn(2, 64, 8, 8)
+    sample = Sample(x, [block._layers().block() for block in blocks], None, torch.randn_like(x))
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        arguments = forward_arguments(sample, "cpu", "lean"), backward_arguments(sample, "cpu", "lean")
+    for operator, given, converted in zip(ops.OPERATORS["cpu"], arguments, ([x], [x, sample.dy]), strict=True):
+        made, _ = allocated(operator, *given)
+        assert [size for size in made if size >= 2048] == [t.nbytes // 2 for t in converted]
