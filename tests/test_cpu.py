@@ -200,3 +200,13 @@ def test_an_odd_image_is_paired_with_nothing_that_memory_held():
     even.sum().backward()
     odd.sum().backward()
     assert weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_every_other_image(layout):
+    """Of a batch whose images are dense, each by itself."""
+    given = arguments(Case("images", (4, 8, 5, 4), (Layer(6),), bias=True).draw(0))
+    given[0] = given[0].contiguous(memory_format=layout)[::2]
+    result, *_ = torch.ops.fused_preact.forward(*given)
+    given[0] = given[0].clone()
+    assert torch.equal(result, torch.ops.fused_preact.forward(*given)[0])

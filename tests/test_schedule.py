@@ -299,6 +299,14 @@ def test_both_schedules_make_the_same_tensors(memory):
 
 
 @needs_cpu
+def test_one_channel_is_not_laid_out_anew():
+    """Its images are NCHW and NHWC at once."""
+    forward = forward_arguments(BY_ID["one-channel"].draw(0, layout="nchw"), "reference")
+    made, _ = allocated(ops.OPERATORS["cpu"][0], *forward)
+    assert sum(made) == returned(schedule.forward, *forward)
+
+
+@needs_cpu
 @pytest.mark.parametrize("memory", ["lean", "min"])
 def test_a_stream_of_another_type_is_converted_once(memory):
     """At the ends: x, and for backward x and dy. Between blocks it is rounded by the kernel that makes it."""
