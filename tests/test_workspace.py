@@ -57,6 +57,16 @@ forward(*wide, 2, 0)
 print(json.dumps(megabytes(1) - before))
 """
 
+# A filter of 1 MB, which is packed in each call.
+REPEATED = """
+x, weight = torch.zeros(1, 512, 4, 4), torch.zeros(512, 512, 1, 1)
+forward(x, weight, 1, 0)
+before = megabytes(1)
+for _ in range(100):
+    forward(x, weight, 1, 0)
+print(json.dumps(megabytes(1) - before))
+"""
+
 
 def test_what_waits_in_the_pool_makes_room():
     """A filter that would be packed before the net ran is packed after it, too."""
@@ -80,3 +90,8 @@ def test_a_convolution_of_torch_that_has_no_memory_says_so():
 def test_a_large_strip_is_not_kept():
     """That of very many channels takes 75 MB in each of two threads, which live on."""
     assert run(FORWARD + MANY.format(threads=2) + LARGE) < 40
+
+
+def test_a_call_takes_the_memory_of_the_call_before():
+    """Of its filter's packed form, and so on."""
+    assert run(FORWARD + REPEATED) < 20
