@@ -144,7 +144,7 @@ void for_each_panel(const Panels<T>& panels, const Body& body) {
 // are stored side by side.
 template <class Pointer>
 const PackedRow* order_of_rows(const FilterView<Pointer>& f, Workspace& workspace) {
-  return f.step_outer == 1 || f.depth() == 0 ? nullptr : rows_as_stored(f, workspace);
+  return f.step_outer == 1 ? nullptr : rows_as_stored(f, workspace);
 }
 
 // Calls visit(stored index, packed vector, n) for every vector of one panel: n output channels, `step_outer` apart in
