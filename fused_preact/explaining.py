@@ -64,7 +64,7 @@ def _refuse_unmade(target: torch.nn.Module) -> None:
         raise ValueError("target must not be sharded by torch.distributed.fsdp: explain the net before it is sharded")
     for name, t in (*target.named_parameters(), *target.named_buffers()):
         if is_lazy(t):
-            raise ValueError(f"target must have been called once, for its first call gives {name} a shape; it was not")
+            raise ValueError(f"target must have been called once before: {name} is lazy, and has no shape yet")
 
 
 @contextlib.contextmanager
@@ -87,7 +87,8 @@ _explaining = threading.RLock()
 def explain(target: torch.nn.Module | Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> Explanation:
     """Say which backend serves a call, and why the others do not.
 
-    The call ``target(*args, **kwargs)`` is made on fake tensors: nothing is computed, and no running statistics change.
+    The call ``target(*args, **kwargs)`` is made on fake tensors: nothing is computed, no running statistics change, and
+    attributes and buffers that it sets are taken back; what it puts into lists of its own stays, fake.
     Within ``torch.no_grad()`` a net in eval mode is explained as it runs for inference, which may be served otherwise.
     ``target`` is any module, a whole net too, or `bn_relu_conv2d`: ``print(fused_preact.explain(net, images))``. Of
     another function, a method of a module too, it is not known whose statistics the call would change.
