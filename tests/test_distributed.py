@@ -1,5 +1,6 @@
 """Wrappers of torch.distributed leave a net's results and gradients as they are; one process is all that it takes."""
 
+import copy
 import functools
 from collections.abc import Callable, Iterator
 
@@ -25,12 +26,17 @@ def group() -> Iterator[None]:
 
 
 def net(memory: str = "fast", kind: Callable[..., nn.Module] | None = None) -> nn.Module:
+    """One that ran: what it remembers of its parameters is no longer so when they are sharded."""
     torch.manual_seed(0)
     make = kind or functools.partial(PreActStage, memory=memory)
-    return nn.Sequential(
+    model = nn.Sequential(
         make(PreActBlock(4, 4), PreActBlock(4, 4)),
         make(PreActBlock(4, 8, 2), PreActBlock(8, 8)),
     )
+    state = copy.deepcopy(model.state_dict())
+    model(torch.randn(2, 4, 6, 6))
+    model.load_state_dict(state)
+    return model
 
 
 def sharded(model: nn.Module, kind: type[nn.Module]) -> nn.Module:
